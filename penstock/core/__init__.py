@@ -1,0 +1,1 @@
+"""Floor 0: the vocabulary. Types, requests, blocks, events, ports, and the node that drives a core."""

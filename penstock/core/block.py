@@ -1,0 +1,112 @@
+"""What a KV block is: its shape in memory, its name by content, and the states it goes through.
+
+A block is one contiguous span of one group's block-major pool,
+
+    [num_blocks, layers_in_group, 2, block_size, num_kv_heads, head_dim]
+
+and is the unit of allocation, hashing, compression and transfer in every tier. Layers that attend to everything and
+layers that attend to a sliding window lie in different groups, so that the latter can free what is behind their window.
+This module computes sizes and names; it holds no memory and knows no owner.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from hashlib import blake2b
+from struct import pack
+from typing import Final
+
+from msgspec import Struct
+from msgspec.msgpack import encode
+
+from penstock.core.types import BlockHash
+
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KVGroup(Struct, frozen=True, array_like=True):
+    """Layers that keep the same tokens: `window` is 0 for full attention, else the sliding window in tokens."""
+
+    layers: tuple[int, ...]
+    window: int = 0
+
+
+class KVLayout(Struct, frozen=True, array_like=True):
+    """Shape of every block of a worker. Two workers may exchange blocks when their fingerprints are equal.
+
+    `model` identifies weights and revision: blocks of different models never mix even when shapes agree.
+    """
+
+    model: str
+    groups: tuple[KVGroup, ...]
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+    @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one block, per group."""
+        slot = 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return tuple(len(group.layers) * self.block_size * slot for group in self.groups)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV per token over all groups, as long as no window has been left behind."""
+        return sum(self.block_bytes) // self.block_size
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that both ends of a transfer compare before they exchange a block."""
+        return blake2b(encode(self), digest_size=8).hexdigest()
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens of one full-attention group."""
+        return -(-num_tokens // self.block_size)
+
+
+def root_hash(salt: str) -> BlockHash:
+    """Return the parent of a sequence's first block: depends on the tenant's salt and on nothing else.
+
+    The same salt gives the same hash in every process (no random seed), which is what lets workers, router and
+    restarts agree on names.
+    """
+    return BlockHash(blake2b(salt.encode(), digest_size=16, person=b"penstock-root").digest())
+
+
+def block_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Name a full block by its tokens and everything before it. O(block_size)."""
+    return BlockHash(
+        blake2b(pack(f"<{len(token_ids)}I", *token_ids), digest_size=16, key=parent).digest()
+    )
+
+
+def extend_hashes(
+    hashes: list[BlockHash], token_ids: Sequence[int], block_size: int, salt: str
+) -> None:
+    """Append the hashes of blocks that `token_ids` fills and `hashes` does not name yet.
+
+    `hashes[i]` names tokens `[i * block_size, (i + 1) * block_size)`; a partial last block has no name.
+    """
+    parent = hashes[-1] if hashes else root_hash(salt)
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        parent = block_hash(parent, token_ids[start : start + block_size])
+        hashes.append(parent)
+
+
+class BlockState(Enum):
+    """States of a block in its pool; `BLOCK_TRANSITIONS` is the whole life.
+
+    FREE      in the allocator
+    ACTIVE    held by at least one request; slots are being filled, or it is full and named
+    CACHED    full, named and held by nobody: kept for prefix hits until evicted
+    """
+
+    FREE = "free"
+    ACTIVE = "active"
+    CACHED = "cached"
+
+
+BLOCK_TRANSITIONS: Final[dict[BlockState, frozenset[BlockState]]] = {
+    BlockState.FREE: frozenset({BlockState.ACTIVE}),
+    BlockState.ACTIVE: frozenset({BlockState.FREE, BlockState.CACHED}),
+    BlockState.CACHED: frozenset({BlockState.ACTIVE, BlockState.FREE}),
+}

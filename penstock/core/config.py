@@ -1,0 +1,71 @@
+"""Settings as frozen, validated structs. The command line fills them in; nothing else reads flags or the environment."""
+
+from enum import Enum
+
+from msgspec import Struct
+
+from penstock.core.block import KVLayout
+from penstock.core.errors import StartupFailed
+from penstock.core.types import NS_PER_S, Role, WorkerId
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True):
+    """Which model to run and how.
+
+    `model` is a folder or a Hugging Face name. `dtype` "auto" takes bfloat16 where the device multiplies it natively,
+    float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker. `load_format` "dummy" makes random weights.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    load_format: str = "auto"
+    model_impl: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    block_size: int = 32
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges. Raises: `StartupFailed` naming the flag."""
+        _require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "--dtype", self.dtype)
+        _require(self.block_size in (16, 32, 64, 128), "--block-size (16|32|64|128)", self.block_size)
+        _require(self.model_impl in ("auto", "penstock", "transformers"), "--model-impl", self.model_impl)
+
+
+class WorkerConfig(Struct, frozen=True, kw_only=True):
+    """What a worker core needs to know of itself. `num_blocks` is per KV group."""
+
+    worker_id: WorkerId
+    role: Role
+    epoch: int
+    layout: KVLayout
+    num_blocks: tuple[int, ...]
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    eos_token_ids: tuple[int, ...] = ()
+    is_prefix_caching: bool = True
+    load_interval_ns: int = NS_PER_S
+
+
+class ControllerConfig(Struct, frozen=True, kw_only=True):
+    """What the controller core needs to know. A lost worker's requests are retried `max_attempts - 1` times."""
+
+    max_queued: int = 4096
+    max_attempts: int = 3
+
+
+class WorkerState(Enum):
+    """A worker as the runtime sees its process."""
+
+    STARTING = "starting"
+    UP = "up"
+    LOST = "lost"
+
+
+def _require(is_valid: bool, flag: str, value: object) -> None:
+    if not is_valid:
+        raise StartupFailed(f"{flag}: {value!r} is not a valid value")

@@ -1,0 +1,332 @@
+"""Every event a core handles and every command it gives; the messages among them are also what crosses the wire.
+
+Messages (`Message`) are frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code. Events that
+never leave a process (a finished step, a timer) and commands are structs too, so that a decision log can hold them.
+
+who                     says                                              to
+front                   Submit, Cancel                                    controller
+controller              Assign, Cancel, PeerUp, PeerDown, Stop            worker
+controller              Tokens, RequestFailed                             front
+worker                  Hello, Load, Tokens, Offered, RequestFailed       controller
+prefill worker          Offer, Withdraw                                   decode worker
+decode worker           Release                                           prefill worker
+"""
+
+from enum import Enum
+
+from msgspec import Struct
+from msgspec.msgpack import Decoder, Encoder
+
+from penstock.core.block import KVLayout
+from penstock.core.request import Request, Timeline
+from penstock.core.step import Sampled, Step, TokenLogprobs
+from penstock.core.types import BlockId, FinishReason, RequestId, Role, WorkerId
+
+# ---------------------------------------------------------------------------------------------------- what they carry
+
+
+class RegionDescriptor(Struct, frozen=True, array_like=True):
+    """A peer's registered memory, as it may be sent: enough to map and read one group's pool, and nothing more.
+
+    `location` is for the transport named by `kind` alone to understand. `capacity_bytes` bounds every read.
+    """
+
+    kind: str
+    location: str
+    capacity_bytes: int
+    block_bytes: int
+
+
+class WorkerInfo(Struct, frozen=True, kw_only=True):
+    """What a worker says of itself when it joins. `epoch` is new for every incarnation of a worker id."""
+
+    worker_id: WorkerId
+    role: Role
+    epoch: int
+    address: str
+    pid: int
+    layout: KVLayout
+    num_blocks: tuple[int, ...]
+    max_model_len: int
+    max_num_seqs: int
+    regions: tuple[RegionDescriptor, ...] = ()
+    engine: str = ""
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens whose KV fits at once, counted in the full-attention group that fills first."""
+        groups = zip(self.layout.groups, self.num_blocks, strict=True)
+        full = [count for group, count in groups if not group.window]
+        return min(full or self.num_blocks) * self.layout.block_size
+
+
+class GroupBlocks(Struct, frozen=True, array_like=True):
+    """Blocks of one request in one group: `block_ids[i]` is entry `first + i` of its block table."""
+
+    first: int
+    block_ids: tuple[BlockId, ...]
+
+
+class TokenOutput(Struct, frozen=True, array_like=True):
+    """New tokens of one request. The first carries the timeline, the last the reason."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    timeline: Timeline | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+class Message(Struct, frozen=True, tag=True, kw_only=True):
+    """What one node may say to another."""
+
+
+class Submit(Message, frozen=True):
+    """Serve this request; its tokens are to come back as `Tokens`."""
+
+    request: Request
+
+
+class Cancel(Message, frozen=True):
+    """Nobody wants this request any more: stop within a step and free everything."""
+
+    request_id: RequestId
+
+
+class Assign(Message, frozen=True):
+    """Take this request; when `decode_worker` is another worker, prefill it and offer it there."""
+
+    request: Request
+    decode_worker: WorkerId
+    timeline: Timeline
+
+
+class PeerUp(Message, frozen=True):
+    """This worker may send you offers, or take yours."""
+
+    info: WorkerInfo
+
+
+class PeerDown(Message, frozen=True):
+    """This incarnation is gone: expect nothing from it, free what was kept for it."""
+
+    worker_id: WorkerId
+    epoch: int
+
+
+class Stop(Message, frozen=True):
+    """Leave the cluster now."""
+
+
+class Hello(Message, frozen=True):
+    """A worker joins."""
+
+    info: WorkerInfo
+
+
+class Load(Message, frozen=True):
+    """How full a worker is. Counts of requests by state, free and cached blocks per group, and totals since its start.
+
+    `preemptions` and the prefix figures are totals; `prefix_queries` and `prefix_hits` count prompt tokens.
+    """
+
+    worker_id: WorkerId
+    waiting: int
+    running: int
+    handing_off: int
+    free_blocks: tuple[int, ...]
+    cached_blocks: tuple[int, ...]
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    steps: int = 0
+
+
+class Tokens(Message, frozen=True):
+    """What one step produced."""
+
+    worker_id: WorkerId
+    outputs: tuple[TokenOutput, ...]
+
+
+class Offered(Message, frozen=True):
+    """The request's prefill is done and its blocks are offered to the decode worker."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+class RequestFailed(Message, frozen=True):
+    """This request cannot go on here. `is_retryable`: another worker may succeed."""
+
+    request_id: RequestId
+    reason: str
+    is_retryable: bool = False
+    worker_id: WorkerId = WorkerId("")
+
+
+class Offer(Message, frozen=True):
+    """The KV of the first `num_tokens` tokens of `request` lies in these blocks of `source`: pull, then release.
+
+    `num_tokens` is one less than the request's tokens: the decode worker computes the last one and samples.
+    """
+
+    request: Request
+    source: WorkerId
+    epoch: int
+    num_tokens: int
+    groups: tuple[GroupBlocks, ...]
+    timeline: Timeline
+
+
+class Withdraw(Message, frozen=True):
+    """Forget the offer; answered by `Release` once no read is under way."""
+
+    request_id: RequestId
+    source: WorkerId
+
+
+class Release(Message, frozen=True):
+    """The offered blocks are not needed any more: pulled, or not wanted."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+# -------------------------------------------------------------------------------------------------------- local events
+
+
+class WorkerLost(Struct, frozen=True, tag=True, kw_only=True):
+    """A worker process ended or fell silent."""
+
+    worker_id: WorkerId
+    epoch: int
+    reason: str
+
+
+class Drain(Struct, frozen=True, tag=True):
+    """Take no new request; finish what is under way."""
+
+
+class StepDone(Struct, frozen=True, tag=True, kw_only=True):
+    """The executor finished a step; `sampled[i]` belongs to `samples[i]`. `error` is set when it failed as a whole."""
+
+    step_id: int
+    sampled: tuple[Sampled, ...]
+    started_ns: int
+    finished_ns: int
+    error: str | None = None
+
+
+class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
+    """A move landed, or failed with `error`; then the destination blocks hold nothing of use."""
+
+    move_id: int
+    num_bytes: int
+    num_spans: int
+    transport: str
+    started_ns: int
+    finished_ns: int
+    error: str | None = None
+
+
+class Woken(Struct, frozen=True, tag=True):
+    """The time asked for by `WakeAt` has come."""
+
+    key: str
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+class MoveClass(Enum):
+    """Why blocks move, most urgent first."""
+
+    HANDOFF = "handoff"
+    ONBOARD = "onboard"
+    PREFETCH = "prefetch"
+    OFFLOAD = "offload"
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """`num_blocks` adjacent blocks of one group, copied in one call."""
+
+    source: BlockId
+    destination: BlockId
+    num_blocks: int
+
+
+class Move(Struct, frozen=True, kw_only=True):
+    """Copy blocks of a peer into our own pool: `spans[g]` are those of group g."""
+
+    move_id: int
+    kind: MoveClass
+    request_id: RequestId
+    source: WorkerId
+    epoch: int
+    spans: tuple[tuple[Span, ...], ...]
+
+
+class Send(Struct, frozen=True, tag=True):
+    """Say this to that node. Messages between two nodes arrive in order or not at all."""
+
+    to: WorkerId
+    message: Message
+
+
+class RunStep(Struct, frozen=True, tag=True):
+    """Run this; answered by one `StepDone`."""
+
+    step: Step
+
+
+class SubmitMove(Struct, frozen=True, tag=True):
+    """Carry this out; answered by one `MoveDone`."""
+
+    move: Move
+
+
+class WakeAt(Struct, frozen=True, tag=True):
+    """Deliver `Woken(key)` at or soon after `at_ns`."""
+
+    at_ns: int
+    key: str
+
+
+WireMessage = (
+    Submit
+    | Cancel
+    | Assign
+    | PeerUp
+    | PeerDown
+    | Stop
+    | Hello
+    | Load
+    | Tokens
+    | Offered
+    | RequestFailed
+    | Offer
+    | Withdraw
+    | Release
+)
+Event = WireMessage | WorkerLost | Drain | StepDone | MoveDone | Woken
+Command = Send | RunStep | SubmitMove | WakeAt
+
+_encoder = Encoder()
+_decoder = Decoder(WireMessage)
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the msgpack form of a message."""
+    return _encoder.encode(message)
+
+
+def decode_message(data: bytes | memoryview) -> WireMessage:
+    """Parse and validate what `encode_message` made.
+
+    Raises: `msgspec.DecodeError` or its subclass `ValidationError` for anything else.
+    """
+    return _decoder.decode(data)

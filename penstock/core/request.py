@@ -1,0 +1,147 @@
+"""A request as every part of the program sees it, and the timeline that explains its latency.
+
+`Request` and `SamplingParams` are immutable and travel between processes; whoever works on a request keeps its own
+mutable record beside it. `Timeline` stamps are nanoseconds of the host's monotonic clock, which all processes of one
+host share.
+"""
+
+from enum import Enum
+from typing import Final
+
+from msgspec import Struct
+
+from penstock.core.types import NS_PER_S, RequestId
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens. Defaults are those of the OpenAI API; greedy is `temperature=0`.
+
+    `seed` is None only until the front end has drawn one: workers always see a number, so that any of them continues
+    the same sequence. `logprobs` is the number of alternatives to report per token (None reports nothing).
+    `stop` strings are looked for where text exists (front end); `stop_token_ids` by the worker.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """True when every token is the arg max."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """True when logits depend on the tokens so far."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to continue.
+
+    `output_token_ids` is not empty when the request is continued after a preemption, a migration or a lost worker;
+    `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix cache.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    priority: int = 0
+    arrived_ns: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+class RequestState(Enum):
+    """Where a request stands in the cluster, as the controller knows it."""
+
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    HANDING_OFF = "handing_off"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+_ENDINGS = frozenset({RequestState.FINISHED, RequestState.ABORTED, RequestState.FAILED})
+
+REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
+    # A single worker that does both goes from queued straight to decoding; a lost worker puts a request back in the queue.
+    RequestState.QUEUED: frozenset({RequestState.PREFILLING, RequestState.DECODING}) | _ENDINGS,
+    RequestState.PREFILLING: frozenset({RequestState.HANDING_OFF, RequestState.QUEUED}) | _ENDINGS,
+    RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED}) | _ENDINGS,
+    RequestState.DECODING: frozenset({RequestState.QUEUED}) | _ENDINGS,
+    RequestState.FINISHED: frozenset(),
+    RequestState.ABORTED: frozenset(),
+    RequestState.FAILED: frozenset(),
+}
+
+
+class Timeline(Struct, kw_only=True, omit_defaults=True):
+    """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request travels.
+
+    Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what the client saw beyond
+    them is the residual.
+    """
+
+    arrived_ns: int = 0
+    prefill_started_ns: int = 0
+    offered_ns: int = 0
+    offer_received_ns: int = 0
+    reserved_ns: int = 0
+    pulled_ns: int = 0
+    first_token_ns: int = 0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    transport: str = ""
+    pull_bytes: int = 0
+    pull_spans: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    def ledger(self, delivered_ns: int) -> dict[str, float]:
+        """Return the parts of TTFT in seconds; they and `residual` add up to `ttft`.
+
+        `delivered_ns` is when the first token left towards the client. A request that one worker served alone has no
+        offer, wait or pull, and its first decode is part of its prefill.
+        """
+        stamps = [
+            ("queue", self.prefill_started_ns),
+            ("prefill", self.offered_ns),
+            ("offer", self.offer_received_ns),
+            ("wait_for_room", self.reserved_ns),
+            ("pull", self.pulled_ns),
+            ("first_decode", self.first_token_ns),
+        ]
+        if not self.offered_ns:
+            stamps = [("queue", self.prefill_started_ns), ("prefill", self.first_token_ns)]
+        parts: dict[str, float] = {}
+        before = self.arrived_ns
+        for name, stamp in stamps:
+            parts[name] = (stamp - before) / NS_PER_S
+            before = stamp
+        parts["residual"] = (delivered_ns - before) / NS_PER_S
+        parts["ttft"] = (delivered_ns - self.arrived_ns) / NS_PER_S
+        return parts
