@@ -1,0 +1,92 @@
+"""Own the check that a test leaves no process and no shared-memory segment behind.
+
+Several runs may share a machine, so only descendants of this run count, and a segment that a
+process outside it has mapped is not ours to judge. Called by the fixtures in `conftest.py`.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+SHARED_MEMORY = Path("/dev/shm")
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of every descendant whose own parent dies.
+
+    Without it a worker that outlives its host becomes a child of init and nobody misses it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@contextmanager
+def leak_check(grace_s: float = 5.0) -> Iterator[None]:
+    """Fail the test if the body leaves a process or a segment that does not go within `grace_s`.
+
+    Processes left behind are killed, so that the next test starts clean.
+    """
+    processes_before, segments_before = set(live_descendants()), _segments()
+    yield
+    deadline = time.monotonic() + grace_s
+    while True:
+        processes = [p for p in live_descendants() if p not in processes_before]
+        segments = _segments() - segments_before
+        if segments:
+            segments -= _segments_of_strangers()
+        if not processes and not segments:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    described = [_describe_and_kill(process) for process in processes]
+    pytest.fail(f"left behind: processes {described}, shared memory {sorted(segments)}")
+
+
+def _describe_and_kill(process: psutil.Process) -> str:
+    description = str(process.pid)
+    with suppress(psutil.NoSuchProcess):
+        description += " " + " ".join(process.cmdline())[:200]
+        process.kill()
+    return description
+
+
+def live_descendants() -> list[psutil.Process]:
+    """List live descendants; multiprocessing's own tracker is meant to stay until the end."""
+    alive = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            is_tracker = any("multiprocessing.resource_tracker" in a for a in process.cmdline())
+            if not is_tracker and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return alive
+
+
+def _segments() -> set[str]:
+    return {entry.name for entry in SHARED_MEMORY.iterdir()}
+
+
+def _segments_of_strangers() -> set[str]:
+    """Name segments that a process outside this test run has mapped: not ours to judge."""
+    ours = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    found = set()
+    for process in psutil.process_iter():
+        if process.pid in ours:
+            continue
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            continue
+        for line in maps.splitlines():
+            _, separator, name = line.partition(f"{SHARED_MEMORY}/")
+            if separator:
+                found.add(name.removesuffix(" (deleted)"))
+    return found
