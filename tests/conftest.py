@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.leaks import adopt_orphans, leak_check
+from tests.leaks import leak_check, mark_descendants
 
 LEAK_CHECKED_FOLDERS = {"cluster", "faults"}
 
@@ -28,7 +28,7 @@ settings.load_profile("penstock")
 
 def pytest_configure() -> None:
     """Make a worker that outlives its parent visible to the leak check."""
-    adopt_orphans()
+    mark_descendants()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

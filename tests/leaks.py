@@ -4,7 +4,6 @@ Several runs may share a machine, so only descendants of this run count, and a s
 process outside it has mapped is not ours to judge. Called by the fixtures in `conftest.py`.
 """
 
-import ctypes
 import os
 import time
 from collections.abc import Iterator
@@ -15,15 +14,15 @@ import psutil
 import pytest
 
 SHARED_MEMORY = Path("/dev/shm")
-PR_SET_CHILD_SUBREAPER = 36
+
+# A worker whose parent died is nobody's child any more, but it keeps the environment of this run.
+RUN_MARK = "PENSTOCK_TEST_RUN"
+RUN_ID = f"{os.getpid()}-{time.time_ns()}"
 
 
-def adopt_orphans() -> None:
-    """Make this process the parent of every descendant whose own parent dies.
-
-    Without it a worker that outlives its host becomes a child of init and nobody misses it.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def mark_descendants() -> None:
+    """Put this run's mark into the environment that every process started from now on inherits."""
+    os.environ[RUN_MARK] = RUN_ID
 
 
 @contextmanager
@@ -58,14 +57,20 @@ def _describe_and_kill(process: psutil.Process) -> str:
 
 
 def live_descendants() -> list[psutil.Process]:
-    """List live descendants; multiprocessing's own tracker is meant to stay until the end."""
+    """List the live processes that this run has started, orphans included.
+
+    Left out is multiprocessing's own resource tracker, which is meant to stay until the end.
+    """
+    children = set(psutil.Process().children(recursive=True))
     alive = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.process_iter():
         try:
-            is_tracker = any("multiprocessing.resource_tracker" in a for a in process.cmdline())
-            if not is_tracker and process.status() != psutil.STATUS_ZOMBIE:
+            if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+                continue
+            is_ours = process in children or process.environ().get(RUN_MARK) == RUN_ID
+            if is_ours and "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
                 alive.append(process)
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return alive
 
@@ -76,7 +81,7 @@ def _segments() -> set[str]:
 
 def _segments_of_strangers() -> set[str]:
     """Name segments that a process outside this test run has mapped: not ours to judge."""
-    ours = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    ours = {os.getpid(), *(process.pid for process in live_descendants())}
     found = set()
     for process in psutil.process_iter():
         if process.pid in ours:
