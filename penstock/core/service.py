@@ -1,0 +1,62 @@
+"""The seam between the cluster and whoever serves people: what a front end may ask of it, and what it is told.
+
+The HTTP server and the Python API see nothing of the cluster but this protocol.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from msgspec import Struct
+
+from penstock.core.events import Load, RequestFailed, TokenOutput, WorkerInfo
+from penstock.core.request import Request
+from penstock.core.types import RequestId
+
+Sink = Callable[[TokenOutput | RequestFailed], None]
+"""Called on the event loop's thread with every piece of one request; the last one has a finish reason or is a failure."""
+
+
+class WorkerStatus(Struct, frozen=True, kw_only=True):
+    """A worker as the controller sees it. `load` is None until its first report."""
+
+    info: WorkerInfo
+    assigned: int
+    load: Load | None = None
+
+
+class ClusterStatus(Struct, frozen=True, kw_only=True):
+    """Workers in order of joining, and requests by state. Totals count since the start."""
+
+    workers: tuple[WorkerStatus, ...]
+    queued: int
+    prefilling: int
+    handing_off: int
+    decoding: int
+    arrived: int
+    finished: int
+    aborted: int
+    failed: int
+    retried: int
+    is_draining: bool
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a new request could be served from beginning to end."""
+        return bool(self.workers) and not self.is_draining
+
+
+class Service(Protocol):
+    """A running cluster. All calls are made on the event loop's thread and return at once."""
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Start a request.
+
+        Raises: `CapacityExceeded` when every queue is full, `WorkersUnavailable` when nobody can serve it,
+        `PromptTooLong` when it can never fit.
+        """
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Stop a request; its sink is not called again. An unknown id is ignored."""
+
+    def status(self) -> ClusterStatus:
+        """Return the cluster as of now."""
