@@ -1,7 +1,7 @@
-"""Paged attention in plain torch: the yardstick of the other back ends, and what runs where none of them can.
+"""Paged attention in plain torch: the yardstick of the other back ends, and the fallback.
 
-Gathers each sequence's keys and values and computes in float32, one sequence at a time. Any device, dtype and head
-size. Slow: decode is some twenty times slower than the native back end.
+Gathers each sequence's keys and values and computes in float32, one sequence at a time. Any device,
+dtype and head size. Slow: decode is some twenty times slower than the native back end.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ReferenceAttention:
 def _softmax_attention(
     spec: AttentionSpec, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
-    """Return `[n, num_heads, head_dim]` for one sequence; `mask` `[n, t]` is True where a row sees a token."""
+    """Return `[n, num_heads, head_dim]` for one sequence; `mask` is `[n, t]`, True is visible."""
     ratio = spec.num_heads // spec.num_kv_heads
     keys = keys.float().repeat_interleave(ratio, 1)
     values = values.float().repeat_interleave(ratio, 1)

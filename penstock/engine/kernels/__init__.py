@@ -8,8 +8,8 @@ A decoder is a function `forward(kernels, batch) -> logits` that calls the metho
 turns it into what runs it fastest. The native back end records the calls once and then runs all of
 them in a single native call, so a forward must follow three rules:
 
-1. What a method returns is passed on to other methods and used for nothing else: no torch operation, no `.shape`, no
-   branch on it. What no method covers goes through `apply`.
+1. What a method returns is passed on to other methods and used for nothing else: no torch
+   operation, no `.shape`, no branch on it. What no method covers goes through `apply`.
 2. Branches depend on the model only, never on the batch; `batch` is handed on unopened.
 3. Norms, linears, specs, tables and caches are the same objects on every call.
 """
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class NormKind(Enum):
     """Formula of a norm, rounding included.
 
-    RMS        `(x / rms(x)) * weight`, rounded once at the end (Gemma; fold its "+ 1" into the weight, in float32)
-    RMS_LLAMA  `round(x / rms(x)) * weight`: rounded to the activations' dtype before the product and after it
+    RMS        `(x / rms(x)) * weight`, rounded once at the end (Gemma: fold "+ 1" into the weight)
+    RMS_LLAMA  `round(x / rms(x)) * weight`: rounded before the product and after it
     LAYER      `(x - mean) / std * weight + bias`, rounded once
     """
 
@@ -45,7 +45,10 @@ class NormKind(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """A norm over the last dimension. `weight` and `bias` are `[width]` float32 or the activations' dtype, or None."""
+    """A norm over the last dimension.
+
+    `weight` and `bias` are `[width]`, float32 or in the activations' dtype, or None.
+    """
 
     kind: NormKind
     weight: Tensor | None
@@ -67,8 +70,9 @@ class Activation(Enum):
 class Rotary:
     """Rotary embedding by table: `cos` and `sin` are `[max_positions, rotary_dim / 2]` float32.
 
-    Any scaling of the angles or of the amplitude is in the tables. The first `rotary_dim` elements of a head are
-    turned; element i pairs with i + rotary_dim / 2, or, when `interleaved`, 2i with 2i + 1.
+    Any scaling of the angles or of the amplitude is in the tables. The first `rotary_dim` elements
+    of a head are turned; element i pairs with i + rotary_dim / 2, or, when `interleaved`, 2i with
+    2i + 1.
     """
 
     cos: Tensor
@@ -78,10 +82,11 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadsSpec:
-    """Say what happens to a row `[query heads | key heads | value heads]` between the QKV product and attention.
+    """Say what happens to a QKV row before attention.
 
-    A query or key norm's weight is `[head_dim]` (shared by the heads), or `[heads * head_dim]`: then it is one norm over
-    the whole row when `norm_spans_heads` (OLMo 2), else one per head with a weight of its own (Cohere).
+    A row is `[query heads | key heads | value heads]`. A query or key norm's weight is `[head_dim]`
+    (shared by the heads), or `[heads * head_dim]`: then it is one norm over the whole row when
+    `norm_spans_heads` (OLMo 2), else one per head with a weight of its own (Cohere).
     """
 
     attention: AttentionSpec
@@ -100,10 +105,10 @@ class Kernels(AttentionBackend, Protocol):
 
     @property
     def notice(self) -> str | None:
-        """What is slower than it could be and what to install, for `doctor` and the ledger; None when all is well."""
+        """What is slower than it could be and what to install, or None; for `doctor`."""
 
     def embed(self, table: Tensor | Linear, batch: Batch, scale: float = 1.0) -> Tensor:
-        """Return rows `[T, width]` of the table `[vocab, width]` for the batch's tokens, times `scale`.
+        """Return the rows of the table `[vocab, width]` for the batch's tokens, times `scale`.
 
         A `Linear` (a tied head) serves as its own table, so that its weight is kept once.
         """
@@ -130,10 +135,11 @@ class Kernels(AttentionBackend, Protocol):
         value_cache: Tensor,
         batch: Batch,
     ) -> Tensor:
-        """Norm and turn queries and keys, store keys and values; return the queries `[T, num_heads, head_dim]`.
+        """Norm and turn queries and keys, store keys and values; return the queries.
 
-        `qkv` is `[T, (num_heads + 2 * num_kv_heads) * head_dim]`; caches are as in `attend`. `attend` takes the result
-        as it is, and `linear` takes that of `attend` (rows are flattened).
+        `qkv` is `[T, (num_heads + 2 * num_kv_heads) * head_dim]`; caches are as in `attend`. The
+        result, `[T, num_heads, head_dim]`, goes to `attend` as it is, and what `attend` returns
+        goes to `linear` as it is (rows are flattened there).
         """
 
     def activate(self, x: Tensor, activation: Activation, *, gated: bool) -> Tensor:
@@ -143,10 +149,13 @@ class Kernels(AttentionBackend, Protocol):
         """Return the rows `[R, width]` that need logits."""
 
     def cap(self, x: Tensor, scale: float, softcap: float) -> Tensor:
-        """Return `scale * x` in float32, bent by `softcap * tanh(. / softcap)` unless softcap is 0."""
+        """Return `scale * x` in float32, bent by `softcap * tanh(. / softcap)` if softcap."""
 
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return `function(x)`: any torch code from rows `[T, n]` to rows `[T, m]` (a mixture of experts, say)."""
+        """Return `function(x)`: any torch code from rows to rows (a mixture of experts, say)."""
 
     def prepare(self, forward: Callable[[Kernels, Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """Return what computes `forward(self, batch)`, usually faster. Call it once the caches have their place."""
+        """Return what computes `forward(self, batch)`, usually faster.
+
+        Call it once the KV caches have their place.
+        """

@@ -1,6 +1,7 @@
-"""The decoder's operations in plain torch: the yardstick of the other back ends, and the fallback.
+"""The decoder's operations in plain torch: the yardstick of the other back ends, the fallback.
 
-Any device and dtype. Norms and rotary embeddings are computed in float32 and rounded where `NormKind` says.
+Any device and dtype. Norms and rotary embeddings are computed in float32 and rounded where
+`NormKind` says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class ReferenceKernels(ReferenceAttention):
-    """Implements `Kernels` with torch operations. `notice` says why, where something faster was expected."""
+    """Implements `Kernels` with torch operations.
+
+    `notice` says why, where something faster was expected.
+    """
 
     def __init__(self, notice: str | None = None) -> None:
         self.notice = notice
@@ -62,12 +66,10 @@ class ReferenceKernels(ReferenceAttention):
         """Norm and turn queries and keys, store keys and values; see `Kernels.heads`."""
         shape = spec.attention
         num_kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
-        split = qkv.view(-1, shape.num_heads + 2 * num_kv_heads, head_dim).split(
-            [shape.num_heads, num_kv_heads, num_kv_heads], 1
-        )
-        query = _norm_and_turn(split[0], spec.query_norm, spec, batch)
-        key = _norm_and_turn(split[1], spec.key_norm, spec, batch)
-        self.store(key, split[2], key_cache, value_cache, batch.slots[shape.group])
+        rows = qkv.view(-1, shape.num_heads + 2 * num_kv_heads, head_dim)
+        query = _norm_and_turn(rows[:, : shape.num_heads], spec.query_norm, spec, batch)
+        key = _norm_and_turn(rows[:, shape.num_heads : -num_kv_heads], spec.key_norm, spec, batch)
+        self.store(key, rows[:, -num_kv_heads:], key_cache, value_cache, batch.slots[shape.group])
         return query.contiguous()
 
     def activate(self, x: Tensor, activation: Activation, *, gated: bool) -> Tensor:
@@ -131,7 +133,7 @@ def rotate(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
 
 
 def _norm_and_turn(x: Tensor, norm: Norm | None, spec: HeadsSpec, batch: Batch) -> Tensor:
-    """Apply a head norm and the rotary embedding to `[T, heads, head_dim]`, in the order that the spec gives."""
+    """Apply the head norm and the rotary embedding in the order that the spec gives."""
     if norm is not None and not spec.norm_after_rotary:
         x = _norm_heads(x, norm, spans_heads=spec.norm_spans_heads)
     if spec.rotary is not None:
