@@ -4,6 +4,7 @@ The rules read syntax trees and import nothing of the program: see `tidy_imports
 `tidy_shape.py`.
 """
 
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.tidy_imports import (
     FLOORS,
     PURE_SET,
     Source,
+    check_dependencies,
     check_floors,
     check_pickle,
     check_pure_set,
@@ -88,6 +90,13 @@ def test_no_file_names_a_machine():
     _assert_none(
         v for name, path in FILES.items() for v in check_machine_paths(name, path.read_bytes())
     )
+
+
+def test_dependencies_are_declared_and_used():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    sources = [s for s in SOURCES if s.package or s.path.startswith("tests/")]
+    test = project["optional-dependencies"]["test"]
+    _assert_none(check_dependencies(sources, project["dependencies"], test))
 
 
 def test_the_exceptions_to_rules_are_still_needed():
@@ -207,6 +216,21 @@ def test_the_pure_set_is_whole_floors_and_the_rest_is_free():
 def test_pickle_is_refused(text: str):
     assert len(_found(check_pickle, "bench/a.py", text)) == 1
     assert _found(check_pickle, "bench/a.py", "np.load(path, allow_pickle=False)") == []
+
+
+def test_undeclared_and_unused_dependencies_are_refused():
+    sources = [
+        Source("penstock/core/a.py", "import os\nimport zmq.asyncio\nimport uvicorn"),
+        Source("penstock/core/b.py", "from penstock.core import a\nimport pandas"),
+        Source("tests/core/test_a.py", "import pytest, zmq\nfrom tests import leaks"),
+    ]
+    declared = ["pyzmq>=26", "uvicorn", "uvloop>=0.21; sys_platform != 'win32'", "rich", "jinja2"]
+    assert [v.split(":", 2)[2] for v in check_dependencies(sources, declared, ["pytest>=9"])] == [
+        " declare pandas in pyproject.toml, or do without it",
+        " nothing in penstock/ imports jinja2: delete the dependency",
+        " nothing in penstock/ imports rich: delete the dependency",
+    ]
+    assert len(list(check_dependencies(sources, declared, []))) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""Own the rules about imports: the floors, the pure set, no pickle.
+"""Own the rules about imports: the floors, the pure set, no pickle, the declared dependencies.
 
-Each rule is a function from one `Source` to messages `path:line: what to do instead`. It reads the
-syntax tree and imports nothing of the program. Called by `test_tidy.py`, which shows that each can
+Each rule is a function from sources to messages `path:line: what to do instead`. It reads the
+syntax trees and imports nothing of the program. Called by `test_tidy.py`, which shows that each can
 fail.
 """
 
 import ast
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -40,6 +42,13 @@ IMPURE_CALLS = {"__import__", "eval", "exec", "input", "open"}
 
 SIM_FORBIDDEN = {"engine", "codec", "runtime", "server", "torch"}
 SIM_FORBIDDEN_CLASSES = ("Scheduler", "Allocator", "Policy", "Router")
+
+# Distributions whose module has another name.
+MODULE_OF = {"pyzmq": "zmq", "prometheus-client": "prometheus_client"}
+# Dependencies that nobody imports, each used by the one behind it.
+USED_THROUGH = {"jinja2": "transformers", "uvloop": "uvicorn", "httptools": "uvicorn"}
+# Modules that are used where they happen to be installed: triton comes with torch for CUDA.
+OPTIONAL_MODULES = {"triton"}
 
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 PICKLING_METHODS = {"send_pyobj", "recv_pyobj"}
@@ -188,3 +197,33 @@ def check_pickle(source: Source) -> Iterator[str]:
                 yield source.at(node, f"{name} pickles: {instead}")
             case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
                 yield source.at(node.value, "no allow_pickle=True: store plain arrays")
+
+
+def check_dependencies(
+    sources: Iterable[Source], dependencies: Iterable[str], test_dependencies: Iterable[str]
+) -> Iterator[str]:
+    """Ask that what is imported is declared, and that each dependency is imported by `penstock/`.
+
+    Both lists hold requirements as in `pyproject.toml`: `name>=1; marker`.
+    """
+    declared = {_distribution(requirement) for requirement in dependencies}
+    allowed = {MODULE_OF.get(name, name) for name in declared}
+    allowed_in_tests = allowed | {_distribution(requirement) for requirement in test_dependencies}
+    used = set()
+    for source in sources:
+        is_product = source.package is not None
+        for node, module in imported_modules(source):
+            root = module.split(".")[0]
+            used |= {root} if is_product else set()
+            if root in sys.stdlib_module_names or root in OPTIONAL_MODULES | {"penstock", "tests"}:
+                continue
+            if root not in (allowed if is_product else allowed_in_tests):
+                yield source.at(node, f"declare {root} in pyproject.toml, or do without it")
+    for name in sorted(declared):
+        user = USED_THROUGH.get(name, name)
+        if MODULE_OF.get(user, user) not in used:
+            yield f"pyproject.toml:1: nothing in penstock/ imports {name}: delete the dependency"
+
+
+def _distribution(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower()
