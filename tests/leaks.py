@@ -45,7 +45,8 @@ def leak_check(grace_s: float = 5.0) -> Iterator[None]:
             break
         time.sleep(0.05)
     described = [_describe_and_kill(process) for process in processes]
-    pytest.fail(f"left behind: processes {described}, shared memory {sorted(segments)}")
+    message = f"left behind: processes {described}, shared memory {sorted(segments)}"
+    pytest.fail(message, pytrace=False)
 
 
 def _describe_and_kill(process: psutil.Process) -> str:
