@@ -1,0 +1,137 @@
+"""All blocks of one group of one worker: who is free, who is held how often, who is kept for prefix
+hits.
+
+Brings the segment allocator and the prefix cache together under reference counts;
+`core.block.BlockState` names the states. It knows neither requests nor tokens: `kv/cache.py`, its
+only caller, does.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from penstock.core.block import BlockState
+from penstock.core.types import BlockHash, BlockId
+from penstock.kv.allocator import SegmentAllocator
+from penstock.kv.prefix_cache import PrefixCache
+
+
+class BlockPool:
+    """Reference-counted blocks. Every block is free, active (held) or cached (named and held by
+    nobody).
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.allocator = SegmentAllocator(num_blocks)
+        self.prefix_cache = PrefixCache()
+        self._num_holders = [0] * num_blocks
+        self._generations = [0] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without content."""
+        return self.allocator.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks kept for prefix hits alone; given up when room is needed."""
+        return self.prefix_cache.num_idle
+
+    @property
+    def num_active(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.num_free - self.num_cached
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can give: free ones, and cached ones that it would evict."""
+        return self.allocator.num_free + self.prefix_cache.num_idle
+
+    def state(self, block_id: BlockId) -> BlockState:
+        """Return the state of a block."""
+        if self._num_holders[block_id]:
+            return BlockState.ACTIVE
+        return BlockState.CACHED if self.prefix_cache.is_idle(block_id) else BlockState.FREE
+
+    def num_holders(self, block_id: BlockId) -> int:
+        """Return how many hold the block."""
+        return self._num_holders[block_id]
+
+    def generation(self, block_id: BlockId) -> int:
+        """Return how often the block was handed out: who remembers an older number holds a name of
+        other contents.
+        """
+        return self._generations[block_id]
+
+    def allocate(self, count: int, *, after: BlockId | None = None) -> list[BlockId] | None:
+        """Hold `count` blocks without content, right behind `after` if possible; None changes
+        nothing.
+        """
+        if after is None:
+            return self._allocate(count, lambda: self.allocator.allocate(count))
+        return self._allocate(count, lambda: self.allocator.extend(after, count))
+
+    def allocate_like(self, runs: Sequence[int]) -> list[BlockId] | None:
+        """Hold `sum(runs)` blocks whose runs follow a peer's; None changes nothing."""
+        return self._allocate(sum(runs), lambda: self.allocator.allocate_like(runs))
+
+    def hold(self, block_ids: Iterable[BlockId]) -> None:
+        """Hold blocks that are active or cached once more."""
+        for block_id in block_ids:
+            if not self._num_holders[block_id]:
+                self.prefix_cache.unpark(block_id)
+            self._num_holders[block_id] += 1
+
+    def release(self, block_ids: Sequence[BlockId]) -> None:
+        """Let go of blocks given in the order of a block table.
+
+        The last one goes first, so that in the order of eviction a block never comes before those
+        that follow it.
+        """
+        freed = []
+        for block_id in reversed(block_ids):
+            holders = self._num_holders[block_id] - 1
+            assert holders >= 0, f"block {block_id} is held by nobody"
+            self._num_holders[block_id] = holders
+            if holders:
+                continue
+            if self.prefix_cache.is_indexed(block_id):
+                self.prefix_cache.park(block_id)
+            else:
+                freed.append(block_id)
+        self.allocator.free(freed)
+
+    def check(self) -> None:
+        """Assert that the books balance: every block is in exactly one state, and only held ones
+        have holders.
+        """
+        self.allocator.check()
+        self.prefix_cache.check()
+        free = {b for start, n in self.allocator.segments() for b in range(start, start + n)}
+        cached = {b for b in range(self.num_blocks) if self.prefix_cache.is_idle(BlockId(b))}
+        active = {b for b, holders in enumerate(self._num_holders) if holders}
+        assert min(self._num_holders) >= 0, self._num_holders
+        assert not free & cached, free & cached
+        assert not (free | cached) & active, (free | cached) & active
+        assert len(free) + len(cached) + len(active) == self.num_blocks, (free, cached, active)
+        assert not [b for b in free if self.prefix_cache.is_indexed(BlockId(b))]
+
+    def _allocate(
+        self, count: int, take: Callable[[], list[BlockId] | None]
+    ) -> list[BlockId] | None:
+        missing = count - self.allocator.num_free
+        if missing > 0:
+            if missing > self.prefix_cache.num_idle:
+                return None
+            self.allocator.free(self.prefix_cache.evict(missing, self.allocator.touches))
+        block_ids = take()
+        assert block_ids is not None, f"no {count} blocks after eviction"
+        for block_id in block_ids:
+            assert not self._num_holders[block_id], f"block {block_id} was handed out while held"
+            self._num_holders[block_id] = 1
+            self._generations[block_id] += 1
+        return block_ids
+
+    def insert(self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash | None) -> None:
+        """Name a full block that is held; see `PrefixCache.insert`."""
+        assert self._num_holders[block_id], f"block {block_id} is named but held by nobody"
+        self.prefix_cache.insert(block_id, block_hash, parent)
