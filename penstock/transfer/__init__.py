@@ -1,0 +1,1 @@
+"""How KV blocks cross from one pool into another: registered regions, spans, sessions (pure)."""
