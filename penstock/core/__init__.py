@@ -1,1 +1,1 @@
-"""Floor 0: the vocabulary. Types, requests, blocks, events, ports, and the node that drives a core."""
+"""Floor 0: the vocabulary. Types, requests, blocks, events, ports, and what drives a core."""

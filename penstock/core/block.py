@@ -4,9 +4,10 @@ A block is one contiguous span of one group's block-major pool,
 
     [num_blocks, layers_in_group, 2, block_size, num_kv_heads, head_dim]
 
-and is the unit of allocation, hashing, compression and transfer in every tier. Layers that attend to everything and
-layers that attend to a sliding window lie in different groups, so that the latter can free what is behind their window.
-This module computes sizes and names; it holds no memory and knows no owner.
+and is the unit of allocation, hashing, compression and transfer in every tier. Layers that attend
+to everything and layers that attend to a sliding window lie in different groups, so that the latter
+can free what is behind their window. This module computes sizes and names; it holds no memory and
+knows no owner.
 """
 
 from collections.abc import Sequence
@@ -24,16 +25,20 @@ DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KVGroup(Struct, frozen=True, array_like=True):
-    """Layers that keep the same tokens: `window` is 0 for full attention, else the sliding window in tokens."""
+    """Layers that keep the same tokens: `window` is 0 for full attention, else the sliding window
+    in tokens.
+    """
 
     layers: tuple[int, ...]
     window: int = 0
 
 
 class KVLayout(Struct, frozen=True, array_like=True):
-    """Shape of every block of a worker. Two workers may exchange blocks when their fingerprints are equal.
+    """Shape of every block of a worker. Two workers may exchange blocks when their fingerprints are
+    equal.
 
-    `model` identifies weights and revision: blocks of different models never mix even when shapes agree.
+    `model` identifies weights and revision: blocks of different models never mix even when shapes
+    agree.
     """
 
     model: str
@@ -55,7 +60,7 @@ class KVLayout(Struct, frozen=True, array_like=True):
         return sum(self.block_bytes) // self.block_size
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that both ends of a transfer compare before they exchange a block."""
+        """Return 16 hex digits that both ends of a transfer compare before the first block."""
         return blake2b(encode(self), digest_size=8).hexdigest()
 
     def num_blocks(self, num_tokens: int) -> int:
@@ -64,10 +69,11 @@ class KVLayout(Struct, frozen=True, array_like=True):
 
 
 def root_hash(salt: str) -> BlockHash:
-    """Return the parent of a sequence's first block: depends on the tenant's salt and on nothing else.
+    """Return the parent of a sequence's first block: depends on the tenant's salt and on nothing
+    else.
 
-    The same salt gives the same hash in every process (no random seed), which is what lets workers, router and
-    restarts agree on names.
+    The same salt gives the same hash in every process (no random seed), which is what lets workers,
+    router and restarts agree on names.
     """
     return BlockHash(blake2b(salt.encode(), digest_size=16, person=b"penstock-root").digest())
 
@@ -84,7 +90,8 @@ def extend_hashes(
 ) -> None:
     """Append the hashes of blocks that `token_ids` fills and `hashes` does not name yet.
 
-    `hashes[i]` names tokens `[i * block_size, (i + 1) * block_size)`; a partial last block has no name.
+    `hashes[i]` names tokens `[i * block_size, (i + 1) * block_size)`; a partial last block has no
+    name.
     """
     parent = hashes[-1] if hashes else root_hash(salt)
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):

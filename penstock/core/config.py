@@ -1,4 +1,6 @@
-"""Settings as frozen, validated structs. The command line fills them in; nothing else reads flags or the environment."""
+"""Settings as frozen, validated structs. The command line fills them in; nothing else reads flags
+or the environment.
+"""
 
 from enum import Enum
 
@@ -12,8 +14,9 @@ from penstock.core.types import NS_PER_S, Role, WorkerId
 class EngineConfig(Struct, frozen=True, kw_only=True):
     """Which model to run and how.
 
-    `model` is a folder or a Hugging Face name. `dtype` "auto" takes bfloat16 where the device multiplies it natively,
-    float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker. `load_format` "dummy" makes random weights.
+    `model` is a folder or a Hugging Face name. `dtype` "auto" takes bfloat16 where the device
+    multiplies it natively, float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker.
+    `load_format` "dummy" makes random weights.
     """
 
     model: str
@@ -31,8 +34,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check ranges. Raises: `StartupFailed` naming the flag."""
         _require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "--dtype", self.dtype)
-        _require(self.block_size in (16, 32, 64, 128), "--block-size (16|32|64|128)", self.block_size)
-        _require(self.model_impl in ("auto", "penstock", "transformers"), "--model-impl", self.model_impl)
+        _require(
+            self.block_size in (16, 32, 64, 128), "--block-size (16|32|64|128)", self.block_size
+        )
+        _require(
+            self.model_impl in ("auto", "penstock", "transformers"), "--model-impl", self.model_impl
+        )
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):
@@ -52,10 +59,15 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
 
 
 class ControllerConfig(Struct, frozen=True, kw_only=True):
-    """What the controller core needs to know. A lost worker's requests are retried `max_attempts - 1` times."""
+    """What the controller core needs to know.
+
+    A lost worker's requests are retried `max_attempts - 1` times. `queue_timeout_ns` bounds the
+    wait for a first worker.
+    """
 
     max_queued: int = 4096
     max_attempts: int = 3
+    queue_timeout_ns: int = 30 * NS_PER_S
 
 
 class WorkerState(Enum):

@@ -1,12 +1,12 @@
 """Operating errors, named for what the caller can do about them.
 
 PenstockError
-├── BadRequest            the request can never succeed as it stands; `field` says what to change
+├── BadRequest            it can never succeed as it stands; `field` says what to change
 │   ├── PromptTooLong     shorten the prompt or serve with a larger --max-model-len
 │   └── UnknownModel      ask for one of the served models
 ├── Unauthorized          send the API key
 ├── CapacityExceeded      come back after `retry_after_s`
-├── WorkersUnavailable    no worker can take the request now; the cluster is starting, draining or dead
+├── WorkersUnavailable    nobody can take the request: the cluster is starting, draining or dead
 ├── PeerLost              the worker that had the request died, and its retries are used up
 ├── DeadlineExceeded      a wait reached its limit
 ├── StartupFailed         the cluster cannot come up; the message says what to change
@@ -23,7 +23,8 @@ class PenstockError(Exception):
 class BadRequest(PenstockError):
     """The request can never succeed as it stands.
 
-    `field` names the offending field of the request body, or is None when the body as a whole is at fault.
+    `field` names the offending field of the request body, or is None when the body as a whole is at
+    fault.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:

@@ -1,7 +1,9 @@
-"""Every event a core handles and every command it gives; the messages among them are also what crosses the wire.
+"""Every event a core handles and every command it gives; the messages among them are also what
+crosses the wire.
 
-Messages (`Message`) are frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code. Events that
-never leave a process (a finished step, a timer) and commands are structs too, so that a decision log can hold them.
+Messages (`Message`) are frozen, tagged structs, encoded as msgpack: nothing on any wire can execute
+code. Events that never leave a process (a finished step, a timer) and commands are structs too, so
+that a decision log can hold them.
 
 who                     says                                              to
 front                   Submit, Cancel                                    controller
@@ -22,13 +24,15 @@ from penstock.core.request import Request, Timeline
 from penstock.core.step import Sampled, Step, TokenLogprobs
 from penstock.core.types import BlockId, FinishReason, RequestId, Role, WorkerId
 
-# ---------------------------------------------------------------------------------------------------- what they carry
+# ---------------------------------------------------------------------------------- what they carry
 
 
 class RegionDescriptor(Struct, frozen=True, array_like=True):
-    """A peer's registered memory, as it may be sent: enough to map and read one group's pool, and nothing more.
+    """A peer's registered memory, as it may be sent: enough to map and read one group's pool, and
+    nothing more.
 
-    `location` is for the transport named by `kind` alone to understand. `capacity_bytes` bounds every read.
+    `location` is for the transport named by `kind` alone to understand. `capacity_bytes` bounds
+    every read.
     """
 
     kind: str
@@ -38,7 +42,9 @@ class RegionDescriptor(Struct, frozen=True, array_like=True):
 
 
 class WorkerInfo(Struct, frozen=True, kw_only=True):
-    """What a worker says of itself when it joins. `epoch` is new for every incarnation of a worker id."""
+    """What a worker says of itself when it joins. `epoch` is new for every incarnation of a worker
+    id.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -61,7 +67,7 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
 
 
 class GroupBlocks(Struct, frozen=True, array_like=True):
-    """Blocks of one request in one group: `block_ids[i]` is entry `first + i` of its block table."""
+    """Blocks of a request in one group: `block_ids[i]` is entry `first + i` of its block table."""
 
     first: int
     block_ids: tuple[BlockId, ...]
@@ -77,26 +83,26 @@ class TokenOutput(Struct, frozen=True, array_like=True):
     timeline: Timeline | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------ messages
+# ----------------------------------------------------------------------------------------- messages
 
 
-class Message(Struct, frozen=True, tag=True, kw_only=True):
-    """What one node may say to another."""
+class Tagged(Struct, frozen=True, tag=True, kw_only=True):
+    """Parent of everything that one node may say to another: on the wire its name says which."""
 
 
-class Submit(Message, frozen=True):
+class Submit(Tagged, frozen=True):
     """Serve this request; its tokens are to come back as `Tokens`."""
 
     request: Request
 
 
-class Cancel(Message, frozen=True):
+class Cancel(Tagged, frozen=True):
     """Nobody wants this request any more: stop within a step and free everything."""
 
     request_id: RequestId
 
 
-class Assign(Message, frozen=True):
+class Assign(Tagged, frozen=True):
     """Take this request; when `decode_worker` is another worker, prefill it and offer it there."""
 
     request: Request
@@ -104,33 +110,35 @@ class Assign(Message, frozen=True):
     timeline: Timeline
 
 
-class PeerUp(Message, frozen=True):
+class PeerUp(Tagged, frozen=True):
     """This worker may send you offers, or take yours."""
 
     info: WorkerInfo
 
 
-class PeerDown(Message, frozen=True):
+class PeerDown(Tagged, frozen=True):
     """This incarnation is gone: expect nothing from it, free what was kept for it."""
 
     worker_id: WorkerId
     epoch: int
 
 
-class Stop(Message, frozen=True):
+class Stop(Tagged, frozen=True):
     """Leave the cluster now."""
 
 
-class Hello(Message, frozen=True):
+class Hello(Tagged, frozen=True):
     """A worker joins."""
 
     info: WorkerInfo
 
 
-class Load(Message, frozen=True):
-    """How full a worker is. Counts of requests by state, free and cached blocks per group, and totals since its start.
+class Load(Tagged, frozen=True):
+    """How full a worker is. Counts of requests by state, free and cached blocks per group, and
+    totals since its start.
 
-    `preemptions` and the prefix figures are totals; `prefix_queries` and `prefix_hits` count prompt tokens.
+    `preemptions` and the prefix figures are totals; `prefix_queries` and `prefix_hits` count prompt
+    tokens.
     """
 
     worker_id: WorkerId
@@ -145,21 +153,21 @@ class Load(Message, frozen=True):
     steps: int = 0
 
 
-class Tokens(Message, frozen=True):
+class Tokens(Tagged, frozen=True):
     """What one step produced."""
 
     worker_id: WorkerId
     outputs: tuple[TokenOutput, ...]
 
 
-class Offered(Message, frozen=True):
+class Offered(Tagged, frozen=True):
     """The request's prefill is done and its blocks are offered to the decode worker."""
 
     request_id: RequestId
     worker_id: WorkerId
 
 
-class RequestFailed(Message, frozen=True):
+class RequestFailed(Tagged, frozen=True):
     """This request cannot go on here. `is_retryable`: another worker may succeed."""
 
     request_id: RequestId
@@ -168,10 +176,12 @@ class RequestFailed(Message, frozen=True):
     worker_id: WorkerId = WorkerId("")
 
 
-class Offer(Message, frozen=True):
-    """The KV of the first `num_tokens` tokens of `request` lies in these blocks of `source`: pull, then release.
+class Offer(Tagged, frozen=True):
+    """The KV of the first `num_tokens` tokens of `request` lies in these blocks of `source`: pull,
+    then release.
 
-    `num_tokens` is one less than the request's tokens: the decode worker computes the last one and samples.
+    `num_tokens` is one less than the request's tokens: the decode worker computes the last one and
+    samples.
     """
 
     request: Request
@@ -182,21 +192,38 @@ class Offer(Message, frozen=True):
     timeline: Timeline
 
 
-class Withdraw(Message, frozen=True):
+class Withdraw(Tagged, frozen=True):
     """Forget the offer; answered by `Release` once no read is under way."""
 
     request_id: RequestId
     source: WorkerId
 
 
-class Release(Message, frozen=True):
+class Release(Tagged, frozen=True):
     """The offered blocks are not needed any more: pulled, or not wanted."""
 
     request_id: RequestId
     worker_id: WorkerId
 
 
-# -------------------------------------------------------------------------------------------------------- local events
+Message = (
+    Submit
+    | Cancel
+    | Assign
+    | PeerUp
+    | PeerDown
+    | Stop
+    | Hello
+    | Load
+    | Tokens
+    | Offered
+    | RequestFailed
+    | Offer
+    | Withdraw
+    | Release
+)
+
+# ------------------------------------------------------------------------------------- local events
 
 
 class WorkerLost(Struct, frozen=True, tag=True, kw_only=True):
@@ -212,7 +239,9 @@ class Drain(Struct, frozen=True, tag=True):
 
 
 class StepDone(Struct, frozen=True, tag=True, kw_only=True):
-    """The executor finished a step; `sampled[i]` belongs to `samples[i]`. `error` is set when it failed as a whole."""
+    """The executor finished a step; `sampled[i]` belongs to `samples[i]`. `error` is set when it
+    failed as a whole.
+    """
 
     step_id: int
     sampled: tuple[Sampled, ...]
@@ -239,7 +268,7 @@ class Woken(Struct, frozen=True, tag=True):
     key: str
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 class MoveClass(Enum):
@@ -296,27 +325,11 @@ class WakeAt(Struct, frozen=True, tag=True):
     key: str
 
 
-WireMessage = (
-    Submit
-    | Cancel
-    | Assign
-    | PeerUp
-    | PeerDown
-    | Stop
-    | Hello
-    | Load
-    | Tokens
-    | Offered
-    | RequestFailed
-    | Offer
-    | Withdraw
-    | Release
-)
-Event = WireMessage | WorkerLost | Drain | StepDone | MoveDone | Woken
+Event = Message | WorkerLost | Drain | StepDone | MoveDone | Woken
 Command = Send | RunStep | SubmitMove | WakeAt
 
 _encoder = Encoder()
-_decoder = Decoder(WireMessage)
+_decoder: Decoder[Message] = Decoder(Message)
 
 
 def encode_message(message: Message) -> bytes:
@@ -324,7 +337,7 @@ def encode_message(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_message(data: bytes | memoryview) -> WireMessage:
+def decode_message(data: bytes | memoryview) -> Message:
     """Parse and validate what `encode_message` made.
 
     Raises: `msgspec.DecodeError` or its subclass `ValidationError` for anything else.

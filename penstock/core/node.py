@@ -1,6 +1,7 @@
 """`Node` drives one core over the three ports, and `DecisionLog` remembers what it decided.
 
-The node is the only place where a command turns into an act. It runs on one thread; ports call back on that thread.
+The node is the only place where a command turns into an act. It runs on one thread; ports call back
+on that thread.
 """
 
 from collections import deque
@@ -17,8 +18,8 @@ from penstock.core.ports import Clock, Core, Executor, Transport
 class Node:
     """Feeds events to a core, one at a time, and carries out what it commands.
 
-    A port may deliver from inside a command (a simulated executor that answers at once): such events wait until the
-    current one is done, so a core never sees itself re-entered.
+    A port may deliver from inside a command (a simulated executor that answers at once): such
+    events wait until the current one is done, so a core never sees itself re-entered.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class LogEntry(msgspec.Struct, frozen=True):
 
 
 class DecisionLog:
-    """The last `limit` decisions of one core; every entry also goes to `sink` as one JSON line, if given.
+    """The last `limit` decisions of one core; every entry also goes to `sink` as one JSON line, if
+    given.
 
     With the events and their times a run can be replayed exactly: a core is a function of them.
     """
@@ -111,12 +113,16 @@ class DecisionLog:
         return lines
 
     def decisions(self) -> list[object]:
-        """Return the commands alone with every time stamp left out: what two runs at different speeds share."""
+        """Return the commands alone with every time stamp left out: what two runs at different
+        speeds share.
+        """
         return [_timeless(command) for entry in self._entries for command in entry.commands]
 
 
 def to_builtins(value: object) -> object:
-    """Return `value` as dicts, lists, strings and numbers; arrays become lists and dataclasses dicts."""
+    """Return `value` as dicts, lists, strings and numbers; arrays become lists and dataclasses
+    dicts.
+    """
     return msgspec.to_builtins(value, enc_hook=_array_to_list, str_keys=True)
 
 

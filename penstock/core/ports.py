@@ -1,4 +1,6 @@
-"""The three ways in which a core touches the world. Production and simulation differ in these and in nothing else."""
+"""The three ways in which a core touches the world. Production and simulation differ in these and
+in nothing else.
+"""
 
 from collections.abc import Callable
 from typing import Protocol

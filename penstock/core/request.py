@@ -1,8 +1,8 @@
 """A request as every part of the program sees it, and the timeline that explains its latency.
 
-`Request` and `SamplingParams` are immutable and travel between processes; whoever works on a request keeps its own
-mutable record beside it. `Timeline` stamps are nanoseconds of the host's monotonic clock, which all processes of one
-host share.
+`Request` and `SamplingParams` are immutable and travel between processes; whoever works on a
+request keeps its own mutable record beside it. `Timeline` stamps are nanoseconds of the host's
+monotonic clock, which all processes of one host share.
 """
 
 from enum import Enum
@@ -16,9 +16,10 @@ from penstock.core.types import NS_PER_S, RequestId
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens. Defaults are those of the OpenAI API; greedy is `temperature=0`.
 
-    `seed` is None only until the front end has drawn one: workers always see a number, so that any of them continues
-    the same sequence. `logprobs` is the number of alternatives to report per token (None reports nothing).
-    `stop` strings are looked for where text exists (front end); `stop_token_ids` by the worker.
+    `seed` is None only until the front end has drawn one: workers always see a number, so that any
+    of them continues the same sequence. `logprobs` is the number of alternatives to report per
+    token (None reports nothing). `stop` strings are looked for where text exists (front end);
+    `stop_token_ids` by the worker.
     """
 
     max_tokens: int = 16
@@ -55,8 +56,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to continue.
 
-    `output_token_ids` is not empty when the request is continued after a preemption, a migration or a lost worker;
-    `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix cache.
+    `output_token_ids` is not empty when the request is continued after a preemption, a migration or
+    a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
+    cache.
     """
 
     request_id: RequestId
@@ -88,7 +90,8 @@ class RequestState(Enum):
 _ENDINGS = frozenset({RequestState.FINISHED, RequestState.ABORTED, RequestState.FAILED})
 
 REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
-    # A single worker that does both goes from queued straight to decoding; a lost worker puts a request back in the queue.
+    # A single worker that does both goes from queued straight to decoding; a lost worker puts a
+    # request back in the queue.
     RequestState.QUEUED: frozenset({RequestState.PREFILLING, RequestState.DECODING}) | _ENDINGS,
     RequestState.PREFILLING: frozenset({RequestState.HANDING_OFF, RequestState.QUEUED}) | _ENDINGS,
     RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED}) | _ENDINGS,
@@ -100,10 +103,11 @@ REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
 
 
 class Timeline(Struct, kw_only=True, omit_defaults=True):
-    """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request travels.
+    """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request
+    travels.
 
-    Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what the client saw beyond
-    them is the residual.
+    Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
+    the client saw beyond them is the residual.
     """
 
     arrived_ns: int = 0
@@ -124,8 +128,8 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     def ledger(self, delivered_ns: int) -> dict[str, float]:
         """Return the parts of TTFT in seconds; they and `residual` add up to `ttft`.
 
-        `delivered_ns` is when the first token left towards the client. A request that one worker served alone has no
-        offer, wait or pull, and its first decode is part of its prefill.
+        `delivered_ns` is when the first token left towards the client. A request that one worker
+        served alone has no offer, wait or pull, and its first decode is part of its prefill.
         """
         stamps = [
             ("queue", self.prefill_started_ns),

@@ -1,4 +1,5 @@
-"""The seam between the cluster and whoever serves people: what a front end may ask of it, and what it is told.
+"""The seam between the cluster and whoever serves people: what a front end may ask of it, and what
+it is told.
 
 The HTTP server and the Python API see nothing of the cluster but this protocol.
 """
@@ -13,7 +14,9 @@ from penstock.core.request import Request
 from penstock.core.types import RequestId
 
 Sink = Callable[[TokenOutput | RequestFailed], None]
-"""Called on the event loop's thread with every piece of one request; the last one has a finish reason or is a failure."""
+"""Called on the event loop's thread with every piece of one request; the last one has a finish
+reason or is a failure.
+"""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
@@ -51,8 +54,8 @@ class Service(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Start a request.
 
-        Raises: `CapacityExceeded` when every queue is full, `WorkersUnavailable` when nobody can serve it,
-        `PromptTooLong` when it can never fit.
+        Raises: `CapacityExceeded` when every queue is full, `WorkersUnavailable` when nobody can
+        serve it, `PromptTooLong` when it can never fit.
         """
 
     def cancel(self, request_id: RequestId) -> None:

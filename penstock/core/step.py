@@ -1,7 +1,7 @@
 """One model step as plain data: what a worker asks of its executor, and what comes back.
 
-The worker core builds it, the executor port runs it, neither keeps anything for the other: an executor has no
-per-request state, so a request may appear on any worker at any step.
+The worker core builds it, the executor port runs it, neither keeps anything for the other: an
+executor has no per-request state, so a request may appear on any worker at any step.
 """
 
 from dataclasses import dataclass, field
@@ -20,8 +20,9 @@ Int64 = npt.NDArray[np.int64]
 class SampleRow:
     """One sequence that gets a new token in this step.
 
-    `row` indexes the step's sequences. `token_ids` is the whole sequence, prompt first, and must not change while the
-    step runs; it is read only when the parameters have penalties. `position` is the index that the sampled token will have.
+    `row` indexes the step's sequences. `token_ids` is the whole sequence, prompt first, and must
+    not change while the step runs; it is read only when the parameters have penalties. `position`
+    is the index that the sampled token will have.
     """
 
     row: int
@@ -38,8 +39,9 @@ class Step:
     token_ids    [T] int64, the sequences' new tokens one after the other
     num_new      [S] int32, how many of them each sequence has
     num_computed [S] int32, tokens of each sequence whose KV is already in its blocks
-    block_tables per group [S, W] int32; entry j holds tokens [j * block_size, (j + 1) * block_size). Entries behind a
-                 sliding window or beyond the sequence are 0 and are never read.
+    block_tables per group [S, W] int32; entry j holds tokens [j * block_size, (j + 1) *
+                 block_size). Entries behind a sliding window or beyond the sequence are 0 and are
+                 never read.
     samples      the sequences whose last new token is their last known one
     """
 
@@ -52,7 +54,9 @@ class Step:
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
-    """Log probability of a sampled token and of the most likely alternatives, before temperature and filters."""
+    """Log probability of a sampled token and of the most likely alternatives, before temperature
+    and filters.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()

@@ -1,6 +1,7 @@
 """The vocabulary every other module speaks: identifiers, roles, tiers and units.
 
-Owns names and nothing else. It knows no policy, no tensor library and no process; everything may import it.
+Owns names and nothing else. It knows no policy, no tensor library and no process; everything may
+import it.
 """
 
 from enum import Enum
@@ -11,7 +12,9 @@ WorkerId = NewType("WorkerId", str)
 BlockId = NewType("BlockId", int)
 """Index of a block in one group's pool of one worker."""
 BlockHash = NewType("BlockHash", bytes)
-"""16 bytes that name the contents of a full block: a function of its tokens, its ancestors and the tenant's salt."""
+"""16 bytes that name the contents of a full block: a function of its tokens, its ancestors and the
+tenant's salt.
+"""
 
 FRONT: Final = WorkerId("front")
 """Destination of what the controller tells the HTTP side or the Python API."""
@@ -25,7 +28,9 @@ GIB: Final = 1024 * MIB
 
 
 class Role(Enum):
-    """Which part of a request a worker is meant for. A label, not a capability: every worker can do both."""
+    """Which part of a request a worker is meant for. A label, not a capability: every worker can do
+    both.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"

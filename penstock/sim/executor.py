@@ -1,0 +1,165 @@
+"""`SimExecutor` takes the time a model would take, and `ChainModel` computes what a model's KV
+would hold.
+
+`ChainModel` is the smallest thing that depends on KV the way attention does: the KV of a token is
+one number, a hash of the token and of the number before it, kept in the worker's blocks. The token
+it samples is a hash of the last number and the seed. If any block of a sequence is stale, reused,
+missing or swapped, every later token is wrong, which `expected_tokens` (the same function without
+blocks) shows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.block import KVGroup, KVLayout
+from penstock.core.events import StepDone
+from penstock.core.request import Request
+from penstock.core.step import Sampled, Step
+from penstock.sim.clock import SimClock
+
+VOCAB_SIZE = 1000
+_MASK = (1 << 64) - 1
+Pool = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Duration of a step: `base_ns + new tokens * token_ns + cached tokens * context_ns`."""
+
+    base_ns: int = 500_000
+    token_ns: int = 20_000
+    context_ns: int = 20
+
+    def duration_ns(self, step: Step) -> int:
+        """Return how long the step takes."""
+        new, computed = int(step.num_new.sum()), int(step.num_computed.sum())
+        return self.base_ns + new * self.token_ns + computed * self.context_ns
+
+
+class SimExecutor:
+    """The executor port: calls `model` and answers after the time `cost` says."""
+
+    def __init__(
+        self, clock: SimClock, cost: StepCost, model: Callable[[Step], tuple[Sampled, ...]]
+    ) -> None:
+        self._clock = clock
+        self._cost = cost
+        self._model = model
+
+    def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
+        """Answer at the simulated time at which the step would be over."""
+        started_ns = self._clock.now_ns()
+        finished_ns = started_ns + self._cost.duration_ns(step)
+
+        def finish() -> None:
+            # KV is written when the step ends, so a block freed too early is caught with another's
+            # content in it.
+            sampled = self._model(step)
+            done(
+                StepDone(
+                    step_id=step.step_id,
+                    sampled=sampled,
+                    started_ns=started_ns,
+                    finished_ns=finished_ns,
+                )
+            )
+
+        self._clock.call_at(finished_ns, finish)
+
+
+def chain_layout(block_size: int, windows: tuple[int, ...] = (0,)) -> KVLayout:
+    """Return a layout whose slot is exactly one 8-byte number: one layer, one head, one dimension,
+    per group.
+    """
+    groups = tuple(KVGroup((layer,), window) for layer, window in enumerate(windows))
+    return KVLayout("chain", groups, 1, 1, block_size, "float32")
+
+
+class ChainModel:
+    """A model whose KV is a hash chain. `pools[g]` is group g's memory: [num_blocks, block_size]
+    uint64.
+    """
+
+    def __init__(self, layout: KVLayout, pools: tuple[Pool, ...]) -> None:
+        self._layout = layout
+        self._pools = pools
+
+    def execute(self, step: Step) -> tuple[Sampled, ...]:
+        """Fill the step's slots and sample its rows."""
+        token_ids = step.token_ids.tolist()
+        last: list[int] = []
+        start = 0
+        for row, (num_new, num_computed) in enumerate(
+            zip(step.num_new.tolist(), step.num_computed.tolist(), strict=True)
+        ):
+            tables = [table[row] for table in step.block_tables]
+            number = self._read(tables, num_computed)
+            for offset in range(num_new):
+                number = _link(number, token_ids[start + offset])
+                self._write(tables, num_computed + offset, number)
+            last.append(number)
+            start += num_new
+        return tuple(
+            Sampled(_sample(last[s.row], s.params.seed or 0, s.position)) for s in step.samples
+        )
+
+    def _read(self, tables: list[npt.NDArray[np.int32]], num_computed: int) -> int:
+        """Return the number of the last computed token; every group must agree on what its window
+        shows.
+        """
+        if not num_computed:
+            return 0
+        position = num_computed - 1
+        numbers = {self._slot(g, tables[g], position) for g in range(len(self._pools))}
+        assert len(numbers) == 1, f"groups disagree at position {position}: {numbers}"
+        for group, spec in enumerate(self._layout.groups):
+            for back in range(
+                max(0, num_computed + 1 - spec.window), position if spec.window else 0
+            ):
+                full = self._slot(0, tables[0], back)
+                assert full == self._slot(group, tables[group], back), (group, back)
+        return numbers.pop()
+
+    def _slot(self, group: int, table: npt.NDArray[np.int32], position: int) -> int:
+        block, offset = divmod(position, self._layout.block_size)
+        return int(self._pools[group][table[block], offset])
+
+    def _write(self, tables: list[npt.NDArray[np.int32]], position: int, number: int) -> None:
+        block, offset = divmod(position, self._layout.block_size)
+        for pool, table in zip(self._pools, tables, strict=True):
+            pool[table[block], offset] = number
+
+
+def expected_tokens(request: Request, num_tokens: int, eos_token_ids: tuple[int, ...]) -> list[int]:
+    """Return what `ChainModel` must generate for `request`: `num_tokens` tokens, fewer if one of
+    them ends it.
+    """
+    number = 0
+    for token_id in request.prompt_token_ids:
+        number = _link(number, token_id)
+    output: list[int] = []
+    while len(output) < num_tokens:
+        position = len(request.prompt_token_ids) + len(output)
+        token_id = _sample(number, request.params.seed or 0, position)
+        output.append(token_id)
+        if token_id in eos_token_ids and not request.params.ignore_eos:
+            break
+        number = _link(number, token_id)
+    return output
+
+
+def _link(number: int, token_id: int) -> int:
+    """Mix a token into the chain (the finaliser of splitmix64). Never 0, so that an unwritten slot
+    is seen.
+    """
+    mixed = (number + (token_id + 1) * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (mixed ^ (mixed >> 31)) or 1
+
+
+def _sample(number: int, seed: int, position: int) -> int:
+    return _link(number ^ seed, position) % VOCAB_SIZE

@@ -1,0 +1,230 @@
+"""`SimCluster`: the production cores composed over simulated ports, with faults on a schedule.
+
+Everything that may differ between two runs comes from the seed and the calls made before `run`; the
+same calls give the same decision log. After every event the invariants of all cores are checked.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.control.controller import Controller
+from penstock.core.block import KVLayout
+from penstock.core.config import ControllerConfig, WorkerConfig
+from penstock.core.events import (
+    Cancel,
+    Command,
+    Event,
+    Hello,
+    Message,
+    RequestFailed,
+    Submit,
+    TokenOutput,
+    Tokens,
+    WorkerInfo,
+    WorkerLost,
+)
+from penstock.core.node import DecisionLog, Node
+from penstock.core.request import Request
+from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestId, Role, WorkerId
+from penstock.sim.clock import SimClock
+from penstock.sim.executor import ChainModel, Pool, SimExecutor, StepCost, chain_layout
+from penstock.sim.network import LinkCost, SimNetwork, SimTransport
+from penstock.worker.worker import Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """A cluster to simulate. `num_blocks` is per KV group of each worker."""
+
+    roles: dict[str, Role] = field(default_factory=lambda: {"p0": Role.PREFILL, "d0": Role.DECODE})
+    layout: KVLayout = field(default_factory=lambda: chain_layout(16))
+    num_blocks: tuple[int, ...] = (64,)
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 64
+    max_model_len: int = 512
+    eos_token_ids: tuple[int, ...] = ()
+    step_cost: StepCost = field(default_factory=StepCost)
+    link_cost: LinkCost = field(default_factory=LinkCost)
+    detection_ns: int = 20 * NS_PER_MS
+    respawn_ns: int = 100 * NS_PER_MS
+
+
+class SimWorker:
+    """A worker core with its simulated ports, pools and life."""
+
+    def __init__(self, spec: ClusterSpec, network: SimNetwork, name: str, epoch: int) -> None:
+        self.config = WorkerConfig(
+            worker_id=WorkerId(name),
+            role=spec.roles[name],
+            epoch=epoch,
+            layout=spec.layout,
+            num_blocks=spec.num_blocks,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            eos_token_ids=spec.eos_token_ids,
+        )
+        self.core = Worker(self.config)
+        self.pools: tuple[Pool, ...] = tuple(
+            np.zeros((count, spec.layout.block_size), dtype=np.uint64) for count in spec.num_blocks
+        )
+        self.is_alive = True
+        self.log = DecisionLog()
+        transport = SimTransport(network, self.config.worker_id, self.pools, lambda: self.is_alive)
+        model = ChainModel(spec.layout, self.pools)
+        executor = SimExecutor(network.clock, spec.step_cost, model.execute)
+        self._node = Node(
+            self.core, clock=network.clock, transport=transport, executor=executor, log=self.log
+        )
+        network.join(self.config.worker_id, self.deliver)
+        network.register(self.config.worker_id, epoch, self.pools)
+        transport.send(CONTROLLER, Hello(info=self._info()))
+
+    def deliver(self, event: Event) -> None:
+        """Take an event in, unless dead."""
+        if self.is_alive:
+            self._node.deliver(event)
+
+    def _info(self) -> WorkerInfo:
+        config = self.config
+        return WorkerInfo(
+            worker_id=config.worker_id,
+            role=config.role,
+            epoch=config.epoch,
+            address="sim",
+            pid=0,
+            layout=config.layout,
+            num_blocks=config.num_blocks,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+        )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the client of one request saw."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    first_token_ns: int = 0
+    finished_ns: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """True when the client was told the end."""
+        return self.finish_reason is not None or self.error is not None
+
+
+class _Guarded:
+    """A core whose invariants are checked after everything it handles."""
+
+    def __init__(self, core: Controller) -> None:
+        self.core = core
+
+    def handle(self, event: Event, now_ns: int) -> list[Command]:
+        commands = self.core.handle(event, now_ns)
+        self.core.check()
+        return commands
+
+
+class SimCluster:
+    """A simulated cluster. Schedule with `submit`, `cancel`, `kill`; then `run`."""
+
+    def __init__(self, spec: ClusterSpec, seed: int = 0) -> None:
+        self.spec = spec
+        self.clock = SimClock()
+        self.network = SimNetwork(self.clock, spec.link_cost, random.Random(seed))
+        self.controller = Controller(ControllerConfig())
+        self.outcomes: dict[RequestId, Outcome] = {}
+        self.log = DecisionLog()
+        self._cancelled: set[RequestId] = set()
+        transport = SimTransport(self.network, CONTROLLER)
+        self._node = Node(
+            _Guarded(self.controller), clock=self.clock, transport=transport, log=self.log
+        )
+        self.network.join(CONTROLLER, self._node.deliver)
+        self.network.join(FRONT, self._take)
+        self.workers = {name: SimWorker(spec, self.network, name, 1) for name in spec.roles}
+
+    def submit(self, request: Request, at_ns: int) -> None:
+        """Schedule a request's arrival."""
+        self.outcomes[request.request_id] = Outcome()
+        self.clock.call_at(at_ns, lambda: self._node.deliver(Submit(request=request)))
+
+    def cancel(self, request_id: RequestId, at_ns: int) -> None:
+        """Schedule a client's leaving."""
+
+        def leave() -> None:
+            self._cancelled.add(request_id)
+            self._node.deliver(Cancel(request_id=request_id))
+
+        self.clock.call_at(at_ns, leave)
+
+    def kill(self, name: str, at_ns: int) -> None:
+        """Schedule a worker's death; its successor joins with the next epoch some time later."""
+        self.clock.call_at(at_ns, lambda: self._kill(name))
+
+    def run(self, *, limit_s: float = 600.0) -> None:
+        """Run until nothing is left to do.
+
+        Raises: `AssertionError` when an invariant breaks or when the cluster is still busy at the
+        limit.
+        """
+        is_over = self.clock.run(until_ns=int(limit_s * NS_PER_S), after_each=self.check)
+        assert is_over, f"still busy after {limit_s} simulated seconds"
+
+    def check(self) -> None:
+        """Assert every core's invariants."""
+        for worker in self.workers.values():
+            if worker.is_alive:
+                worker.core.check()
+
+    def is_unwanted(self, request_id: RequestId) -> bool:
+        """True when the client left."""
+        return request_id in self._cancelled
+
+    def story(self, key: str) -> str:
+        """Return everything that happened to one request, over all nodes."""
+        logs: list[tuple[str, Callable[[str], list[str]]]] = [("controller", self.log.story)]
+        logs += [(name, worker.log.story) for name, worker in self.workers.items()]
+        return "\n".join(f"{name}: {line}" for name, story in logs for line in story(key))
+
+    def _kill(self, name: str) -> None:
+        worker = self.workers[name]
+        if not worker.is_alive:
+            return
+        worker.is_alive = False
+        epoch = worker.config.epoch
+        self.network.leave(worker.config.worker_id, epoch)
+        lost = WorkerLost(worker_id=worker.config.worker_id, epoch=epoch, reason="killed")
+        now_ns = self.clock.now_ns()
+        self.clock.call_at(now_ns + self.spec.detection_ns, lambda: self._node.deliver(lost))
+        self.clock.call_at(now_ns + self.spec.respawn_ns, lambda: self._respawn(name, epoch + 1))
+
+    def _respawn(self, name: str, epoch: int) -> None:
+        self.workers[name] = SimWorker(self.spec, self.network, name, epoch)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Tokens(outputs=outputs):
+                for output in outputs:
+                    self._take_output(output)
+            case RequestFailed(request_id=request_id, reason=reason):
+                outcome = self.outcomes[request_id]
+                assert not outcome.is_over, f"{request_id} ended twice"
+                outcome.error = reason
+            case _:
+                raise AssertionError(f"a {type(message).__name__} is not for the front end")
+
+    def _take_output(self, output: TokenOutput) -> None:
+        outcome = self.outcomes[output.request_id]
+        assert not outcome.is_over, f"{output.request_id} got tokens after its end"
+        outcome.first_token_ns = outcome.first_token_ns or self.clock.now_ns()
+        outcome.token_ids += output.token_ids
+        if output.finish_reason is not None:
+            outcome.finish_reason = output.finish_reason.value
+            outcome.finished_ns = self.clock.now_ns()

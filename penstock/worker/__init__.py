@@ -1,0 +1,1 @@
+"""Floor 2: one worker's decisions, whatever its role."""

@@ -1,0 +1,188 @@
+"""`Scheduler` chooses what the next step computes: one token budget, continuous batching, no
+phases.
+
+A sequence takes part until its computed tokens have caught up with its tokens; whether that is a
+prompt's chunk or one decode token makes no difference but for the order: sequences that need a
+single token go first, so that a long prompt cannot stall them; what is left of the budget goes to
+prompts, oldest first. When blocks run out the youngest running sequence is preempted by
+recomputation: its blocks are dropped (named ones stay as prefix cache) and it waits at the front of
+the line.
+
+Called by `Worker`; never while a step is under way, so blocks that a step writes are never taken
+from it.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.core.config import WorkerConfig
+from penstock.core.step import SampleRow, Step
+from penstock.kv.cache import KVCache
+from penstock.worker.sequence import Sequence, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step and whose it is: `parts[i]` is its sequence i and how many new tokens that gets."""
+
+    step: Step
+    parts: tuple[tuple[Sequence, int], ...]
+
+
+class Scheduler:
+    """Owns who waits and who runs on this worker."""
+
+    def __init__(self, config: WorkerConfig, kv: KVCache) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preempted = 0
+        self.num_steps = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._config = config
+        self._kv = kv
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the line."""
+        self.waiting.append(sequence)
+
+    def start(self, sequence: Sequence) -> None:
+        """Let a sequence that already has its blocks take part from the next step on. Keeps arrival
+        order.
+        """
+        sequence.move_to(SequenceState.RUNNING)
+        self.running.append(sequence)
+        self.running.sort(key=_arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of whichever line it is in."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Plan | None:
+        """Return the next step, or None when nothing can run. Admits waiting sequences, preempts if
+        it must.
+        """
+        budget_tokens = self._config.max_num_batched_tokens
+        parts: list[tuple[Sequence, int]] = []
+        preempted_before = self.num_preempted
+        # Single tokens first, then chunks; both in order of arrival. A preempted sequence leaves
+        # `running` meanwhile.
+        for wants_one in (True, False):
+            for sequence in list(self.running):
+                want = sequence.target_tokens - sequence.num_computed
+                if (want == 1) is not wants_one or want < 1 or not budget_tokens:
+                    continue
+                num_new = min(want, budget_tokens)
+                if self._make_room(sequence, num_new, parts):
+                    parts.append((sequence, num_new))
+                    budget_tokens -= num_new
+        if self.num_preempted == preempted_before:
+            self._admit(parts, budget_tokens)
+        return self._plan(parts) if parts else None
+
+    def _make_room(
+        self, sequence: Sequence, num_new: int, parts: list[tuple[Sequence, int]]
+    ) -> bool:
+        """Give `sequence` slots for its new tokens, at the cost of younger ones that are not in the
+        step yet.
+        """
+        if sequence.state is not SequenceState.RUNNING:
+            return False
+        while not self._grow(sequence, sequence.num_computed + num_new):
+            scheduled = {id(part) for part, _ in parts}
+            candidates = [s for s in self.running if id(s) not in scheduled]
+            victim = max(candidates, key=_arrival)
+            if victim is sequence and not parts and len(candidates) == 1:
+                return False  # alone and stuck: offers or pulls hold what it needs
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        if num_tokens <= sequence.capacity_tokens:
+            return True
+        if not self._kv.grow(sequence.request_id, num_tokens):
+            return False
+        sequence.capacity_tokens = self._kv.capacity(sequence.request_id)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.num_preempted += 1
+        self.running.remove(victim)
+        self._kv.close(victim.request_id)
+        victim.num_computed = victim.capacity_tokens = 0
+        victim.is_preempted = True
+        victim.move_to(SequenceState.WAITING)
+        self.waiting.appendleft(victim)
+
+    def _admit(self, parts: list[tuple[Sequence, int]], budget_tokens: int) -> None:
+        """Start waiting sequences while budget, seats and blocks last; strictly in line."""
+        while self.waiting and budget_tokens and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            num_cached = self._open(sequence)
+            num_new = min(sequence.target_tokens - num_cached, budget_tokens)
+            if not self._grow(sequence, num_cached + num_new):
+                self._kv.close(sequence.request_id)
+                sequence.num_computed = sequence.capacity_tokens = 0
+                return
+            # Room for the whole prompt now, if there is any, so that its chunks lie in one run.
+            self._kv.reserve(sequence.request_id, sequence.target_tokens)
+            self.waiting.popleft()
+            self.prefix_queries += sequence.target_tokens
+            self.prefix_hits += num_cached
+            if not sequence.is_preempted:
+                sequence.timeline.cached_tokens = num_cached
+            self.start(sequence)
+            if num_new:
+                parts.append((sequence, num_new))
+                budget_tokens -= num_new
+
+    def _open(self, sequence: Sequence) -> int:
+        """Take the longest cached prefix; at least one token stays to be computed if we are to
+        sample.
+        """
+        if self._config.is_prefix_caching:
+            sequence.name_blocks(self._config.layout.block_size)
+        limit = sequence.target_tokens - (sequence.decode_worker is None)
+        num_cached = self._kv.open(sequence.request_id, sequence.hashes, limit)
+        sequence.num_computed = num_cached
+        sequence.capacity_tokens = self._kv.capacity(sequence.request_id)
+        return num_cached
+
+    def _plan(self, parts: list[tuple[Sequence, int]]) -> Plan:
+        token_ids: list[int] = []
+        samples: list[SampleRow] = []
+        for row, (sequence, num_new) in enumerate(parts):
+            start, end = sequence.num_computed, sequence.num_computed + num_new
+            token_ids += sequence.tokens[start:end]
+            if end == len(sequence.tokens):
+                samples.append(
+                    SampleRow(
+                        row, sequence.request.params, sequence.num_prompt, end, sequence.tokens
+                    )
+                )
+        num_computed = [sequence.num_computed for sequence, _ in parts]
+        num_new_tokens = [num_new for _, num_new in parts]
+        self.num_steps += 1
+        step = Step(
+            step_id=self.num_steps,
+            token_ids=np.array(token_ids, dtype=np.int64),
+            num_new=np.array(num_new_tokens, dtype=np.int32),
+            num_computed=np.array(num_computed, dtype=np.int32),
+            block_tables=self._kv.tables(
+                [sequence.request_id for sequence, _ in parts],
+                max(map(int.__add__, num_computed, num_new_tokens)),
+            ),
+            samples=tuple(samples),
+        )
+        return Plan(step, tuple(parts))
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

@@ -1,0 +1,309 @@
+"""`Worker`: the core that decides for one worker, whatever its role.
+
+Takes assignments and offers in, gives steps and moves out, and tells the controller what came of
+them. It composes the scheduler (what runs), the KV cache (where), and the two halves of the
+hand-off (`OfferDesk`, `PullDesk`); those own their states, this class owns the table of all
+sequences and the one step under way.
+
+A role is a label for the controller: this code never asks for it. Whether a sequence is handed off
+is said by its assignment.
+"""
+
+from penstock.core.config import WorkerConfig
+from penstock.core.events import (
+    Assign,
+    Cancel,
+    Command,
+    Event,
+    Load,
+    MoveDone,
+    Offer,
+    PeerDown,
+    Release,
+    RunStep,
+    Send,
+    StepDone,
+    TokenOutput,
+    Tokens,
+    Withdraw,
+)
+from penstock.core.step import Sampled
+from penstock.core.types import CONTROLLER, RequestId, WorkerId
+from penstock.kv.cache import KVCache
+from penstock.worker.decode import PullDesk
+from penstock.worker.prefill import OfferDesk
+from penstock.worker.scheduler import Plan, Scheduler
+from penstock.worker.sequence import Sequence, SequenceState
+
+
+class Worker:
+    """The core of one worker. `handle` is the only way in."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.kv = KVCache(
+            config.layout, config.num_blocks, is_prefix_caching=config.is_prefix_caching
+        )
+        self.scheduler = Scheduler(config, self.kv)
+        self.offers = OfferDesk(config, self.kv)
+        self.pulls = PullDesk(config, self.kv)
+        self.sequences: dict[RequestId, Sequence] = {}
+        self._plan: Plan | None = None
+        self._num_arrived = 0
+        self._reported_ns = -config.load_interval_ns
+        self._is_report_due = False
+
+    @property
+    def is_idle(self) -> bool:
+        """True when this worker has nothing to do and keeps nothing for anybody."""
+        return not self.sequences and not self.pulls.pending and self._plan is None
+
+    def handle(self, event: Event, now_ns: int) -> list[Command]:
+        """Take one event in; return the acts that follow, a new step among them if none is under
+        way.
+        """
+        commands = self._react(event, now_ns)
+        commands += self._go_on(now_ns)
+        commands += self._report(now_ns)
+        return commands
+
+    def _react(self, event: Event, now_ns: int) -> list[Command]:
+        match event:
+            case StepDone():
+                return self._finish_step(event, now_ns)
+            case Assign():
+                return self._assign(event)
+            case Offer():
+                self.pulls.receive(event, now_ns)
+                return []
+            case MoveDone():
+                return self._land(event, now_ns)
+            case Release(request_id=request_id):
+                if self.offers.release(request_id):
+                    del self.sequences[request_id]
+                return []
+            case Cancel(request_id=request_id):
+                return self._cancel(request_id)
+            case Withdraw(request_id=request_id, source=source):
+                return self._withdraw(request_id, source)
+            case PeerDown(worker_id=worker_id):
+                for sequence in self.offers.release_all_of(worker_id):
+                    del self.sequences[sequence.request_id]
+                return self.pulls.drop_all_of(worker_id)
+            case _:
+                return []  # PeerUp and Stop concern the runtime alone
+
+    # -------------------------------------------------------------------------- one thing at a time
+
+    def _assign(self, event: Assign) -> list[Command]:
+        is_ours = event.decode_worker == self.config.worker_id
+        sequence = Sequence(
+            event.request,
+            arrival=self._next_arrival(),
+            timeline=event.timeline,
+            decode_worker=None if is_ours else event.decode_worker,
+        )
+        assert sequence.request_id not in self.sequences, sequence.request_id
+        self.sequences[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+        return []
+
+    def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
+        sequence, commands = self.pulls.land(event, now_ns)
+        if sequence.state is SequenceState.PULLING:
+            self.scheduler.start(sequence)
+        else:
+            del self.sequences[sequence.request_id]
+        return commands
+
+    def _cancel(self, request_id: RequestId) -> list[Command]:
+        """Stop a request. Blocks that a step or a copy still touches are freed after it."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None:
+            return self.pulls.drop(request_id)
+        match sequence.state:
+            case SequenceState.OFFERED | SequenceState.CLOSING if request_id in self.offers.offered:
+                return self.offers.withdraw(sequence)
+            case SequenceState.CLOSING:
+                return []
+            case SequenceState.PULLING:
+                sequence.move_to(SequenceState.CLOSING)
+            case _:
+                self.scheduler.remove(sequence)
+                if self._is_in_step(sequence):
+                    sequence.move_to(SequenceState.CLOSING)
+                else:
+                    self._forget(sequence)
+        return []
+
+    def _withdraw(self, request_id: RequestId, source: WorkerId) -> list[Command]:
+        """Answer a prefill worker that wants its blocks back.
+
+        A pull under way is let finish, and its landing releases. A request that already runs here
+        has released before.
+        """
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            return self._cancel(request_id)
+        return self.pulls.drop(request_id) or [
+            Send(source, Release(request_id=request_id, worker_id=self.config.worker_id))
+        ]
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Give back whatever blocks a sequence holds and drop it."""
+        if sequence.state is not SequenceState.WAITING:
+            self.kv.close(sequence.request_id)
+        sequence.move_to(SequenceState.GONE)
+        del self.sequences[sequence.request_id]
+
+    def _is_in_step(self, sequence: Sequence) -> bool:
+        return self._plan is not None and any(part is sequence for part, _ in self._plan.parts)
+
+    def _next_arrival(self) -> int:
+        self._num_arrived += 1
+        return self._num_arrived
+
+    # ------------------------------------------------------------------------------ steps and moves
+
+    def _go_on(self, now_ns: int) -> list[Command]:
+        """Start every pull that has room, and a step if none is under way."""
+        commands: list[Command] = []
+        while self._has_seat():
+            admitted = self.pulls.admit(self._num_arrived + 1, now_ns)
+            if admitted is None:
+                break
+            sequence, more = admitted
+            self._num_arrived += 1
+            self.sequences[sequence.request_id] = sequence
+            commands += more
+        while self._plan is None:
+            self._plan = self.scheduler.schedule()
+            ready = self._stamp_started(now_ns)
+            commands += [c for sequence in ready for c in self._hand_off(sequence, now_ns)]
+            if self._plan is not None:
+                commands.append(RunStep(self._plan.step))
+            elif not ready:
+                break  # else: handing off without a step made a seat for the next in line
+        return commands
+
+    def _has_seat(self) -> bool:
+        """A pending offer may come in unless a preempted sequence waits for the same blocks."""
+        taken = len(self.scheduler.running) + len(self.pulls.pulls)
+        waiting = self.scheduler.waiting
+        return taken < self.config.max_num_seqs and not (waiting and waiting[0].is_preempted)
+
+    def _stamp_started(self, now_ns: int) -> list[Sequence]:
+        """Note who runs for the first time; return those whose prefill the cache made complete
+        without a step.
+        """
+        ready = []
+        for sequence in self.scheduler.running:
+            if not sequence.timeline.prefill_started_ns:
+                sequence.timeline.prefill_started_ns = now_ns
+            if sequence.decode_worker and sequence.num_computed == sequence.target_tokens:
+                ready.append(sequence)
+        return ready
+
+    def _hand_off(self, sequence: Sequence, now_ns: int) -> list[Command]:
+        self.scheduler.remove(sequence)
+        return self.offers.offer(sequence, now_ns)
+
+    def _finish_step(self, event: StepDone, now_ns: int) -> list[Command]:
+        plan, self._plan = self._plan, None
+        assert plan is not None, event.step_id
+        assert plan.step.step_id == event.step_id, (plan.step.step_id, event.step_id)
+        # A step that fails is a bug: the process ends and the controller takes its requests
+        # elsewhere.
+        assert event.error is None, event.error
+        commands: list[Command] = []
+        for sequence, num_new in plan.parts:
+            if sequence.state is SequenceState.CLOSING:
+                self._forget(sequence)
+                continue
+            sequence.num_computed += num_new
+            self._advance(sequence)
+            if sequence.decode_worker and sequence.num_computed == sequence.target_tokens:
+                commands += self._hand_off(sequence, now_ns)
+        outputs = [
+            output
+            for sample, sampled in zip(plan.step.samples, event.sampled, strict=True)
+            if (output := self._append(plan.parts[sample.row][0], sampled, now_ns))
+        ]
+        if outputs:
+            tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
+            commands.append(Send(CONTROLLER, tokens))
+        return commands
+
+    def _advance(self, sequence: Sequence) -> None:
+        """Tell the cache about newly valid KV, when that completes a block or leaves a window."""
+        block_size = self.config.layout.block_size
+        if self.config.is_prefix_caching:
+            sequence.name_blocks(block_size)
+        self.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
+
+    def _append(self, sequence: Sequence, sampled: Sampled, now_ns: int) -> TokenOutput | None:
+        """Give a sequence its new token; the last one ends it."""
+        if sequence.state is not SequenceState.RUNNING:
+            return None
+        sequence.tokens.append(sampled.token_id)
+        reason = sequence.finish_reason(self.config.eos_token_ids, self.config.max_model_len)
+        timeline = None
+        if not sequence.is_first_token_out:
+            sequence.is_first_token_out = True
+            timeline = sequence.timeline
+            timeline.first_token_ns = now_ns
+            timeline.decode_worker = self.config.worker_id
+        if reason is not None:
+            self.scheduler.remove(sequence)
+            self._forget(sequence)
+        return TokenOutput(
+            sequence.request_id,
+            (sampled.token_id,),
+            (sampled.logprobs,) if sampled.logprobs else (),
+            reason,
+            timeline,
+        )
+
+    # ------------------------------------------------------------------------------------ reporting
+
+    def _report(self, now_ns: int) -> list[Command]:
+        """Say how full we are: once per interval while busy, and whenever we become idle."""
+        if not self.is_idle:
+            self._is_report_due = True
+            if now_ns - self._reported_ns < self.config.load_interval_ns:
+                return []
+        elif not self._is_report_due:
+            return []
+        self._reported_ns = now_ns
+        self._is_report_due = not self.is_idle
+        return [Send(CONTROLLER, self.load())]
+
+    def load(self) -> Load:
+        """Return how full this worker is."""
+        scheduler = self.scheduler
+        return Load(
+            worker_id=self.config.worker_id,
+            waiting=len(scheduler.waiting) + len(self.pulls.pending),
+            running=len(scheduler.running),
+            handing_off=len(self.offers.offered) + len(self.pulls.pulls),
+            free_blocks=self.kv.free_blocks,
+            cached_blocks=self.kv.cached_blocks,
+            preemptions=scheduler.num_preempted,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            steps=scheduler.num_steps,
+        )
+
+    def check(self) -> None:
+        """Assert that the books balance; called after every event in simulation."""
+        self.kv.check()
+        holders = {s.request_id for s in self.sequences.values() if s.state.value != "waiting"}
+        assert len(holders) == self.kv.num_requests, (holders, self.kv.num_requests)
+        for sequence in self.scheduler.running:
+            assert sequence.state is SequenceState.RUNNING, (sequence.request_id, sequence.state)
+            assert sequence.num_computed <= sequence.capacity_tokens, sequence.request_id
+        for sequence in self.scheduler.waiting:
+            assert sequence.state is SequenceState.WAITING, (sequence.request_id, sequence.state)
+        if self._plan is None and self.scheduler.waiting and not self.scheduler.running:
+            held = self.offers.offered or self.pulls.pulls
+            assert held, f"idle while {self.scheduler.waiting[0].request_id} waits"
