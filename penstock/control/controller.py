@@ -150,7 +150,7 @@ class Controller:
         record.move_to(RequestState.DECODING if is_alone else RequestState.PREFILLING)
         self._count(record, 1)
         timeline = Timeline(
-            arrived_ns=record.request.arrived_ns or now_ns,
+            arrived_ns=record.arrived_ns,
             prefill_worker=prefill_worker,
             prompt_tokens=len(request.prompt_token_ids),
         )

@@ -15,6 +15,7 @@ class RequestRecord:
     """
 
     __slots__ = (
+        "arrived_ns",
         "attempts",
         "decode_worker",
         "output_token_ids",
@@ -29,6 +30,7 @@ class RequestRecord:
         self.request = request
         self.state = RequestState.QUEUED
         self.wire_id = request.request_id
+        self.arrived_ns = request.arrived_ns or now_ns
         self.queued_ns = now_ns
         self.attempts = 0
         self.prefill_worker: WorkerId | None = None

@@ -19,7 +19,9 @@ from penstock.core.events import (
     MoveDone,
     Offer,
     PeerDown,
+    PeerUp,
     Release,
+    RequestFailed,
     RunStep,
     Send,
     StepDone,
@@ -48,6 +50,7 @@ class Worker:
         self.offers = OfferDesk(config, self.kv)
         self.pulls = PullDesk(config, self.kv)
         self.sequences: dict[RequestId, Sequence] = {}
+        self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
         self._num_arrived = 0
         self._reported_ns = -config.load_interval_ns
@@ -86,12 +89,16 @@ class Worker:
                 return self._cancel(request_id)
             case Withdraw(request_id=request_id, source=source):
                 return self._withdraw(request_id, source)
+            case PeerUp(info=info):
+                self._peers.add(info.worker_id)
+                return []
             case PeerDown(worker_id=worker_id):
+                self._peers.discard(worker_id)
                 for sequence in self.offers.release_all_of(worker_id):
                     del self.sequences[sequence.request_id]
                 return self.pulls.drop_all_of(worker_id)
             case _:
-                return []  # PeerUp and Stop concern the runtime alone
+                return []  # Stop concerns the runtime alone
 
     # -------------------------------------------------------------------------- one thing at a time
 
@@ -206,7 +213,17 @@ class Worker:
 
     def _hand_off(self, sequence: Sequence, now_ns: int) -> list[Command]:
         self.scheduler.remove(sequence)
-        return self.offers.offer(sequence, now_ns)
+        if sequence.decode_worker in self._peers:
+            return self.offers.offer(sequence, now_ns)
+        # It died while we worked. Nobody would ever release the blocks, so they are not offered.
+        self._forget(sequence)
+        failed = RequestFailed(
+            request_id=sequence.request_id,
+            reason=f"decode worker {sequence.decode_worker} was lost before the hand-off",
+            is_retryable=True,
+            worker_id=self.config.worker_id,
+        )
+        return [Send(CONTROLLER, failed)]
 
     def _finish_step(self, event: StepDone, now_ns: int) -> list[Command]:
         plan, self._plan = self._plan, None
