@@ -1,3 +1,1 @@
-"""Where KV blocks are: allocation in long runs, prefix cache, and the facade that a worker asks
-(pure).
-"""
+"""Where KV blocks are: allocation in long runs, prefix cache, and a worker's facade (pure)."""

@@ -1,5 +1,4 @@
-"""Which blocks of one pool are free, kept as segments so that a request gets long runs of adjacent
-ones.
+"""Which blocks of one pool are free, kept as segments so that a request gets long runs.
 
 What a transfer costs in calls is the number of runs, so runs are made here, when blocks are handed
 out. The fit is the tightest one and takes the head of its segment: long segments are what long
@@ -16,12 +15,12 @@ from penstock.core.types import BlockId
 
 
 class SegmentAllocator:
-    """Hands out blocks of `[0, num_blocks)` and takes them back; adjacent free segments are always
-    one segment.
+    """Hands out blocks of `[0, num_blocks)` and takes them back. Free neighbours are one segment.
 
     With s free segments, choosing one is O(log s), splitting or joining one moves at most 8 * s
-    bytes in one call. Source: FlowKV (arXiv 2504.03775), segment allocator and alignment;
-    tie-breaks and growth are ours.
+    bytes in one call.
+    Source: FlowKV (arXiv 2504.03775), segment allocator and alignment; tie-breaks and growth are
+    ours.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -41,7 +40,7 @@ class SegmentAllocator:
     @property
     def largest_free(self) -> int:
         """Blocks of the longest free segment; what one run can have at most."""
-        return (self._by_length[-1]) // self.num_blocks if self._by_length else 0
+        return self._by_length[-1] // self.num_blocks if self._by_length else 0
 
     @property
     def external_fragmentation(self) -> float:
@@ -57,8 +56,7 @@ class SegmentAllocator:
         return block_id + 1 in self._length_at or block_id in self._start_before
 
     def allocate(self, count: int) -> list[BlockId] | None:
-        """Take `count` blocks in as few runs as possible; None, and nothing changed, when fewer are
-        free.
+        """Take `count` blocks in as few runs as possible; None when fewer are free.
 
         One run where any segment is long enough: the shortest such, the lowest on ties. Otherwise
         whole segments, longest first, and the tightest fit for what remains.
@@ -72,9 +70,7 @@ class SegmentAllocator:
         return block_ids
 
     def extend(self, after: BlockId, count: int) -> list[BlockId] | None:
-        """Take `count` blocks, those right behind `after` first; None, and nothing changed, when
-        fewer are free.
-        """
+        """Take `count` blocks, first those right behind `after`; None changes nothing."""
         if count > self.num_free:
             return None
         block_ids: list[BlockId] = []
@@ -86,8 +82,7 @@ class SegmentAllocator:
         return block_ids
 
     def allocate_like(self, runs: Sequence[int]) -> list[BlockId] | None:
-        """Take `sum(runs)` blocks that break at most where a peer's runs do, as far as that is
-        possible.
+        """Take `sum(runs)` blocks that break, as far as possible, only where a peer's runs do.
 
         Best is one segment for all. Otherwise each run gets its own tightest fit, longest run
         first, because it has the fewest segments to choose from; a run that fits nowhere is cut.
@@ -113,9 +108,7 @@ class SegmentAllocator:
         end_before = -1
         for start, length in self.segments():
             assert length > 0, (start, length)
-            assert start > end_before, (
-                f"segment {start} overlaps or touches the one to {end_before}"
-            )
+            assert start > end_before, f"free segment {start} reaches the one to {end_before}"
             end_before = start + length
         assert end_before <= self.num_blocks, end_before
         assert sum(self._length_at.values()) == self.num_free, self.num_free
@@ -125,13 +118,10 @@ class SegmentAllocator:
         )
 
     def _choose(self, count: int) -> tuple[int, int]:
-        """Return the tightest segment for `count` blocks, or the longest (the highest on ties) if
-        none fits.
-        """
+        """Return the tightest segment that fits, or the longest (the highest on ties)."""
         index = bisect_left(self._by_length, count * self.num_blocks)
-        length, start = divmod(
-            self._by_length[min(index, len(self._by_length) - 1)], self.num_blocks
-        )
+        key = self._by_length[min(index, len(self._by_length) - 1)]
+        length, start = divmod(key, self.num_blocks)
         return start, length
 
     def _take(self, start: int, count: int, block_ids: list[BlockId]) -> None:

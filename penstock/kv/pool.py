@@ -1,12 +1,11 @@
-"""All blocks of one group of one worker: who is free, who is held how often, who is kept for prefix
-hits.
+"""All blocks of one group of one worker: free, held how often, or kept for prefix hits.
 
 Brings the segment allocator and the prefix cache together under reference counts;
 `core.block.BlockState` names the states. It knows neither requests nor tokens: `kv/cache.py`, its
 only caller, does.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from penstock.core.block import BlockState
 from penstock.core.types import BlockHash, BlockId
@@ -15,9 +14,7 @@ from penstock.kv.prefix_cache import PrefixCache
 
 
 class BlockPool:
-    """Reference-counted blocks. Every block is free, active (held) or cached (named and held by
-    nobody).
-    """
+    """Reference-counted blocks: each free, active (held) or cached (named, held by nobody)."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -57,22 +54,22 @@ class BlockPool:
         return self._num_holders[block_id]
 
     def generation(self, block_id: BlockId) -> int:
-        """Return how often the block was handed out: who remembers an older number holds a name of
-        other contents.
-        """
+        """Return how often the block was handed out; an older number means other contents."""
         return self._generations[block_id]
 
     def allocate(self, count: int, *, after: BlockId | None = None) -> list[BlockId] | None:
-        """Hold `count` blocks without content, right behind `after` if possible; None changes
-        nothing.
-        """
+        """Hold `count` new blocks, right behind `after` if possible; None changes nothing."""
+        if not self._make_room(count):
+            return None
         if after is None:
-            return self._allocate(count, lambda: self.allocator.allocate(count))
-        return self._allocate(count, lambda: self.allocator.extend(after, count))
+            return self._hold_new(self.allocator.allocate(count))
+        return self._hold_new(self.allocator.extend(after, count))
 
     def allocate_like(self, runs: Sequence[int]) -> list[BlockId] | None:
-        """Hold `sum(runs)` blocks whose runs follow a peer's; None changes nothing."""
-        return self._allocate(sum(runs), lambda: self.allocator.allocate_like(runs))
+        """Hold `sum(runs)` new blocks whose runs follow a peer's; None changes nothing."""
+        if not self._make_room(sum(runs)):
+            return None
+        return self._hold_new(self.allocator.allocate_like(runs))
 
     def hold(self, block_ids: Iterable[BlockId]) -> None:
         """Hold blocks that are active or cached once more."""
@@ -100,10 +97,13 @@ class BlockPool:
                 freed.append(block_id)
         self.allocator.free(freed)
 
+    def insert(self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash | None) -> None:
+        """Name a full block that is held; see `PrefixCache.insert`."""
+        assert self._num_holders[block_id], f"block {block_id} is named but held by nobody"
+        self.prefix_cache.insert(block_id, block_hash, parent)
+
     def check(self) -> None:
-        """Assert that the books balance: every block is in exactly one state, and only held ones
-        have holders.
-        """
+        """Assert that every block is in exactly one state, and that only active ones are held."""
         self.allocator.check()
         self.prefix_cache.check()
         free = {b for start, n in self.allocator.segments() for b in range(start, start + n)}
@@ -115,23 +115,18 @@ class BlockPool:
         assert len(free) + len(cached) + len(active) == self.num_blocks, (free, cached, active)
         assert not [b for b in free if self.prefix_cache.is_indexed(BlockId(b))]
 
-    def _allocate(
-        self, count: int, take: Callable[[], list[BlockId] | None]
-    ) -> list[BlockId] | None:
+    def _make_room(self, count: int) -> bool:
         missing = count - self.allocator.num_free
+        if missing > self.prefix_cache.num_idle:
+            return False
         if missing > 0:
-            if missing > self.prefix_cache.num_idle:
-                return None
             self.allocator.free(self.prefix_cache.evict(missing, self.allocator.touches))
-        block_ids = take()
-        assert block_ids is not None, f"no {count} blocks after eviction"
+        return True
+
+    def _hold_new(self, block_ids: list[BlockId] | None) -> list[BlockId]:
+        assert block_ids is not None, "no blocks although room was made"
         for block_id in block_ids:
             assert not self._num_holders[block_id], f"block {block_id} was handed out while held"
             self._num_holders[block_id] = 1
             self._generations[block_id] += 1
         return block_ids
-
-    def insert(self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash | None) -> None:
-        """Name a full block that is held; see `PrefixCache.insert`."""
-        assert self._num_holders[block_id], f"block {block_id} is named but held by nobody"
-        self.prefix_cache.insert(block_id, block_hash, parent)

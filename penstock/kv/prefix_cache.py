@@ -1,5 +1,4 @@
-"""Which block holds which content, in one group: the index of full blocks by hash, and the order of
-eviction.
+"""Which block holds which content, in one group: index by hash, and the order of eviction.
 
 It knows names and the order in which blocks were let go; who holds a block, and how many do, is
 `kv/pool.py`'s, which calls it. A block named here is full and never changes until it is evicted.
@@ -22,9 +21,7 @@ LOOK_AHEAD: Final = 64
 
 
 class PrefixCache:
-    """Index from hash to block, and the idle blocks (indexed, held by nobody) in order of
-    release.
-    """
+    """Index from hash to block, and the idle blocks (held by nobody) in order of release."""
 
     def __init__(self) -> None:
         self._block_of: dict[BlockHash, BlockId] = {}
@@ -86,8 +83,7 @@ class PrefixCache:
     def insert(
         self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash | None = None
     ) -> None:
-        """Name a full block that somebody holds. Where the name is taken already, the first block
-        keeps it.
+        """Name a full block that somebody holds; a name that is taken stays with its block.
 
         `parent` is the hash without which this one is never looked for; None where there is no
         such.
@@ -102,9 +98,7 @@ class PrefixCache:
             self._num_children[parent] = self._num_children.get(parent, 0) + 1
 
     def park(self, block_id: BlockId) -> None:
-        """Note that nobody holds the block any more: from now on it may be evicted, as the latest
-        of all.
-        """
+        """Note that nobody holds the block any more: it may be evicted, as the latest of all."""
         assert block_id in self._hash_of, f"block {block_id} has no name to be kept for"
         assert block_id not in self._idle, f"block {block_id} is idle already"
         self._idle[block_id] = self._num_releases
@@ -133,9 +127,7 @@ class PrefixCache:
         return victims
 
     def check(self) -> None:
-        """Assert that the index is one to one, that idle blocks are named and that children are
-        counted right.
-        """
+        """Assert that the index is one to one, idle blocks are in it, and children are counted."""
         assert {b: h for h, b in self._block_of.items()} == self._hash_of
         assert self._idle.keys() <= self._hash_of.keys()
         assert self._parent_of.keys() <= self._block_of.keys()
@@ -147,9 +139,7 @@ class PrefixCache:
         assert stamps == sorted(stamps), "idle blocks are out of order"
 
     def _neighbour(self, last: BlockId) -> BlockId | None:
-        """Return the block next to the last victim, if it is nearly as old: this makes runs at O(1)
-        a block.
-        """
+        """Return the block next to the last victim if it is nearly as old: runs at O(1) a block."""
         if not self._idle:
             return None
         latest = next(iter(self._idle.values())) + LOOK_AHEAD

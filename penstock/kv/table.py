@@ -16,9 +16,7 @@ COLUMNS_AT_START: Final = 64
 
 
 class BlockTables:
-    """Rows for requests, the same row in every group; arrays double when rows or columns run
-    out.
-    """
+    """Rows for requests, the same in every group; arrays double when they are full."""
 
     def __init__(self, num_groups: int) -> None:
         self._arrays = [
@@ -48,14 +46,12 @@ class BlockTables:
             self._resize(rows, max(2 * columns, end))
         self._arrays[group][row, start:end] = block_ids
 
-    def clear(self, group: int, row: int, start: int, end: int) -> None:
-        """Zero entries `[start, end)`."""
-        self._arrays[group][row, start:end] = 0
+    def clear(self, group: int, row: int, entries: range) -> None:
+        """Zero consecutive entries."""
+        self._arrays[group][row, entries.start : entries.stop] = 0
 
     def gather(self, rows: Sequence[int], width: int) -> tuple[Int32, ...]:
-        """Return a copy of the first `width` entries of each row, [len(rows), width] int32 per
-        group.
-        """
+        """Return a copy of the first `width` entries of rows, [len(rows), width] per group."""
         if width > self._arrays[0].shape[1]:
             self._resize(self._arrays[0].shape[0], width)
         index = np.array(rows, np.intp)

@@ -1,0 +1,131 @@
+"""One KV group of a worker: its block pool, and what a sliding window changes in it.
+
+A full-attention group keeps all blocks of a request and finds a prefix from its root. A group with
+a sliding window keeps what the next token looks at, and can use a prefix as soon as it has the end
+of it. It knows what one request holds when told (`Held`), not which requests there are:
+`kv/cache.py`, its only caller, does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from penstock.core.block import KVGroup
+from penstock.core.events import GroupBlocks
+from penstock.core.types import BlockHash, BlockId
+from penstock.kv.allocator import run_lengths
+from penstock.kv.pool import BlockPool
+
+NO_BLOCK: Final = BlockId(0)
+"""Says in a block table that no block is held. Block 0 exists too: such an entry is never read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Blocks still to be copied: the peer's `source_ids[i]` into our `destination_ids[i]`."""
+
+    source_ids: tuple[BlockId, ...]
+    destination_ids: tuple[BlockId, ...]
+
+
+@dataclass(slots=True)
+class Held:
+    """What one request holds in one group: `block_ids[i]` is entry i of its block table.
+
+    Entries before `start` have been let go, or were never needed, and are `NO_BLOCK`.
+    """
+
+    start: int
+    block_ids: list[BlockId]
+
+    @property
+    def held_ids(self) -> list[BlockId]:
+        """The blocks really held, in order."""
+        return self.block_ids[self.start :]
+
+
+class GroupCache:
+    """Blocks of one group. Indexes and counts are in blocks unless a name says tokens."""
+
+    def __init__(self, group: KVGroup, num_blocks: int, block_size: int) -> None:
+        self.window = group.window
+        self.pool = BlockPool(num_blocks)
+        self._block_size = block_size
+
+    def first_needed(self, num_tokens: int) -> int:
+        """Return the first entry that the token after `num_tokens` tokens looks at.
+
+        A window of w tokens counts the token itself, so it reaches back w - 1 tokens.
+        """
+        return max(0, num_tokens - self.window + 1) // self._block_size if self.window else 0
+
+    def due(self, held: Held) -> int | None:
+        """Return the number of computed tokens from which on a block can be let go."""
+        if not self.window:
+            return None
+        return (held.start + 1) * self._block_size + self.window - 1
+
+    def longest_usable(self, hashes: Sequence[BlockHash], limit: int) -> int:
+        """Return the length of the longest prefix, of `limit` blocks at most, to continue from."""
+        if not self.window:
+            return self.pool.prefix_cache.longest_prefix(hashes, limit)
+        return self.pool.prefix_cache.longest_window(
+            hashes, limit, lambda length: self.first_needed(length * self._block_size)
+        )
+
+    def hold_prefix(self, hashes: Sequence[BlockHash], length: int) -> Held:
+        """Hold what a prefix of `length` blocks, found by `longest_usable`, needs."""
+        start = self.first_needed(length * self._block_size)
+        hits = self.find(hashes[:length], start)
+        assert len(hits) == length - start, (
+            f"prefix of {length} blocks has {len(hits)} from {start}"
+        )
+        self.pool.hold(hits.values())
+        return Held(start, [NO_BLOCK] * start + list(hits.values()))
+
+    def find(self, hashes: Sequence[BlockHash], first: int) -> dict[int, BlockId]:
+        """Return the blocks that have the content of `hashes[first:]`, by entry, in order."""
+        find = self.pool.prefix_cache.find
+        found = ((i, find(hashes[i])) for i in range(first, len(hashes)))
+        return {i: block_id for i, block_id in found if block_id is not None}
+
+    def can_adopt(self, offer: GroupBlocks, hits: Mapping[int, BlockId]) -> bool:
+        """Tell whether there is room for what is offered and not hit, without evicting a hit."""
+        num_idle_hits = sum(map(self.pool.prefix_cache.is_idle, hits.values()))
+        return len(offer.block_ids) - len(hits) <= self.pool.num_available - num_idle_hits
+
+    def adopt(self, offer: GroupBlocks, hits: Mapping[int, BlockId]) -> tuple[Held, Pull]:
+        """Hold the hits, and new blocks in runs like the offer's for everything else."""
+        self.pool.hold(hits.values())
+        source_of = dict(enumerate(offer.block_ids, offer.first))
+        missing = [i for i in source_of if i not in hits]
+        source_ids = [source_of[i] for i in missing]
+        destination_ids = self.pool.allocate_like(run_lengths(source_ids))
+        assert destination_ids is not None, f"room for {len(missing)} blocks vanished"
+        block_of = {**hits, **dict(zip(missing, destination_ids, strict=True))}
+        block_ids = [NO_BLOCK] * offer.first + [block_of[i] for i in source_of]
+        return Held(offer.first, block_ids), Pull(tuple(source_ids), tuple(destination_ids))
+
+    def extend(self, held: Held, count: int) -> list[BlockId]:
+        """Append `count` blocks, adjacent to the last where possible; the caller saw the room."""
+        last = held.block_ids[-1] if len(held.block_ids) > held.start else None
+        added = self.pool.allocate(count, after=last)
+        assert added is not None, f"room for {count} blocks vanished"
+        held.block_ids += added
+        return added
+
+    def name(self, held: Held, hashes: Sequence[BlockHash], begin: int, end: int) -> None:
+        """Name the full blocks at entries `[begin, end)` as far as they are held."""
+        for i in range(max(begin, held.start), end):
+            # What a sliding group finds from its end has no parent that must outlive it.
+            parent = hashes[i - 1] if i and not self.window else None
+            self.pool.insert(held.block_ids[i], hashes[i], parent)
+
+    def let_go_behind(self, held: Held, num_tokens: int) -> range:
+        """Release what the token after `num_tokens` does not look at; return the entries."""
+        let_go = range(held.start, max(held.start, self.first_needed(num_tokens)))
+        if let_go:
+            self.pool.release(held.block_ids[let_go.start : let_go.stop])
+            held.block_ids[let_go.start : let_go.stop] = [NO_BLOCK] * len(let_go)
+            held.start = let_go.stop
+        return let_go
