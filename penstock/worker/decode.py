@@ -56,13 +56,21 @@ class PullDesk:
         """Queue an offer."""
         self.pending.append(PendingOffer(offer, now_ns))
 
-    def admit(self, arrival: int, now_ns: int) -> tuple[Sequence, list[Command]] | None:
-        """Give blocks to the first pending offer and start its pull; None when there is no room for
-        it.
+    def admit(
+        self, arrival: int, headroom_blocks: int, now_ns: int
+    ) -> tuple[Sequence, list[Command]] | None:
+        """Give blocks to the first pending offer and start its pull; None when there is no room.
+
+        `headroom_blocks` are to stay free for those who run already: an offer that comes in only to
+        preempt somebody, or to be preempted itself, would have been pulled for nothing.
         """
         if not self.pending:
             return None
         offer = self.pending[0].offer
+        needed = max(len(group.block_ids) for group in offer.groups)
+        available = map(int.__add__, self._kv.free_blocks, self._kv.cached_blocks)
+        if headroom_blocks and min(available) < needed + headroom_blocks:
+            return None
         sequence = Sequence(
             offer.request, arrival=arrival, timeline=offer.timeline, prefill_worker=offer.source
         )

@@ -176,7 +176,8 @@ class Worker:
         """Start every pull that has room, and a step if none is under way."""
         commands: list[Command] = []
         while self._has_seat():
-            admitted = self.pulls.admit(self._num_arrived + 1, now_ns)
+            headroom = len(self.scheduler.running)
+            admitted = self.pulls.admit(self._num_arrived + 1, headroom, now_ns)
             if admitted is None:
                 break
             sequence, more = admitted

@@ -15,15 +15,15 @@ EOS = 7
 
 def make_requests(rng: random.Random, count: int, max_prompt: int = 150) -> list[Request]:
     """Prompts that share prefixes now and then, so that caches are hit and chains are shared."""
-    stems = [
-        tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 100))) for _ in range(3)
-    ]
+    stems = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 100))) for _ in range(3)]
     requests = []
     for number in range(count):
         own = tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, max_prompt - 100)))
         prompt = rng.choice(stems) + own if rng.random() < 0.6 else own
         params = SamplingParams(
-            max_tokens=rng.randint(1, 40), seed=rng.randrange(1 << 32), ignore_eos=rng.random() < 0.5
+            max_tokens=rng.randint(1, 40),
+            seed=rng.randrange(1 << 32),
+            ignore_eos=rng.random() < 0.5,
         )
         requests.append(
             Request(
@@ -37,7 +37,7 @@ def make_requests(rng: random.Random, count: int, max_prompt: int = 150) -> list
 
 
 def make_spec(rng: random.Random) -> ClusterSpec:
-    """Small pools, small budgets, slow or fast links: whatever makes preemption and waiting common."""
+    """Small pools, small budgets, slow or fast links: preemption and waiting are common."""
     shapes = (
         {"p0": Role.PREFILL, "d0": Role.DECODE},
         {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE},
@@ -86,7 +86,9 @@ def check_outcome(cluster: SimCluster, request: Request) -> None:
     if cluster.is_unwanted(request.request_id):
         assert outcome.token_ids == expected[: len(outcome.token_ids)], story
         return
-    if outcome.error is not None:  # lost on every attempt; said so, and nothing wrong was said before
+    if (
+        outcome.error is not None
+    ):  # lost on every attempt; said so, and nothing wrong was said before
         assert "was lost" in outcome.error, story
         assert outcome.token_ids == expected[: len(outcome.token_ids)], story
         return

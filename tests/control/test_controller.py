@@ -1,0 +1,252 @@
+"""The controller core as stories: events in, expected commands out."""
+
+from penstock.control.controller import Controller
+from penstock.core.config import ControllerConfig
+from penstock.core.errors import CapacityExceeded, PromptTooLong, WorkersUnavailable
+from penstock.core.events import (
+    Assign,
+    Cancel,
+    Command,
+    Drain,
+    Event,
+    Hello,
+    Message,
+    Offered,
+    PeerDown,
+    PeerUp,
+    RequestFailed,
+    Send,
+    Stop,
+    Submit,
+    TokenOutput,
+    Tokens,
+    WakeAt,
+    Woken,
+    WorkerInfo,
+    WorkerLost,
+)
+from penstock.core.request import Request, SamplingParams
+from penstock.core.types import FRONT, NS_PER_S, FinishReason, RequestId, Role, WorkerId
+from penstock.sim.executor import chain_layout
+
+ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
+
+
+class Story:
+    """A controller, and what it said."""
+
+    def __init__(self, *names: str, **settings: int) -> None:
+        self.now_ns = 0
+        self.said: list[tuple[WorkerId, Message]] = []
+        self.wakes: list[WakeAt] = []
+        self.controller = Controller(ControllerConfig(**settings))
+        for name in names:
+            self.join(name)
+        self.said.clear()
+
+    def tell(self, event: Event) -> None:
+        self.now_ns += 1000
+        commands: list[Command] = self.controller.handle(event, self.now_ns)
+        self.controller.check()
+        self.said += [(c.to, c.message) for c in commands if isinstance(c, Send)]
+        self.wakes += [c for c in commands if isinstance(c, WakeAt)]
+
+    def join(self, name: str, epoch: int = 1, block_size: int = 16) -> None:
+        info = WorkerInfo(
+            worker_id=WorkerId(name),
+            role=ROLES[name[0]],
+            epoch=epoch,
+            address="",
+            pid=0,
+            layout=chain_layout(block_size),
+            num_blocks=(16,),
+            max_model_len=200,
+            max_num_seqs=8,
+        )
+        self.tell(Hello(info=info))
+
+    def lose(self, name: str, epoch: int = 1) -> None:
+        self.tell(WorkerLost(worker_id=WorkerId(name), epoch=epoch, reason="killed"))
+
+    def submit(self, name: str, num_prompt: int = 20) -> None:
+        self.tell(Submit(request=request(name, num_prompt)))
+
+    def tokens(self, worker: str, name: str, token_id: int, *, is_last: bool = False) -> None:
+        reason = FinishReason.LENGTH if is_last else None
+        output = TokenOutput(RequestId(name), (token_id,), finish_reason=reason)
+        self.tell(Tokens(worker_id=WorkerId(worker), outputs=(output,)))
+
+    def offered(self, worker: str, name: str) -> None:
+        self.tell(Offered(request_id=RequestId(name), worker_id=WorkerId(worker)))
+
+    def heard(self, kind: type[Message]) -> list[tuple[WorkerId, Message]]:
+        """Return and forget what was said of one kind, and to whom."""
+        found = [(to, message) for to, message in self.said if isinstance(message, kind)]
+        self.said = [(to, message) for to, message in self.said if not isinstance(message, kind)]
+        return found
+
+
+def request(name: str, num_prompt: int = 20) -> Request:
+    return Request(
+        request_id=RequestId(name),
+        prompt_token_ids=tuple(range(num_prompt)),
+        params=SamplingParams(max_tokens=10, seed=1),
+    )
+
+
+def test_a_request_goes_to_a_pair_and_its_tokens_to_the_front() -> None:
+    story = Story("p0", "d0")
+    story.submit("r")
+    ((to, assign),) = story.heard(Assign)
+    assert (to, assign.decode_worker) == ("p0", "d0")
+    story.offered("p0", "r")
+    assert story.controller.status().handing_off == 1
+    story.tokens("d0", "r", 5)
+    story.tokens("d0", "r", 6, is_last=True)
+    assert [(to, m.outputs[0].token_ids) for to, m in story.heard(Tokens)] == [
+        (FRONT, (5,)),
+        (FRONT, (6,)),
+    ]
+    assert story.controller.status().finished == 1
+
+
+def test_the_first_token_may_overtake_the_word_that_it_was_offered() -> None:
+    story = Story("p0", "d0")
+    story.submit("r")
+    story.tokens("d0", "r", 5)
+    story.offered("p0", "r")
+    assert story.controller.status().decoding == 1
+
+
+def test_work_is_spread_by_tokens_over_workers_of_a_role() -> None:
+    story = Story("p0", "p1", "d0", "d1")
+    for name, num_prompt in (("a", 100), ("b", 20), ("c", 20), ("d", 20)):
+        story.submit(name, num_prompt)
+    pairs = [(to, assign.decode_worker) for to, assign in story.heard(Assign)]
+    assert pairs == [("p0", "d0"), ("p1", "d1"), ("p1", "d1"), ("p1", "d1")]
+
+
+def test_a_prompt_of_one_token_has_nothing_to_hand_off() -> None:
+    story = Story("p0", "d0")
+    story.submit("r", num_prompt=1)
+    ((to, assign),) = story.heard(Assign)
+    assert (to, assign.decode_worker) == ("d0", "d0")
+
+
+def test_a_mixed_worker_serves_alone_and_so_does_what_is_left_of_a_pair() -> None:
+    for story, name in ((Story("m0"), "m0"), (Story("p0"), "p0"), (Story("d0"), "d0")):
+        story.submit("r")
+        ((to, assign),) = story.heard(Assign)
+        assert to == assign.decode_worker == name
+
+
+def test_cancel_reaches_both_workers_and_late_tokens_are_answered() -> None:
+    story = Story("p0", "d0")
+    story.submit("r")
+    story.tell(Cancel(request_id=RequestId("r")))
+    assert [to for to, _ in story.heard(Cancel)] == ["p0", "d0"]
+    story.tokens("d0", "r", 5)
+    assert [to for to, _ in story.heard(Cancel)] == ["d0"]
+    assert not story.heard(Tokens)
+    story.tell(Cancel(request_id=RequestId("r")))
+    assert not story.heard(Cancel)
+    assert story.controller.status().aborted == 1
+
+
+def test_a_lost_decode_worker_is_replaced_and_the_stream_goes_on() -> None:
+    story = Story("p0", "d0", "d1")
+    story.submit("r")
+    story.offered("p0", "r")
+    story.tokens("d0", "r", 5)
+    story.heard(Assign)
+    story.lose("d0")
+    assert {to for to, _ in story.heard(PeerDown)} == {"p0", "d1"}
+    ((to, assign),) = story.heard(Assign)
+    assert (to, assign.decode_worker) == ("p0", "d1")
+    assert assign.request.request_id == "r~1"
+    assert assign.request.output_token_ids == (5,)
+    story.heard(Tokens)
+    story.tokens("d0", "r", 99)  # of the attempt that was given up
+    story.tokens("d1", "r~1", 6, is_last=True)
+    ((_, tokens),) = story.heard(Tokens)
+    assert tokens.outputs[0].request_id == "r"
+    assert tokens.outputs[0].token_ids == (6,)
+
+
+def test_a_lost_prefill_worker_matters_only_until_the_first_token() -> None:
+    story = Story("p0", "p1", "d0")
+    story.submit("a")
+    story.tokens("d0", "a", 5)
+    story.submit("b")
+    story.heard(Assign)
+    story.lose("p0")
+    assert [m.request.request_id for _, m in story.heard(Assign)] == ["b~1"]
+
+
+def test_a_request_fails_with_the_reason_when_all_attempts_are_used_up() -> None:
+    story = Story("m0", max_attempts=2)
+    story.submit("r")
+    story.lose("m0")
+    story.join("m0", epoch=2)
+    story.lose("m0", epoch=2)
+    ((to, failed),) = story.heard(RequestFailed)
+    assert to == FRONT
+    assert "m0 was lost (killed)" in failed.reason
+    assert story.controller.status().failed == 1
+
+
+def test_a_failed_pull_is_retried_and_a_hopeless_failure_is_not() -> None:
+    story = Story("p0", "d0")
+    story.submit("r")
+    story.heard(Assign)
+    story.tell(RequestFailed(request_id=RequestId("r"), reason="cut", is_retryable=True))
+    assert len(story.heard(Assign)) == 1
+    story.tell(RequestFailed(request_id=RequestId("r~1"), reason="bad"))
+    ((to, failed),) = story.heard(RequestFailed)
+    assert (to, failed.request_id, failed.reason) == (FRONT, "r", "bad")
+
+
+def test_requests_wait_for_a_first_worker_but_not_for_ever() -> None:
+    story = Story()
+    story.submit("a")
+    story.submit("b")
+    story.tell(Cancel(request_id=RequestId("b")))
+    assert story.controller.status().queued == 1
+    story.join("m0")
+    assert [m.request.request_id for _, m in story.heard(Assign)] == ["a"]
+    story.lose("m0")
+    story.now_ns += 31 * NS_PER_S
+    story.tell(Woken("queue"))
+    ((_, failed),) = story.heard(RequestFailed)
+    assert failed.reason == "no worker came up in time"
+    assert story.wakes
+
+
+def test_a_death_that_is_reported_late_does_not_hit_the_successor() -> None:
+    story = Story("m0")
+    story.lose("m0")
+    story.join("m0", epoch=2)
+    story.lose("m0", epoch=1)
+    assert len(story.controller.workers) == 1
+
+
+def test_workers_are_introduced_and_a_foreign_layout_is_turned_away() -> None:
+    story = Story("p0")
+    story.join("d0")
+    assert {to for to, _ in story.heard(PeerUp)} == {"p0", "d0"}
+    story.join("d1", block_size=32)
+    assert [to for to, _ in story.heard(Stop)] == ["d1"]
+
+
+def test_refusals_name_what_to_do() -> None:
+    story = Story("m0", max_queued=1)
+    assert isinstance(story.controller.refusal(request("long", 300)), PromptTooLong)
+    story.submit("r")
+    refusal = story.controller.refusal(request("s"))
+    assert isinstance(refusal, CapacityExceeded)
+    assert refusal.retry_after_s > 0
+    story.tell(Drain())
+    assert isinstance(story.controller.refusal(request("s")), WorkersUnavailable)
+    story.submit("s")
+    ((_, failed),) = story.heard(RequestFailed)
+    assert failed.request_id == "s"
