@@ -95,7 +95,7 @@ class DecisionLog:
 
     def record(self, now_ns: int, event: Event, commands: list[Command]) -> None:
         """Keep one decision."""
-        entry = LogEntry(now_ns, to_builtins(event), tuple(to_builtins(c) for c in commands))
+        entry = LogEntry(now_ns, to_builtins(event), tuple(map(_command_to_builtins, commands)))
         self._entries.append(entry)
         if self._sink is not None:
             self._sink(msgspec.json.encode(entry) + b"\n")
@@ -124,6 +124,15 @@ def to_builtins(value: object) -> object:
     dicts.
     """
     return msgspec.to_builtins(value, enc_hook=_array_to_list, str_keys=True)
+
+
+def _command_to_builtins(command: Command) -> object:
+    if not isinstance(command, RunStep):
+        return to_builtins(command)
+    # A sample refers to its whole sequence, which the log would repeat at every token.
+    samples = [(sample.row, sample.position) for sample in command.step.samples]
+    step = msgspec.structs.replace(command.step, samples=())
+    return {"type": "RunStep", "step": to_builtins(step), "samples": samples}
 
 
 def _array_to_list(value: object) -> object:

@@ -4,8 +4,6 @@ The worker core builds it, the executor port runs it, neither keeps anything for
 executor has no per-request state, so a request may appear on any worker at any step.
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
@@ -16,8 +14,7 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(Struct, frozen=True):
     """One sequence that gets a new token in this step.
 
     `row` indexes the step's sequences. `token_ids` is the whole sequence, prompt first, and must
@@ -29,11 +26,10 @@ class SampleRow:
     params: SamplingParams
     prompt_tokens: int
     position: int
-    token_ids: list[int] = field(repr=False)
+    token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """A batch of S sequences with T new tokens in all.
 
     token_ids    [T] int64, the sequences' new tokens one after the other

@@ -72,7 +72,11 @@ class PullDesk:
         if headroom_blocks and min(available) < needed + headroom_blocks:
             return None
         sequence = Sequence(
-            offer.request, arrival=arrival, timeline=offer.timeline, prefill_worker=offer.source
+            offer.request,
+            self._config,
+            arrival=arrival,
+            timeline=offer.timeline,
+            prefill_worker=offer.source,
         )
         if self._config.is_prefix_caching:
             sequence.name_blocks(self._config.layout.block_size)

@@ -64,26 +64,34 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> Plan | None:
-        """Return the next step, or None when nothing can run. Admits waiting sequences, preempts if
-        it must.
+        """Return the next step, or None when nothing can run.
+
+        Admits waiting sequences, preempts if it must.
         """
         budget_tokens = self._config.max_num_batched_tokens
         parts: list[tuple[Sequence, int]] = []
         preempted_before = self.num_preempted
-        # Single tokens first, then chunks; both in order of arrival. A preempted sequence leaves
-        # `running` meanwhile.
-        for wants_one in (True, False):
-            for sequence in list(self.running):
-                want = sequence.target_tokens - sequence.num_computed
-                if (want == 1) is not wants_one or want < 1 or not budget_tokens:
-                    continue
-                num_new = min(want, budget_tokens)
-                if self._make_room(sequence, num_new, parts):
-                    parts.append((sequence, num_new))
-                    budget_tokens -= num_new
+        for sequence, want in self._in_turn():
+            num_new = min(want, budget_tokens)
+            if num_new and self._make_room(sequence, num_new, parts):
+                parts.append((sequence, num_new))
+                budget_tokens -= num_new
         if self.num_preempted == preempted_before:
             self._admit(parts, budget_tokens)
         return self._plan(parts) if parts else None
+
+    def _in_turn(self) -> list[tuple[Sequence, int]]:
+        """Return who wants how many tokens: those that want a single one first, then chunks, each
+        in order of arrival.
+        """
+        ones, chunks = [], []
+        for sequence in self.running:
+            want = len(sequence.tokens) - sequence.num_left_over - sequence.num_computed
+            if want == 1:
+                ones.append((sequence, 1))
+            elif want > 1:
+                chunks.append((sequence, want))
+        return ones + chunks
 
     def _make_room(
         self, sequence: Sequence, num_new: int, parts: list[tuple[Sequence, int]]
@@ -92,7 +100,9 @@ class Scheduler:
         step yet.
         """
         if sequence.state is not SequenceState.RUNNING:
-            return False
+            return False  # preempted since its turn was noted
+        if sequence.num_computed + num_new <= sequence.capacity_tokens:
+            return True
         while not self._grow(sequence, sequence.num_computed + num_new):
             scheduled = {id(part) for part, _ in parts}
             candidates = [s for s in self.running if id(s) not in scheduled]

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Final
 
 from penstock.core.block import extend_hashes
+from penstock.core.config import WorkerConfig
 from penstock.core.request import Request, Timeline
 from penstock.core.types import BlockHash, FinishReason, RequestId, WorkerId
 
@@ -47,8 +48,10 @@ class Sequence:
 
     `tokens` is prompt and output; the KV of the first `num_computed` is in the blocks, which have
     slots for `capacity_tokens`. `hashes[i]` names block i once its tokens are known.
-    `decode_worker` is set while the request is to be handed off; `prefill_worker` names the peer
-    whose blocks we are pulling.
+    `decode_worker` is set while the request is to be handed off, and then `num_left_over`, the
+    number of last tokens whose KV is not ours to compute, is 1; `prefill_worker` names the peer
+    whose blocks we are pulling. The request ends with `tokens_max` tokens or with one of
+    `stop_ids`.
     """
 
     __slots__ = (
@@ -59,17 +62,21 @@ class Sequence:
         "is_first_token_out",
         "is_preempted",
         "num_computed",
+        "num_left_over",
         "num_prompt",
         "prefill_worker",
         "request",
         "state",
+        "stop_ids",
         "timeline",
         "tokens",
+        "tokens_max",
     )
 
     def __init__(
         self,
         request: Request,
+        config: WorkerConfig,
         *,
         arrival: int,
         timeline: Timeline,
@@ -83,6 +90,11 @@ class Sequence:
         self.prefill_worker = prefill_worker
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
+        self.num_left_over = int(decode_worker is not None)
+        params = request.params
+        self.tokens_max = min(self.num_prompt + params.max_tokens, config.max_model_len)
+        eos_token_ids = () if params.ignore_eos else config.eos_token_ids
+        self.stop_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         self.num_computed = 0
         self.capacity_tokens = 0
         self.hashes: list[BlockHash] = []
@@ -100,12 +112,7 @@ class Sequence:
         """Tokens whose KV this worker is to compute: all, or all but the last when another worker
         goes on.
         """
-        return len(self.tokens) - (self.decode_worker is not None)
-
-    @property
-    def num_output(self) -> int:
-        """Tokens generated so far, by whichever worker."""
-        return len(self.tokens) - self.num_prompt
+        return len(self.tokens) - self.num_left_over
 
     def move_to(self, state: SequenceState) -> None:
         """Change state along the table."""
@@ -117,16 +124,12 @@ class Sequence:
         if len(self.tokens) // block_size > len(self.hashes):
             extend_hashes(self.hashes, self.tokens, block_size, self.request.cache_salt)
 
-    def finish_reason(
-        self, eos_token_ids: tuple[int, ...], max_model_len: int
-    ) -> FinishReason | None:
-        """Say whether the token just appended was the last one."""
-        params, last = self.request.params, self.tokens[-1]
-        if self.num_output >= params.min_tokens:
-            if last in params.stop_token_ids:
-                return FinishReason.STOP
-            if last in eos_token_ids and not params.ignore_eos:
-                return FinishReason.STOP
-        if self.num_output >= params.max_tokens or len(self.tokens) >= max_model_len:
-            return FinishReason.LENGTH
-        return None
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take the next token; say why, if it is the last one."""
+        tokens = self.tokens
+        tokens.append(token_id)
+        num_tokens = len(tokens)
+        min_tokens = self.request.params.min_tokens
+        if token_id in self.stop_ids and num_tokens - self.num_prompt >= min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_tokens >= self.tokens_max else None

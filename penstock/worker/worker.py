@@ -65,10 +65,9 @@ class Worker:
         """Take one event in; return the acts that follow, a new step among them if none is under
         way.
         """
-        commands = self._react(event, now_ns)
-        commands += self._go_on(now_ns)
-        commands += self._report(now_ns)
-        return commands
+        said = self._react(event, now_ns)
+        # Acts come first: the next step starts while messages are still being sent.
+        return self._go_on(now_ns) + said + self._report(now_ns)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
@@ -106,6 +105,7 @@ class Worker:
         is_ours = event.decode_worker == self.config.worker_id
         sequence = Sequence(
             event.request,
+            self.config,
             arrival=self._next_arrival(),
             timeline=event.timeline,
             decode_worker=None if is_ours else event.decode_worker,
@@ -263,8 +263,7 @@ class Worker:
         """Give a sequence its new token; the last one ends it."""
         if sequence.state is not SequenceState.RUNNING:
             return None
-        sequence.tokens.append(sampled.token_id)
-        reason = sequence.finish_reason(self.config.eos_token_ids, self.config.max_model_len)
+        reason = sequence.append(sampled.token_id)
         timeline = None
         if not sequence.is_first_token_out:
             sequence.is_first_token_out = True
