@@ -15,8 +15,9 @@ decode worker           Release                                           prefil
 """
 
 from enum import Enum
+from typing import Final
 
-from msgspec import Struct
+from msgspec import DecodeError, Struct
 from msgspec.msgpack import Decoder, Encoder
 
 from penstock.core.block import KVLayout
@@ -328,6 +329,9 @@ class WakeAt(Struct, frozen=True, tag=True):
 Event = Message | WorkerLost | Drain | StepDone | MoveDone | Woken
 Command = Send | RunStep | SubmitMove | WakeAt
 
+WIRE_ERRORS: Final = (DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding junk may raise: not a message, a name that is no text, nesting without end."""
+
 _encoder = Encoder()
 _decoder: Decoder[Message] = Decoder(Message)
 
@@ -340,6 +344,6 @@ def encode_message(message: Message) -> bytes:
 def decode_message(data: bytes | memoryview) -> Message:
     """Parse and validate what `encode_message` made.
 
-    Raises: `msgspec.DecodeError` or its subclass `ValidationError` for anything else.
+    Raises: one of `WIRE_ERRORS` for anything else.
     """
     return _decoder.decode(data)

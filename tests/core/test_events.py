@@ -1,0 +1,105 @@
+"""Messages cross the wire unchanged, and junk does not get in."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.core.block import KVGroup, KVLayout
+from penstock.core.events import (
+    WIRE_ERRORS,
+    Assign,
+    GroupBlocks,
+    Hello,
+    Message,
+    Offer,
+    RegionDescriptor,
+    RequestFailed,
+    TokenOutput,
+    Tokens,
+    WorkerInfo,
+    decode_message,
+    encode_message,
+)
+from penstock.core.request import Request, SamplingParams, Timeline
+from penstock.core.step import TokenLogprobs
+from penstock.core.types import BlockId, FinishReason, RequestId, Role, WorkerId
+
+REQUEST = Request(
+    request_id=RequestId("r"),
+    prompt_token_ids=(1, 2, 3),
+    params=SamplingParams(temperature=0.5, seed=2**63, stop=("x",), logit_bias=((3, -1.5),)),
+    output_token_ids=(9,),
+    cache_salt="t",
+)
+MESSAGES: list[Message] = [
+    Assign(request=REQUEST, decode_worker=WorkerId("d"), timeline=Timeline(arrived_ns=5)),
+    Offer(
+        request=REQUEST,
+        source=WorkerId("p"),
+        epoch=3,
+        num_tokens=3,
+        groups=(GroupBlocks(0, (BlockId(4), BlockId(5))),),
+        timeline=Timeline(offered_ns=1, prefill_worker="p"),
+    ),
+    Tokens(
+        worker_id=WorkerId("d"),
+        outputs=(
+            TokenOutput(
+                RequestId("r"),
+                (7,),
+                (TokenLogprobs(-0.1, ((7, -0.1), (8, -3.0))),),
+                FinishReason.STOP,
+                Timeline(first_token_ns=2),
+            ),
+        ),
+    ),
+    Hello(
+        info=WorkerInfo(
+            worker_id=WorkerId("p"),
+            role=Role.PREFILL,
+            epoch=1,
+            address="ipc://x",
+            pid=1,
+            layout=KVLayout("m", (KVGroup((0, 1)), KVGroup((2,), 64)), 2, 64, 32, "bfloat16"),
+            num_blocks=(10, 5),
+            max_model_len=100,
+            max_num_seqs=4,
+            regions=(RegionDescriptor("shm", "1:2", 100, 10),),
+        )
+    ),
+    RequestFailed(request_id=RequestId("r"), reason="why", is_retryable=True),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_messages_survive_the_wire(message: Message) -> None:
+    assert decode_message(encode_message(message)) == message
+
+
+@given(st.binary(max_size=300))
+def test_junk_is_refused_as_such(junk: bytes) -> None:
+    with pytest.raises(WIRE_ERRORS):
+        decode_message(junk)
+
+
+def test_nesting_without_end_is_refused() -> None:
+    with pytest.raises(WIRE_ERRORS):
+        decode_message(b"\x82\xa4type\xa6Cancel\xa1x" + b"\x91" * 100_000)
+
+
+@given(st.integers(0, len(MESSAGES) - 1), st.data())
+def test_a_damaged_message_is_refused_or_still_a_message(index: int, data: st.DataObject) -> None:
+    frame = bytearray(encode_message(MESSAGES[index]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        message = decode_message(bytes(frame))
+    except WIRE_ERRORS:
+        return
+    assert decode_message(encode_message(message)) == message
+
+
+def test_capacity_counts_the_full_attention_group() -> None:
+    hello = MESSAGES[3]
+    assert isinstance(hello, Hello)
+    assert hello.info.capacity_tokens == 10 * 32
