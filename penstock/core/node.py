@@ -5,7 +5,7 @@ on that thread.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import assert_never
 
 import msgspec
@@ -117,6 +117,19 @@ class DecisionLog:
         speeds share.
         """
         return [_timeless(command) for entry in self._entries for command in entry.commands]
+
+
+def replay(log: Iterable[LogEntry], core: Core) -> Iterator[tuple[LogEntry, LogEntry]]:
+    """Feed a log's events to a fresh core at their recorded times.
+
+    Yields each recorded entry beside what the core does now; equal, unless the code or the core's
+    configuration has changed.
+    """
+    again = DecisionLog(limit=1)
+    for entry in log:
+        event: Event = msgspec.convert(entry.event, Event, str_keys=True)
+        again.record(entry.now_ns, event, core.handle(event, entry.now_ns))
+        yield entry, next(iter(again))
 
 
 def to_builtins(value: object) -> object:

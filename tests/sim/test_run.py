@@ -2,13 +2,18 @@
 
 import random
 
+import msgspec
 import pytest
 
+from penstock.control.controller import Controller
+from penstock.core.config import ControllerConfig
+from penstock.core.node import LogEntry, replay
 from penstock.core.request import Request, SamplingParams
 from penstock.core.types import NS_PER_MS, RequestId, Role
 from penstock.sim.executor import VOCAB_SIZE, StepCost, chain_layout, expected_tokens
 from penstock.sim.network import LinkCost
 from penstock.sim.run import ClusterSpec, SimCluster
+from penstock.worker.worker import Worker
 
 EOS = 7
 
@@ -117,6 +122,18 @@ def test_same_seed_same_decisions() -> None:
     assert list(first.log) == list(second.log)
     for name in first.workers:
         assert list(first.workers[name].log) == list(second.workers[name].log)
+
+
+def test_a_log_replayed_into_fresh_cores_gives_the_same_commands() -> None:
+    cluster, _ = run_seed(12)
+    lines = [msgspec.json.encode(entry) for entry in cluster.log]
+    journal = [msgspec.json.decode(line, type=LogEntry) for line in lines]
+    controller = Controller(ControllerConfig())
+    for recorded, now in replay(journal, controller):
+        assert msgspec.json.encode(recorded) == msgspec.json.encode(now)
+    for worker in cluster.workers.values():
+        for recorded, now in replay(worker.log, Worker(worker.config)):
+            assert msgspec.json.encode(recorded) == msgspec.json.encode(now)
 
 
 def test_faults_really_happen_in_these_seeds() -> None:
