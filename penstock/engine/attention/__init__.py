@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from penstock.engine.batch import Batch
     from torch import Tensor
+
+    from penstock.engine.batch import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from penstock.engine.batch import Batch
     from torch import Tensor
 
     from penstock.engine.attention import AttentionSpec
+    from penstock.engine.batch import Batch
 
 
 class ReferenceAttention:

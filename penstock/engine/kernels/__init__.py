@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Protocol
 from penstock.engine.attention import AttentionBackend, AttentionSpec
 
 if TYPE_CHECKING:
-    from penstock.engine.batch import Batch
     from torch import Tensor
 
+    from penstock.engine.batch import Batch
     from penstock.engine.linear import Linear
 
 
@@ -152,7 +152,10 @@ class Kernels(AttentionBackend, Protocol):
         """Return `scale * x` in float32, bent by `softcap * tanh(. / softcap)` if softcap."""
 
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return `function(x)`: any torch code from rows to rows (a mixture of experts, say)."""
+        """Return `function(x)`: torch code from rows `[T, n]` to rows of the same width and dtype.
+
+        A mixture of experts, say.
+        """
 
     def prepare(self, forward: Callable[[Kernels, Batch], Tensor]) -> Callable[[Batch], Tensor]:
         """Return what computes `forward(self, batch)`, usually faster.

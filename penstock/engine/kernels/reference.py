@@ -17,8 +17,9 @@ from penstock.engine.kernels import Activation, HeadsSpec, Kernels, Norm, NormKi
 from penstock.engine.linear import Linear
 
 if TYPE_CHECKING:
-    from penstock.engine.batch import Batch
     from torch import Tensor
+
+    from penstock.engine.batch import Batch
 
 
 class ReferenceKernels(ReferenceAttention):

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
+from penstock.engine.kernels.cpu import CpuKernels
 from penstock.engine.kernels.reference import ReferenceKernels
+from penstock.engine.native.library import load_library
+from penstock.engine.native.structs import DTYPES
 
 if TYPE_CHECKING:
     from penstock.engine.kernels import Kernels
 
 
 def select_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Return the fastest kernels that run here; their `notice` says what is missing, if anything."""
-    del device, dtype
-    return ReferenceKernels()
+    """Return the fastest kernels that run here. Their `notice` says what is missing, if anything.
+
+    On first use on a machine this compiles the native kernels, which takes seconds.
+    """
+    if device.type != "cpu":
+        return ReferenceKernels()
+    if dtype not in DTYPES:
+        notice = f"the CPU kernels know float32 and bfloat16; {dtype} runs on torch, much slower"
+        warnings.warn(notice, RuntimeWarning, stacklevel=2)
+        return ReferenceKernels(notice)
+    loaded = load_library()
+    if loaded.library is None:
+        return ReferenceKernels(loaded.notice)
+    return CpuKernels(loaded.library)

@@ -1,0 +1,167 @@
+// Paged attention over a strided block-major pool, and the writing of keys and values into it.
+//
+// Source: online softmax as in FlashAttention (Dao 2022); splitting a long context over threads and
+// merging the parts as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
+#include "attention.h"
+
+#include <vector>
+
+#include "attention_rows.h"
+#include "attention_tiles.h"
+#include "operations.h"
+
+namespace penstock {
+
+constexpr int PART_SLOTS_MIN = 256;  // a shorter part is not worth merging
+
+template <class T>
+static void attend_few(const Context& context, const Tile& tile, Scratch& scratch, Running* running,
+                       float* sums) {
+    switch (tile.count * context.group_size()) {
+#define CASE(R)                                                         \
+    case R:                                                             \
+        return attend_few_rows<T, R>(context, tile, scratch, running, sums);
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+    }
+}
+
+template <class T>
+static void write_rows(const Context& context, const Tile& tile, const Running* running,
+                       const float* sums) {
+    const int head_dim = context.layer.head_dim;
+    for (int row = 0; row < tile.count * context.group_size(); row++) {
+        const float factor = running[row].sum > 0 ? 1.f / running[row].sum : 0.f;
+        T* to = context.output_row<T>(tile, row);
+        for (int d = 0; d < head_dim; d += LANES)
+            store(to + d, load(sums + row * head_dim + d) * factor);
+    }
+}
+
+// Adds the second part of a context to the first.
+static void merge(int rows, int head_dim, Running* running, float* sums, const Running* more,
+                  const float* more_sums) {
+    for (int row = 0; row < rows; row++) {
+        const float maximum = std::max(running[row].maximum, more[row].maximum);
+        if (maximum == -INFINITY) continue;
+        const float a = exp2f(running[row].maximum - maximum), b = exp2f(more[row].maximum - maximum);
+        running[row] = {maximum, running[row].sum * a + more[row].sum * b};
+        for (int d = row * head_dim; d < (row + 1) * head_dim; d += LANES)
+            store(sums + d, load(sums + d) * a + load(more_sums + d) * b);
+    }
+}
+
+// The work of one call, largest first where it matters: the parts of split tiles lie side by side.
+struct Plan {
+    std::vector<Tile> tiles;
+    int parts = 1;  // of every few-row tile whose context is long enough
+
+    Plan(const Context& context, int threads) {
+        const Batch& batch = context.batch;
+        const int heads = context.layer.num_kv_heads;
+        if (threads > 1 && batch.num_sequences * heads < 2 * threads)
+            parts = (2 * threads + batch.num_sequences * heads - 1) / (batch.num_sequences * heads);
+        for (int sequence = 0; sequence < batch.num_sequences; sequence++) add(context, sequence);
+    }
+
+    void add(const Context& context, int sequence) {
+        const Batch& batch = context.batch;
+        const int first = batch.query_start[sequence], last = batch.query_start[sequence + 1];
+        const int position = batch.kv_len[sequence] - (last - first), group = context.group_size();
+        const int step = std::max(1, TILE_ROWS / group);
+        for (int token = first; token < last; token += step)
+            for (int head = 0; head < context.layer.num_kv_heads; head++) {
+                const int count = std::min(step, last - token);
+                Tile tile{sequence, head, token, count, position + token - first, 0, 0, -1};
+                tile.begin = context.first(tile, 0);
+                tile.end = context.last(tile, count * group - 1) + 1;
+                if (count * group <= FEW_ROWS) split(tile);
+                else tiles.push_back(tile);
+            }
+    }
+
+    void split(Tile tile) {
+        const int slots = tile.end - tile.begin, count = std::min(parts, slots / PART_SLOTS_MIN);
+        if (count < 2) return tiles.push_back(tile);
+        const int begin = tile.begin, step = (slots / count + SPAN - 1) / SPAN * SPAN;
+        for (tile.part = 0; begin + tile.part * step < begin + slots; tile.part++) {
+            Tile part = tile;
+            part.begin = begin + tile.part * step;
+            part.end = std::min(part.begin + step, tile.end);
+            tiles.push_back(part);
+        }
+    }
+};
+
+// What the parts of split tiles leave behind, one entry per tile.
+struct Parts {
+    std::vector<Running> running;
+    std::vector<float> sums;
+    int head_dim;
+    Parts(const Plan& plan, int head_dim) : head_dim(head_dim) {
+        if (plan.parts == 1) return;
+        running.resize(plan.tiles.size() * FEW_ROWS);
+        sums.resize(plan.tiles.size() * FEW_ROWS * head_dim);
+    }
+    Running* running_of(size_t i) { return running.data() + i * FEW_ROWS; }
+    float* sums_of(size_t i) { return sums.data() + i * FEW_ROWS * head_dim; }
+};
+
+template <class T>
+static void attend_one(const Context& context, const Plan& plan, size_t i, Parts& parts) {
+    static thread_local Scratch scratch;
+    const Tile& tile = plan.tiles[i];
+    if (tile.count * context.group_size() > FEW_ROWS) return attend_tile<T>(context, tile, scratch);
+    if (tile.part >= 0)
+        return attend_few<T>(context, tile, scratch, parts.running_of(i), parts.sums_of(i));
+    Running running[FEW_ROWS];
+    alignas(64) float sums[FEW_ROWS * 256];
+    attend_few<T>(context, tile, scratch, running, sums);
+    write_rows<T>(context, tile, running, sums);
+}
+
+template <class T> static void attend_all(const Context& context) {
+    const Plan plan(context, num_threads());
+    Parts parts(plan, context.layer.head_dim);
+#pragma omp parallel for schedule(dynamic, 1) if (plan.tiles.size() > 1)
+    for (size_t i = 0; i < plan.tiles.size(); i++) attend_one<T>(context, plan, i, parts);
+    if (plan.parts == 1) return;
+    for (size_t i = 0, first = 0; i < plan.tiles.size(); i++) {
+        const Tile& tile = plan.tiles[i];
+        if (tile.part < 0) continue;
+        if (tile.part == 0) first = i;
+        else
+            merge(tile.count * context.group_size(), context.layer.head_dim, parts.running_of(first),
+                  parts.sums_of(first), parts.running_of(i), parts.sums_of(i));
+        const bool is_last = i + 1 == plan.tiles.size() || plan.tiles[i + 1].part <= 0;
+        if (is_last) write_rows<T>(context, tile, parts.running_of(first), parts.sums_of(first));
+    }
+}
+
+template <class T>
+static void store_rows(const Attention& layer, const T* key, int64_t key_stride, const T* value,
+                       int64_t value_stride, const int64_t* slots, int64_t rows) {
+    for (int64_t row = 0; row < rows; row++)
+        if (slots[row] >= 0)
+            store_slot(layer, key + row * key_stride, value + row * value_stride, slots[row]);
+}
+
+void attend(const Attention& layer, const Batch& batch, const void* query, int64_t query_stride,
+            void* output) {
+    const Context context{layer, batch, query, query_stride, output};
+    if (layer.dtype == BFLOAT16)
+        attend_all<bf16>(context);
+    else
+        attend_all<float>(context);
+}
+
+void store(const Attention& layer, const void* key, int64_t key_stride, const void* value,
+           int64_t value_stride, const int64_t* slots, int64_t rows) {
+    if (layer.dtype == BFLOAT16)
+        store_rows(layer, (const bf16*)key, key_stride, (const bf16*)value, value_stride, slots, rows);
+    else
+        store_rows(layer, (const float*)key, key_stride, (const float*)value, value_stride, slots,
+                   rows);
+}
+
+}  // namespace penstock

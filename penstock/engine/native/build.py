@@ -1,0 +1,167 @@
+"""Compiles the C++ sources of this folder, once per machine, source and compiler.
+
+Owns the compiler's command line and the cache of results. The name of a cached library is a hash of
+everything that its code depends on, so a stale one is never loaded. Processes that start together
+build once: the first takes a lock, the others wait for it. `library` calls it on first use.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+from penstock.core.errors import BackendUnavailable
+
+_SOURCES: Final = Path(__file__).parent
+_COMPILERS: Final = ("c++", "g++", "clang++")
+_DEADLINE_S: Final = 300.0
+_ADVICE: Final = (
+    "install a C++17 compiler (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`) "
+    "or name one in the environment variable CXX"
+)
+# Kernels compute with infinities (masks) and add in a fixed order, so no -ffast-math.
+_FLAGS: Final = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wno-psabi", "-w",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def build(on_progress: Callable[[str], None] = logger.info) -> Path:
+    """Return the compiled library, from the cache when it is there.
+
+    Raises: `BackendUnavailable` when there is no compiler, the compiler fails or the cache cannot
+    be written; the message says what to do.
+    """
+    compiler = find_compiler()
+    command = [compiler, *_FLAGS, *_machine_flags(), *_openmp_flags(compiler)]
+    folder = _cache_folder()
+    target = folder / f"kernels-{_fingerprint(command)}.so"
+    if target.exists():
+        return target
+    with _lock(folder / "build.lock"):
+        if not target.exists():
+            start = time.monotonic()
+            on_progress(f"compiling the CPU kernels with {compiler} (once on this machine)")
+            _compile(command, target)
+            on_progress(f"compiled the CPU kernels in {time.monotonic() - start:.1f} s: {target}")
+    return target
+
+
+def find_compiler() -> str:
+    """Return the path of the C++ compiler: CXX if it is set, else the first of the usual names.
+
+    Raises: `BackendUnavailable` when there is none.
+    """
+    named = os.environ.get("CXX")
+    candidates = (named,) if named else _COMPILERS
+    for name in candidates:
+        if path := shutil.which(name):
+            return path
+    missing = f"CXX names {named}, which is not there" if named else "there is no C++ compiler"
+    raise BackendUnavailable(f"{missing}: {_ADVICE}")
+
+
+def _machine_flags() -> tuple[str, ...]:
+    return ("-mcpu=native",) if platform.machine() in {"aarch64", "arm64"} else ("-march=native",)
+
+
+def _openmp_flags(compiler: str) -> tuple[str, ...]:
+    """Return the flags for threads; none, with a warning, where OpenMP is missing."""
+    probe = [compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-", "-o", os.devnull]
+    if _run(probe, "#include <omp.h>\n").returncode == 0:
+        return ("-fopenmp",)
+    logger.warning("%s has no OpenMP: the CPU kernels will use one thread each", compiler)
+    return ()
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Hash all that decides what code comes out, and the CPU, because -march=native asks for it."""
+    digest = blake2b(digest_size=10)
+    for part in (*command, _run([command[0], "--version"]).stdout, _cpu()):
+        digest.update(part.encode() + b"\0")
+    for source in sorted(_SOURCES.glob("*.[ch]*")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def _cache_folder() -> Path:
+    """Return the folder for compiled kernels: this user's alone, because it gets executed."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(root) / "penstock" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise BackendUnavailable(
+            f"the compiled CPU kernels cannot be kept in {folder} ({error.strerror}): set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise BackendUnavailable(
+            f"{folder} can be written by others, so nothing in it is loaded: make it yours "
+            "(`chmod 700`) or set XDG_CACHE_HOME to another folder"
+        )
+    return folder
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the kernel frees it when a process dies.
+
+    Raises: `BackendUnavailable` when another process holds it for longer than a build may take.
+    """
+    deadline = time.monotonic() + _DEADLINE_S
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BackendUnavailable(f"another process has held {path} too long") from None
+                time.sleep(0.05)
+        yield
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Compile into a temporary file beside the target and rename it: all of it or nothing."""
+    sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        output = Path(folder) / target.name
+        result = _run([*command, *sources, "-o", str(output)])
+        if result.returncode != 0:
+            raise BackendUnavailable(
+                f"{command[0]} could not compile the CPU kernels: {_ADVICE}. It said: "
+                f"{result.stderr.strip()[-2000:]}"
+            )
+        output.replace(target)
+
+
+def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=_DEADLINE_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendUnavailable(f"{command[0]} could not be run ({error}): {_ADVICE}") from error

@@ -1,0 +1,300 @@
+"""Attention back ends against dense attention in float64, over pools full of NaN."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.engine.attention import AttentionBackend, AttentionSpec
+from penstock.engine.attention.cpu import CpuAttention
+from penstock.engine.attention.reference import ReferenceAttention
+from penstock.engine.batch import Batch
+from penstock.engine.native.library import load_library
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@dataclass
+class Case:
+    """Sequences with their keys and values, in a pool whose every other slot is NaN."""
+
+    spec: AttentionSpec
+    batch: Batch
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def expected(self) -> torch.Tensor:
+        parts = []
+        for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            rows = slice(*self.batch.query_start[i : i + 2].tolist())
+            parts.append(dense_attention(self.spec, self.query[rows], keys, values))
+        return torch.cat(parts)
+
+    def check(self, backend: AttentionBackend) -> None:
+        output = backend.attend(self.spec, self.query, self.key_cache, self.value_cache, self.batch)
+        assert output.dtype == self.query.dtype
+        assert output.shape == self.query.shape
+        error = (output.double() - self.expected()).abs().max().item()
+        assert error < TOLERANCE[self.query.dtype], (error, self.spec)
+
+
+def dense_attention(spec, query, keys, values):
+    """Compute one sequence in float64, the obvious way."""
+    n, t, ratio = len(query), len(keys), spec.num_heads // spec.num_kv_heads
+    keys, values = (x.double().repeat_interleave(ratio, 1) for x in (keys, values))
+    scores = torch.einsum("nhd,thd->hnt", query.double(), keys) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    position = torch.arange(t - n, t)[:, None]
+    slot = torch.arange(t)[None]
+    visible = (slot <= position) & ((slot > position - spec.window) | (spec.window == 0))
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if spec.sinks is not None:
+        scores = torch.cat([scores, spec.sinks.double()[:, None, None].expand(-1, n, 1)], -1)
+    weights = scores.softmax(-1)[..., :t]
+    return torch.einsum("hnt,thd->nhd", weights, values)
+
+
+def make_case(
+    lengths: list[tuple[int, int]],
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: bool = False,
+) -> Case:
+    """Make a batch of sequences, each given as (new tokens, tokens in all), in random blocks."""
+    rng = torch.Generator().manual_seed(seed)
+    starts = np.cumsum([0, *(new for new, _ in lengths)])
+    widths = [-(-total // block_size) for _, total in lengths]
+    num_blocks = sum(widths) + 3
+    order = torch.randperm(num_blocks, generator=rng).int()
+    shape = (num_blocks, 3, 2, block_size, num_kv_heads, head_dim)
+    pool = torch.full(shape, float("nan"), dtype=dtype)
+    key_cache, value_cache = pool[:, 1, 0], pool[:, 1, 1]
+    # A table's unused entries must not be followed.
+    tables = torch.full((len(lengths), max(widths) + 2), 2**30, dtype=torch.int32)
+    keys, values, used = [], [], 0
+    for i, (new, total) in enumerate(lengths):
+        blocks = order[used : used + widths[i]]
+        used += widths[i]
+        tables[i, : widths[i]] = blocks
+        k, v = (
+            torch.randn(total, num_kv_heads, head_dim, generator=rng).to(dtype) for _ in range(2)
+        )
+        oldest = max(0, total - new - window + 1) if window else 0
+        tables[i, : oldest // block_size] = 2**30
+        for slot in range(oldest, total):
+            block = blocks[slot // block_size]
+            key_cache[block, slot % block_size] = k[slot]
+            value_cache[block, slot % block_size] = v[slot]
+        keys.append(k)
+        values.append(v)
+    num_rows = int(starts[-1])
+    # Queries lie in a wider row, as they do behind a fused QKV product.
+    wide = torch.randn(num_rows, num_heads * head_dim + 48, generator=rng).to(dtype)
+    batch = Batch(
+        token_ids=torch.zeros(num_rows, dtype=torch.int64),
+        positions=torch.zeros(num_rows, dtype=torch.int64),
+        slots=(torch.full((num_rows,), -1),),
+        query_start=torch.from_numpy(starts.astype(np.int32)),
+        kv_len=torch.tensor([total for _, total in lengths], dtype=torch.int32),
+        block_tables=(tables,),
+        logits_rows=torch.zeros(0, dtype=torch.int64),
+        max_query_len=max(new for new, _ in lengths),
+    )
+    spec = AttentionSpec(
+        0, 1, num_heads, num_kv_heads, head_dim, head_dim**-0.5, window, softcap,
+        torch.randn(num_heads, generator=rng) if sinks else None,
+    )  # fmt: skip
+    query = wide[:, 48:].view(num_rows, num_heads, head_dim)
+    return Case(spec, batch, query, key_cache, value_cache, keys, values)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> CpuAttention:
+    library = load_library().library
+    assert library is not None, "the tests need a C++ compiler"
+    return CpuAttention(library)
+
+
+def backends(cpu: CpuAttention) -> tuple[AttentionBackend, ...]:
+    return ReferenceAttention(), cpu
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+MIXED = [(1, 1), (1, 40), (3, 3), (5, 300), (70, 70), (33, 600), (1, 513), (2, 17)]
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128, 192, 256])
+def test_prefill_decode_and_chunks_in_one_batch(cpu, dtype, head_dim):
+    case = make_case(MIXED, dtype=dtype, head_dim=head_dim, block_size=32)
+    for backend in backends(cpu):
+        case.check(backend)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"),
+    [(1, 1), (4, 4), (6, 2), (8, 2), (5, 1), (6, 1), (7, 1), (8, 1), (24, 2), (12, 1)],
+)
+def test_any_ratio_of_query_to_kv_heads(cpu, dtype, num_heads, num_kv_heads):
+    case = make_case(MIXED, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    for backend in backends(cpu):
+        case.check(backend)
+
+
+@DTYPES
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 64, 128])
+def test_any_block_size(cpu, dtype, block_size):
+    for backend in backends(cpu):
+        make_case(MIXED, dtype=dtype, block_size=block_size).check(backend)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [1, 2, 15, 64, 255, 4096])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_windows_and_sinks(cpu, dtype, window, sinks):
+    case = make_case(MIXED, dtype=dtype, window=window, sinks=sinks)
+    for backend in backends(cpu):
+        case.check(backend)
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_softcap(cpu, dtype, softcap):
+    case = make_case(MIXED, dtype=dtype, softcap=softcap, sinks=True)
+    for backend in backends(cpu):
+        case.check(backend)
+
+
+@DTYPES
+def test_long_context_crosses_many_chunks(cpu, dtype):
+    case = make_case([(1, 3000), (300, 2100)], dtype=dtype, num_heads=8, head_dim=32)
+    for backend in backends(cpu):
+        case.check(backend)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_shapes(cpu, seed):
+    rng = np.random.default_rng(seed)
+    num_kv_heads = int(rng.integers(1, 5))
+    lengths = [
+        (int(min(new, total)), int(total))
+        for new, total in zip(
+            rng.choice([1, 1, 2, 9, 130], 6), rng.integers(1, 700, 6), strict=True
+        )
+    ]
+    case = make_case(
+        lengths,
+        dtype=[torch.float32, torch.bfloat16][seed % 2],
+        seed=seed,
+        num_heads=num_kv_heads * int(rng.integers(1, 10)),
+        num_kv_heads=num_kv_heads,
+        head_dim=16 * int(rng.integers(1, 17)),
+        block_size=int(rng.choice([4, 16, 32, 64])),
+        window=int(rng.choice([0, 0, 3, 50, 300])),
+        softcap=float(rng.choice([0.0, 0.0, 30.0])),
+        sinks=bool(rng.integers(2)),
+    )
+    case.check(cpu)
+
+
+@DTYPES
+def test_a_row_does_not_depend_on_its_batch(cpu, dtype):
+    whole = make_case([(1, 900), (1, 30), (40, 200), (1, 65)], dtype=dtype)
+    output = cpu.attend(whole.spec, whole.query, whole.key_cache, whole.value_cache, whole.batch)
+    for i, rows in enumerate([slice(0, 1), slice(1, 2), slice(2, 42), slice(42, 43)]):
+        alone = replace(
+            whole.batch,
+            query_start=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+            kv_len=whole.batch.kv_len[i : i + 1],
+            block_tables=(whole.batch.block_tables[0][i : i + 1].contiguous(),),
+        )
+        result = cpu.attend(
+            whole.spec, whole.query[rows], whole.key_cache, whole.value_cache, alone
+        )
+        assert torch.equal(result, output[rows])
+
+
+@DTYPES
+def test_threads_share_a_long_context(cpu, dtype):
+    case = make_case([(1, 3000)], dtype=dtype, num_heads=4, num_kv_heads=1, sinks=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # the same OpenMP runtime
+    try:
+        case.check(cpu)
+    finally:
+        torch.set_num_threads(before)
+
+
+@DTYPES
+def test_empty_sequences_and_batches(cpu, dtype):
+    case = make_case([(0, 20), (2, 9), (0, 1)], dtype=dtype)
+    for backend in backends(cpu):
+        case.check(backend)
+    nothing = make_case([(0, 5)], dtype=dtype)
+    output = cpu.attend(
+        nothing.spec, nothing.query, nothing.key_cache, nothing.value_cache, nothing.batch
+    )
+    assert output.shape == (0, 4, 64)
+
+
+@DTYPES
+def test_any_strides(cpu, dtype):
+    case = make_case(MIXED, dtype=dtype)
+    # Heads outside, keys and values interleaved: nothing like the usual pool.
+    blocks, slots, heads, dim = case.key_cache.shape
+    strange = torch.full((heads, slots, blocks, 2, dim + 16), float("nan"), dtype=dtype)
+    both = strange[..., :dim].permute(2, 1, 0, 3, 4)
+    both[:, :, :, 0], both[:, :, :, 1] = case.key_cache, case.value_cache
+    case.key_cache, case.value_cache = both[:, :, :, 0], both[:, :, :, 1]
+    for backend in backends(cpu):
+        case.check(backend)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_what_is_stored_is_read_back(cpu, dtype, head_dim):
+    block_size, rows = 16, 50
+    key, value = torch.randn(2, rows, 2, head_dim).to(dtype)
+    slots = torch.randperm(8 * block_size)[:rows]
+    slots[::7] = -1
+    for backend in backends(cpu):
+        pool = torch.zeros(8, 3, 2, block_size, 2, head_dim, dtype=dtype)
+        key_cache, value_cache = pool[:, 1, 0], pool[:, 1, 1]
+        # Rows with heads outside, as Hugging Face hands them over.
+        strided = key.transpose(0, 1).contiguous().transpose(0, 1)
+        backend.store(strided, value, key_cache, value_cache, slots)
+        kept = slots >= 0
+        where = slots[kept] // block_size, slots[kept] % block_size
+        assert torch.equal(key_cache[where], key[kept])
+        assert torch.equal(value_cache[where], value[kept])
+        key_cache[where], value_cache[where] = 0, 0
+        assert not pool.any()
+
+
+def test_float16_and_odd_heads_go_to_the_reference_loudly(cpu):
+    native = CpuAttention(cpu._library)
+    with pytest.warns(RuntimeWarning, match="float16"):
+        make_case(MIXED, dtype=torch.float16).check(native)
+    assert native.notice is not None
+    other = CpuAttention(cpu._library)
+    with pytest.warns(RuntimeWarning, match="heads of 16 to 256"):
+        make_case(MIXED, dtype=torch.float32, head_dim=24).check(other)
+
+
+def test_a_wrong_cache_is_refused(cpu):
+    case = make_case([(1, 5)], dtype=torch.float32)
+    with pytest.raises(AssertionError):
+        cpu.attend(case.spec, case.query, case.key_cache[:, :, :1], case.value_cache, case.batch)
