@@ -1,1 +1,1 @@
-"""Floor 3: model execution. torch lives here and in nothing below; the worker core sees only `Step` and `Sampled`."""
+"""Floor 3: model execution. torch lives here; worker cores see only `Step` and `Sampled`."""

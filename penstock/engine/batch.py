@@ -1,7 +1,8 @@
-"""A step as the tensors that a model reads: one flat row of tokens, and where each sequence's KV lies.
+"""A step as the tensors that a model reads: a flat row of tokens, and where their KV lies.
 
-Owns the translation from a `Step` (numpy, what the worker decided) to a `Batch` (torch, what kernels read). Does not know
-the model or the pools. The executor calls it once per step, the decoder and the attention back ends read the result.
+Owns the translation from a `Step` (numpy, what the worker decided) to a `Batch` (torch, what
+kernels read). Does not know the model or the pools. The executor calls it once per step; the
+decoder and the attention back ends read the result.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Batch:
 
     token_ids     [T] int64
     positions     [T] int64, the rotary position of each token
-    slots         per group [T] int64, block * block_size + offset where its KV is written; -1 writes nothing
+    slots         per group [T] int64, block * block_size + offset of its KV; -1 writes nothing
     query_start   [S + 1] int32; sequence i has rows [query_start[i], query_start[i + 1])
     kv_len        [S] int32, slots of each sequence that are filled once this batch has run
     block_tables  per group [S, W] int32; entry j holds slots [j * block_size, (j + 1) * block_size)
