@@ -1,0 +1,269 @@
+"""What the server counts, and how Prometheus reads it.
+
+Owns counters and histograms of one application: plain integers, so that counting a token costs
+well under a microsecond; they become metric families when scraped. Base names are vLLM's where the
+meaning is the same. Gauges of workers are read from the service at the scrape. `generation.py`
+counts, `app.py` scrapes.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, exposition
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from penstock.core.errors import PenstockError
+from penstock.core.events import Load, WorkerInfo
+from penstock.core.request import Timeline
+from penstock.core.service import ClusterStatus
+from penstock.core.types import KIB, NS_PER_S
+from penstock.server.choice import Choice
+from penstock.server.errors import error_kind
+
+_STEPS = (1.0, 2.5, 5.0)
+SECONDS = tuple(step * 10.0**power for power in range(-4, 3) for step in _STEPS)
+TOKEN_SECONDS = tuple(step * 10.0**power for power in range(-5, 1) for step in _STEPS)
+TOKENS = tuple(step * 10.0**power for power in range(6) for step in (1.0, 2.0, 5.0))
+BYTES = tuple(float(KIB * 4**power) for power in range(14))
+SPANS = tuple(float(2**power) for power in range(14))
+
+
+Series = dict[tuple[str, ...], float]
+"""Values by the labels that come behind `model_name`."""
+
+
+class Histogram:
+    """Counts by bucket; `bounds[i]` is the largest value of bucket i, the last one has no bound."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, `times` times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return (bound, values up to it), as Prometheus wants it."""
+        names = [*map(repr, self.bounds), "+Inf"]
+        running, result = 0, []
+        for name, count in zip(names, self.counts, strict=True):
+            running += count
+            result.append((name, float(running)))
+        return result
+
+
+class Metrics(Collector):
+    """Everything one application counts, with a registry of its own."""
+
+    def __init__(self, model_name: str, status: Callable[[], ClusterStatus]) -> None:
+        self._status = status
+        self._labels = {"model_name": model_name}
+        self._histograms = {
+            "time_to_first_token_seconds": Histogram(SECONDS),
+            "inter_token_latency_seconds": Histogram(TOKEN_SECONDS),
+            "request_time_per_output_token_seconds": Histogram(TOKEN_SECONDS),
+            "e2e_request_latency_seconds": Histogram(SECONDS),
+            "request_queue_time_seconds": Histogram(SECONDS),
+            "request_prefill_time_seconds": Histogram(SECONDS),
+            "request_prompt_tokens": Histogram(TOKENS),
+            "request_generation_tokens": Histogram(TOKENS),
+            "kv_transfer_bytes": Histogram(BYTES),
+            "kv_transfer_spans": Histogram(SPANS),
+        }
+        self._transfer_seconds: dict[str, Histogram] = {}
+        self._ttft_parts: dict[str, Histogram] = {}
+        self._finished: defaultdict[str, int] = defaultdict(int)
+        self._failed: defaultdict[str, int] = defaultdict(int)
+        self._between_tokens = self._histograms["inter_token_latency_seconds"]
+        self._prompt_tokens = self._generated_tokens = 0
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    # ------------------------------------------------------------------------------------ counting
+
+    def count_first(self, choice: Choice, num_tokens: int) -> None:
+        """Count a prompt whose first output came, with that output's tokens."""
+        self._prompt_tokens += len(choice.request.prompt_token_ids)
+        self._generated_tokens += num_tokens
+
+    def count_tokens(self, num_tokens: int, seconds: float) -> None:
+        """Count tokens that came `seconds` after the ones before."""
+        self._generated_tokens += num_tokens
+        self._between_tokens.observe(seconds / num_tokens, num_tokens)
+
+    def count_failure(self, error: PenstockError) -> None:
+        """Count a response that is an error or ends in one."""
+        self._failed[error_kind(error).code] += 1
+
+    def observe(self, choice: Choice, has_failed: bool) -> None:
+        """Count a choice that will get no more tokens."""
+        if not has_failed:
+            self._finished[choice.finish_reason or "abort"] += 1
+        if not choice.first_ns:
+            return
+        seen, arrived_ns = self._histograms, choice.request.arrived_ns
+        delivered_ns = choice.delivered_ns or choice.first_ns
+        seen["time_to_first_token_seconds"].observe((delivered_ns - arrived_ns) / NS_PER_S)
+        seen["e2e_request_latency_seconds"].observe((choice.last_ns - arrived_ns) / NS_PER_S)
+        seen["request_prompt_tokens"].observe(len(choice.request.prompt_token_ids))
+        seen["request_generation_tokens"].observe(choice.num_tokens)
+        if choice.num_tokens > 1:
+            seen["request_time_per_output_token_seconds"].observe(
+                (choice.last_ns - choice.first_ns) / NS_PER_S / (choice.num_tokens - 1)
+            )
+        if choice.timeline is not None:
+            self._observe_timeline(choice.timeline, delivered_ns)
+
+    def _observe_timeline(self, timeline: Timeline, delivered_ns: int) -> None:
+        parts = timeline.ledger(delivered_ns)
+        self._histograms["request_queue_time_seconds"].observe(parts["queue"])
+        self._histograms["request_prefill_time_seconds"].observe(parts["prefill"])
+        for part, seconds in parts.items():
+            if part != "ttft":
+                _labelled(self._ttft_parts, part).observe(seconds)
+        if timeline.pulled_ns:
+            _labelled(self._transfer_seconds, timeline.transport).observe(parts["pull"])
+            self._histograms["kv_transfer_bytes"].observe(timeline.pull_bytes)
+            self._histograms["kv_transfer_spans"].observe(timeline.pull_spans)
+
+    # ------------------------------------------------------------------------------------- scraping
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return the text for a scraper that accepts `accept`, and its content type."""
+        encode, content_type = exposition.choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield every metric family as of now."""
+        yield from self._collect_counters()
+        for name, histogram in self._histograms.items():
+            yield self._histogram(name, {(): histogram}, ())
+        yield self._histogram(
+            "kv_transfer_seconds",
+            {(k,): h for k, h in self._transfer_seconds.items()},
+            ("transport",),
+        )
+        yield self._histogram(
+            "ttft_part_seconds", {(k,): h for k, h in self._ttft_parts.items()}, ("part",)
+        )
+        yield from self._collect_cluster(self._status())
+
+    def _collect_counters(self) -> Iterator[Metric]:
+        yield self._counter("prompt_tokens", {(): self._prompt_tokens})
+        yield self._counter("generation_tokens", {(): self._generated_tokens})
+        finished: Series = {(reason,): count for reason, count in self._finished.items()}
+        yield self._counter("request_success", finished, ("finished_reason",))
+        failed: Series = {(code,): count for code, count in self._failed.items()}
+        yield self._counter("request_failure", failed, ("code",))
+
+    def _collect_cluster(self, status: ClusterStatus) -> Iterator[Metric]:
+        running = status.prefilling + status.handing_off + status.decoding
+        yield self._gauge("num_requests_running", {(): running})
+        yield self._gauge("num_requests_waiting", {(): status.queued})
+        yield self._counter("request_retries", {(): status.retried})
+        usage, queries, hits, preemptions = Series(), Series(), Series(), Series()
+        for worker in status.workers:
+            if worker.load is not None:
+                key = (worker.info.worker_id, worker.info.role.value)
+                usage[key] = kv_cache_usage(worker.info, worker.load)
+                queries[key] = worker.load.prefix_queries
+                hits[key] = worker.load.prefix_hits
+                preemptions[key] = worker.load.preemptions
+        names = ("worker", "role")
+        yield self._gauge("kv_cache_usage_perc", usage, names)
+        yield self._counter("prefix_cache_queries", queries, names)
+        yield self._counter("prefix_cache_hits", hits, names)
+        yield self._counter("num_preemptions", preemptions, names)
+
+    # --------------------------------------------------------------------------------------- forms
+
+    def _histogram(
+        self, name: str, series: Mapping[tuple[str, ...], Histogram], labels: tuple[str, ...]
+    ) -> Metric:
+        family = HistogramMetricFamily(*_named(name), labels=self._names(labels))
+        for values, histogram in series.items():
+            family.add_metric(self._values(values), histogram.buckets(), histogram.total)
+        return family
+
+    def _counter(
+        self,
+        name: str,
+        series: Series,
+        labels: tuple[str, ...] = (),
+    ) -> Metric:
+        family = CounterMetricFamily(*_named(name), labels=self._names(labels))
+        for values, value in series.items():
+            family.add_metric(self._values(values), value)
+        return family
+
+    def _gauge(
+        self,
+        name: str,
+        series: Series,
+        labels: tuple[str, ...] = (),
+    ) -> Metric:
+        family = GaugeMetricFamily(*_named(name), labels=self._names(labels))
+        for values, value in series.items():
+            family.add_metric(self._values(values), value)
+        return family
+
+    def _names(self, labels: tuple[str, ...]) -> list[str]:
+        return [*self._labels, *labels]
+
+    def _values(self, values: tuple[str, ...]) -> list[str]:
+        return [*self._labels.values(), *values]
+
+
+def kv_cache_usage(info: WorkerInfo, load: Load) -> float:
+    """Return the share of a worker's KV blocks that requests hold, of its fullest group: 0 to 1."""
+    groups = zip(info.num_blocks, load.free_blocks, load.cached_blocks, strict=True)
+    return max((1.0 - (free + cached) / total for total, free, cached in groups), default=0.0)
+
+
+def _labelled(series: dict[str, Histogram], label: str) -> Histogram:
+    if label not in series:
+        series[label] = Histogram(SECONDS)
+    return series[label]
+
+
+def _named(name: str) -> tuple[str, str]:
+    return f"penstock:{name}", _HELP[name]
+
+
+_HELP = {
+    "prompt_tokens": "Prompt tokens of requests that got a first token.",
+    "generation_tokens": "Tokens generated.",
+    "request_success": "Requests that ended without an error, by reason.",
+    "request_failure": "Responses that are an error or end in one, by error code.",
+    "request_retries": "Requests that went on with another worker.",
+    "time_to_first_token_seconds": "From arrival to the first token leaving for the client.",
+    "inter_token_latency_seconds": "Between two tokens of one request.",
+    "request_time_per_output_token_seconds": "Mean time per token of a request after its first.",
+    "e2e_request_latency_seconds": "From arrival to the last token.",
+    "request_queue_time_seconds": "From arrival to the start of prefill.",
+    "request_prefill_time_seconds": "From the start of prefill to its end.",
+    "request_prompt_tokens": "Prompt tokens per request.",
+    "request_generation_tokens": "Generated tokens per request.",
+    "ttft_part_seconds": "Parts that add up to the time to first token.",
+    "kv_transfer_seconds": "Time of pulling one request's KV from its prefill worker.",
+    "kv_transfer_bytes": "Bytes pulled per request.",
+    "kv_transfer_spans": "Copies it took to pull one request's KV.",
+    "num_requests_running": "Requests that workers have.",
+    "num_requests_waiting": "Requests waiting for a worker.",
+    "kv_cache_usage_perc": "Share of KV blocks held by requests, 1 is full.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "num_preemptions": "Requests preempted for want of KV blocks.",
+}
