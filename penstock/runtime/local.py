@@ -1,0 +1,247 @@
+"""`LocalCluster`: a whole cluster on one machine: the controller here, the host and the workers in
+processes of their own.
+
+It is the `Service` that the HTTP server and the Python API are given. Everything runs on the event
+loop's thread.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from penstock.control.controller import Controller
+from penstock.core.config import ControllerConfig
+from penstock.core.errors import StartupFailed, WorkersUnavailable
+from penstock.core.events import (
+    Cancel,
+    Drain,
+    Event,
+    Hello,
+    Message,
+    Move,
+    MoveDone,
+    RequestFailed,
+    Stop,
+    Submit,
+    Tokens,
+    WorkerLost,
+)
+from penstock.core.node import Node
+from penstock.core.request import Request
+from penstock.core.service import ClusterStatus, Sink
+from penstock.core.types import CONTROLLER, FRONT, RequestId, WorkerId
+from penstock.runtime.clock import LoopClock
+from penstock.runtime.folder import RunFolder
+from penstock.runtime.journal import open_journal
+from penstock.runtime.messaging import Messenger
+from penstock.runtime.process import HostProcess
+from penstock.runtime.settings import ClusterSettings, ModelFacts
+from penstock.runtime.supervisor import Callbacks, Supervisor
+from penstock.runtime.worker import CONTROLLER_EPOCH
+
+WORKER_END_TIMEOUT_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class LocalCluster:
+    """From `launch` to `stop`. Serves from the moment `ready` returns."""
+
+    def __init__(self, settings: ClusterSettings, folder: RunFolder, host: HostProcess) -> None:
+        self.settings = settings
+        self.controller = Controller(ControllerConfig())
+        self.stage = ("starting", 0.0)
+        """What the host is doing while it loads, and how much of it is done, 0 to 1."""
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self._folder = folder
+        self._host = host
+        self._sinks: dict[RequestId, Sink] = {}
+        self._model: ModelFacts | None = None
+        self._is_started = False
+
+    @classmethod
+    def launch(cls, settings: ClusterSettings, *, parent: Path | None = None) -> "LocalCluster":
+        """Start the host process; needs no event loop. `parent` is for the private folder."""
+        folder = RunFolder.create(parent)
+        return cls(settings, folder, HostProcess.spawn(folder.path))
+
+    async def start(self) -> None:
+        """Connect with the host on this loop; it loads the model meanwhile.
+
+        Raises: `StartupFailed` when the private folder or the decision log cannot be used.
+        """
+        self._ready: asyncio.Future[ModelFacts] = asyncio.get_running_loop().create_future()
+        self.broken: asyncio.Future[StartupFailed] = asyncio.get_running_loop().create_future()
+        """Done when the cluster can serve no more, with the reason."""
+        self._messenger = Messenger(
+            CONTROLLER, CONTROLLER_EPOCH, self._folder.path, self._receive, hears_strangers=True
+        )
+        self._node = Node(
+            self.controller,
+            clock=LoopClock(asyncio.get_running_loop()),
+            transport=_FrontTransport(self._messenger, self._to_front),
+            log=open_journal(self.settings.decision_log),
+        )
+        self._messenger.open()
+        self._supervisor = Supervisor(
+            self.settings,
+            folder=self._folder.path,
+            controller_address=self._messenger.address,
+            host=self._host,
+            callbacks=Callbacks(
+                progress=self._progress, loaded=self._loaded, lost=self._lose, failed=self._fail
+            ),
+        )
+        self._supervisor.start()
+        self._is_started = True
+
+    async def ready(self) -> ModelFacts:
+        """Wait until every worker is up.
+
+        Raises: `StartupFailed` saying what to change.
+        """
+        return await asyncio.shield(self._ready)
+
+    async def __aenter__(self) -> "LocalCluster":
+        try:
+            await self.start()
+            await self.ready()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End everything now. Requests under way fail; drain before to let them finish."""
+        if not self._is_started:
+            self._folder.remove()
+            return
+        self._is_started = False
+        self.drain()
+        for request_id in list(self._sinks):
+            self._to_front(RequestFailed(request_id=request_id, reason="the server was stopped"))
+        for worker_id in self.controller.workers:
+            self._messenger.send(worker_id, Stop())
+        await asyncio.sleep(0)
+        await self._supervisor.stop(WORKER_END_TIMEOUT_S)
+        self._messenger.close()
+        self._folder.remove()
+
+    # ---------------------------------------------------------------------------------- the service
+
+    @property
+    def num_live_requests(self) -> int:
+        """Requests that have neither ended nor been cancelled."""
+        return len(self._sinks)
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Start a request.
+
+        Raises: `WorkersUnavailable` while the model loads or the cluster drains, `CapacityExceeded`
+        when too many requests are under way, `PromptTooLong` when it can never fit.
+        """
+        if self._model is None:
+            stage, fraction = self.stage
+            raise WorkersUnavailable(f"the model is loading ({stage}, {fraction:.0%})")
+        refusal = self.controller.refusal(request)
+        if refusal is not None:
+            raise refusal
+        assert request.request_id not in self._sinks, request.request_id
+        self._sinks[request.request_id] = sink
+        self._deliver(Submit(request=request))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Stop a request; its sink is not called again. An unknown id is ignored."""
+        if self._sinks.pop(request_id, None) is not None:
+            self._deliver(Cancel(request_id=request_id))
+
+    def status(self) -> ClusterStatus:
+        """Return the cluster as of now."""
+        return self.controller.status()
+
+    def drain(self) -> None:
+        """Take no new request from now on."""
+        self._deliver(Drain())
+
+    # ------------------------------------------------------------------------------- what comes in
+
+    def _deliver(self, event: Event) -> None:
+        """Hand an event to the controller. A bug in there ends the cluster: its books are not to be
+        trusted any more.
+        """
+        is_handled = False
+        try:
+            self._node.deliver(event)
+            is_handled = True
+        finally:
+            if not is_handled:
+                self._fail(StartupFailed("the controller failed: this is a bug in Penstock"))
+
+    def _receive(self, message: Message) -> None:
+        if isinstance(message, Hello):
+            info = message.info
+            self._messenger.connect(info.worker_id, info.epoch, info.address)
+            self._deliver(message)
+            self._supervisor.joined(info.worker_id, info.epoch)
+            if self._supervisor.is_complete and not self._ready.done():
+                assert self._model is not None
+                self._ready.set_result(self._model)
+            return
+        self._deliver(message)
+
+    def _to_front(self, message: Message) -> None:
+        """Pass on what the controller has for the clients."""
+        match message:
+            case Tokens(outputs=outputs):
+                for output in outputs:
+                    is_last = output.finish_reason is not None
+                    sinks = self._sinks
+                    sink = (sinks.pop if is_last else sinks.get)(output.request_id, None)
+                    if sink is not None:
+                        sink(output)
+            case RequestFailed(request_id=request_id):
+                sink = self._sinks.pop(request_id, None)
+                if sink is not None:
+                    sink(message)
+            case _:
+                raise AssertionError(f"a {type(message).__name__} is not for the front")
+
+    def _progress(self, stage: str, fraction: float) -> None:
+        self.stage = (stage, fraction)
+        self.on_progress(stage, fraction)
+
+    def _loaded(self, model: ModelFacts) -> None:
+        self._model = model
+
+    def _lose(self, worker_id: WorkerId, epoch: int, reason: str) -> None:
+        self._messenger.forget(worker_id, epoch)
+        self._deliver(WorkerLost(worker_id=worker_id, epoch=epoch, reason=reason))
+
+    def _fail(self, error: StartupFailed) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            # Whoever waits gets it; if nobody does, `broken` tells.
+            self._ready.exception()
+        if not self.broken.done():
+            self.broken.set_result(error)
+
+
+class _FrontTransport:
+    """The transport port of the controller: workers by messages, the front by a call."""
+
+    def __init__(self, messenger: Messenger, to_front: Callable[[Message], None]) -> None:
+        self._messenger = messenger
+        self._to_front = to_front
+
+    def send(self, to: WorkerId, message: Message) -> None:
+        if to == FRONT:
+            self._to_front(message)
+        else:
+            self._messenger.send(to, message)
+
+    def submit(self, move: Move, _done: Callable[[MoveDone], None]) -> None:
+        raise AssertionError(f"the controller has no blocks to move: {move}")

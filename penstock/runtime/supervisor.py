@@ -1,0 +1,262 @@
+"""`Supervisor`: keeps the processes of a local cluster alive.
+
+Owns the host process and the incarnations of each worker: it has them started, notices their ends,
+and replaces what dies, with a pause that grows and a limit per minute. What is lost with a worker
+is the controller's affair; `LocalCluster` tells it.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from penstock.core.errors import StartupFailed
+from penstock.core.types import Role, WorkerId
+from penstock.runtime.link import (
+    Exited,
+    Failed,
+    Fork,
+    Forked,
+    Kill,
+    Prepare,
+    Progress,
+    Ready,
+    ToFront,
+    WorkerSpec,
+)
+from penstock.runtime.process import HostProcess
+from penstock.runtime.settings import ClusterSettings, ModelFacts
+
+RESTARTS_PER_WINDOW = 3
+RESTART_WINDOW_S = 60.0
+RESTART_PAUSES_S = (0.0, 1.0, 5.0)
+END_TIMEOUT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class WorkerSlot:
+    """One worker id through its incarnations. `pid` is None while no process is alive."""
+
+    worker_id: WorkerId
+    role: Role
+    index: int
+    epoch: int = 0
+    pid: int | None = None
+    is_up: bool = False
+    join_timer: asyncio.TimerHandle | None = None
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS_PER_WINDOW + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """Whom the supervisor tells. `lost` gets the incarnation and why it ended; `failed` that the
+    cluster cannot come up, or cannot stay up.
+    """
+
+    progress: Callable[[str, float], None]
+    loaded: Callable[[ModelFacts], None]
+    lost: Callable[[WorkerId, int, str], None]
+    failed: Callable[[StartupFailed], None]
+
+
+class Supervisor:
+    """Lives on the running event loop from `start` to `stop`."""
+
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        *,
+        folder: Path,
+        controller_address: str,
+        host: HostProcess,
+        callbacks: Callbacks,
+    ) -> None:
+        self._prepare = Prepare(settings, str(folder), controller_address)
+        self._settings = settings
+        self._folder = folder
+        self._host = host
+        self._callbacks = callbacks
+        self._is_loaded = False
+        self._is_stopping = False
+        self._stage = "starting"
+        self._silence_timer: asyncio.TimerHandle | None = None
+        self._host_losses: deque[float] = deque(maxlen=RESTARTS_PER_WINDOW + 1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.slots = {
+            worker_id: WorkerSlot(worker_id=worker_id, role=role, index=index)
+            for index, (worker_id, role) in enumerate(settings.workers().items())
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every worker is up."""
+        return all(slot.is_up for slot in self.slots.values())
+
+    def start(self) -> None:
+        """Have the host load the model and fork the workers; returns at once."""
+        self._loop = asyncio.get_running_loop()
+        self._host.watch(self._hear, self._host_ended, self._log_line)
+        self._host.send(self._prepare)
+        self._await_word()
+
+    def joined(self, worker_id: WorkerId, epoch: int) -> None:
+        """Take note that a worker has said hello."""
+        slot = self.slots[worker_id]
+        if slot.epoch == epoch:
+            slot.is_up = True
+            _cancel_timer(slot)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Wait until all workers have ended, at most `timeout_s`, and end the host."""
+        self._is_stopping = True
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        deadline = self._loop.time() + timeout_s
+        while any(slot.pid for slot in self.slots.values()) and self._loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        for slot in self.slots.values():
+            _cancel_timer(slot)
+        await self._host.end(END_TIMEOUT_S)
+
+    # -------------------------------------------------------------------------------- what is heard
+
+    def _hear(self, message: ToFront) -> None:
+        match message:
+            case Progress(stage, fraction):
+                self._stage = stage
+                self._await_word()
+                self._callbacks.progress(stage, fraction)
+            case Ready(model):
+                self._is_loaded = True
+                if self._silence_timer is not None:
+                    self._silence_timer.cancel()
+                self._callbacks.loaded(model)
+                for slot in self.slots.values():
+                    self._fork(slot)
+            case Failed(text):
+                self._fail(text)
+            case Forked(worker_id, epoch, pid):
+                if self.slots[worker_id].epoch == epoch:
+                    self.slots[worker_id].pid = pid
+            case Exited():
+                self._worker_ended(message)
+
+    def _await_word(self) -> None:
+        """Give the host `start_timeout_s` from now to say that it has come further."""
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
+        timeout_s = self._settings.start_timeout_s
+        self._silence_timer = self._loop.call_later(
+            timeout_s,
+            lambda: self._fail(f"nothing came of '{self._stage}' within {timeout_s:.0f} s"),
+        )
+
+    def _log_line(self, line: str) -> None:
+        """Show what workers say; the host's own words matter only when it fails."""
+        if line.startswith("["):
+            _log.info("%s", line)
+
+    def _worker_ended(self, event: Exited) -> None:
+        slot = self.slots[event.worker_id]
+        if slot.epoch != event.epoch:
+            return
+        was_up, slot.is_up, slot.pid = slot.is_up, False, None
+        _cancel_timer(slot)
+        if self._is_stopping:
+            return
+        ends = "\n".join(event.last_lines[-12:])
+        if not was_up and slot.epoch == 1:
+            self._fail(f"worker {slot.worker_id} ended while starting ({event.reason})\n{ends}")
+            return
+        last = event.last_lines[-1] if event.last_lines else "it wrote nothing"
+        reason = f"{event.reason}; {last}" if event.last_lines else event.reason
+        _log.warning("worker %s is gone: %s", slot.worker_id, reason)
+        self._callbacks.lost(slot.worker_id, slot.epoch, event.reason)
+        self._replace(slot)
+
+    def _host_ended(self, reason: str) -> None:
+        """The host takes every worker with it."""
+        if self._is_stopping:
+            return
+        ends = "\n".join(list(self._host.last_lines)[-12:])
+        if not self._is_loaded:
+            self._fail(f"the process that loads the model ended ({reason})\n{ends}")
+            return
+        _log.error("the host process is gone: %s\n%s", reason, ends)
+        for slot in self.slots.values():
+            slot.is_up, slot.pid = False, None
+            _cancel_timer(slot)
+            self._callbacks.lost(slot.worker_id, slot.epoch, f"its host ended: {reason}")
+        pause_s = _pause_after(self._host_losses, self._loop.time())
+        if pause_s is None:
+            self._fail("the host process keeps dying")
+        else:
+            self._spawn(self._restart_host(pause_s))
+
+    # ------------------------------------------------------------------------ what is done about it
+
+    def _fail(self, text: str) -> None:
+        if not self._is_stopping:
+            self._callbacks.failed(StartupFailed(text.strip()))
+
+    def _fork(self, slot: WorkerSlot) -> None:
+        slot.epoch += 1
+        spec = WorkerSpec(
+            worker_id=slot.worker_id, role=slot.role, epoch=slot.epoch, index=slot.index
+        )
+        self._host.send(Fork(spec))
+        slot.join_timer = self._loop.call_later(
+            self._settings.join_timeout_s, lambda: self._host.send(Kill(spec.worker_id, spec.epoch))
+        )
+
+    def _replace(self, slot: WorkerSlot) -> None:
+        pause_s = _pause_after(slot.losses, self._loop.time())
+        if pause_s is None:
+            _log.error(
+                "worker %s was lost %d times within %.0f s and is not started again",
+                slot.worker_id,
+                len(slot.losses),
+                RESTART_WINDOW_S,
+            )
+        else:
+            self._spawn(self._fork_after(slot, pause_s))
+
+    async def _fork_after(self, slot: WorkerSlot, pause_s: float) -> None:
+        if pause_s:
+            await asyncio.sleep(pause_s)
+        _log.warning("worker %s is started again, epoch %d", slot.worker_id, slot.epoch + 1)
+        self._fork(slot)
+
+    async def _restart_host(self, pause_s: float) -> None:
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+        await self._host.end(END_TIMEOUT_S)
+        await asyncio.sleep(pause_s)
+        self._is_loaded = False
+        self._host = HostProcess.spawn(self._folder)
+        self.start()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _cancel_timer(slot: WorkerSlot) -> None:
+    if slot.join_timer is not None:
+        slot.join_timer.cancel()
+        slot.join_timer = None
+
+
+def _pause_after(losses: deque[float], now_s: float) -> float | None:
+    """Note a loss; return how long to wait before the restart, None when there were too many."""
+    losses.append(now_s)
+    recent = sum(now_s - loss < RESTART_WINDOW_S for loss in losses)
+    return RESTART_PAUSES_S[recent - 1] if recent <= RESTARTS_PER_WINDOW else None
