@@ -88,7 +88,7 @@ class Choice:
         Sets `finish_reason` at the service's last output, or earlier at a stop string: then the
         caller is to cancel the request.
         """
-        if output.timeline is not None:
+        if self.timeline is None:
             self.timeline = output.timeline
         token_ids = output.token_ids
         if output.finish_reason is not None:

@@ -49,11 +49,21 @@ class TokenBytes(dict[int, bytes]):
         self._anchor = None if self._is_byte_level else _find_anchor(backend)
         self.is_exact = self._is_byte_level or (self._anchor is not None and _is_per_token(steps))
         """Whether a token's bytes depend on no neighbour, save for a space at the very start."""
-        self.drops_first_space = not self._is_byte_level and _drops_first_space(backend)
+        self.has_other_start = not self._is_byte_level and _drops_first_space(backend)
+        """Whether a token reads differently at the very start of a text: see `at_start`."""
 
     def __missing__(self, token_id: int) -> bytes:
         found = self[token_id] = self._work_out(token_id)
         return found
+
+    def at_start(self, token_id: int) -> bytes:
+        """Return the bytes of a token that begins a text."""
+        found = self[token_id]
+        is_text = not self._has_byte_tokens or not self._is_byte_token(token_id)
+        return self._decode([token_id]).encode() if found and is_text else found
+
+    def _is_byte_token(self, token_id: int) -> bool:
+        return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "") is not None
 
     def _work_out(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) if token_id >= 0 else None
@@ -88,21 +98,26 @@ class VisibleBytes(dict[int, bytes]):
 
 
 class ByteStream:
-    """The text of a sequence whose tokens are fixed byte strings."""
+    """The text of a sequence whose tokens are fixed byte strings.
 
-    __slots__ = ("_bytes_of", "_decode", "_drops_space")
+    `at_start` is for the first token that stands for anything, where that one reads differently.
+    """
 
-    def __init__(self, bytes_of: dict[int, bytes], drops_space: bool) -> None:
+    __slots__ = ("_at_start", "_bytes_of", "_decode")
+
+    def __init__(
+        self, bytes_of: dict[int, bytes], at_start: Callable[[int], bytes] | None = None
+    ) -> None:
         self._bytes_of = bytes_of
+        self._at_start = at_start
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._drops_space = drops_space
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is complete with it, maybe none."""
         piece = self._bytes_of[token_id]
-        if self._drops_space and piece:
-            self._drops_space = False
-            piece = piece.removeprefix(b" ")
+        if self._at_start is not None and piece:
+            piece = self._at_start(token_id)
+            self._at_start = None
         return self._decode(piece)
 
     def flush(self) -> str:

@@ -78,7 +78,9 @@ class EventStream:
         if generation.failure is not None and not self._events:
             raise generation.failure
         start = {"type": "http.response.start", "status": 200, "headers": _HEADERS + headers}
+        self._blocked_since = monotonic()
         await send(start)
+        self._blocked_since = None
         has_more = True
         while has_more and not self._is_gone:
             if not self._events and not generation.has_ended:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from penstock.core.errors import BadRequest, StartupFailed
 from penstock.server.chat_template import ChatTemplate, Message
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 _NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+_VOCABULARY_NAMES = ("tokenizer", "vocab", "merges", "piece", "tekken", "tiktoken")
 _CONVERT_TIMEOUT_S = 300
 _CONVERT = """
 import sys
@@ -81,8 +81,8 @@ class Tokenizer:
                 lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), prompt
             )
         table = self._visible if skip_special_tokens else self._bytes
-        is_start = self._bytes.drops_first_space and not any(map(table.__getitem__, prompt))
-        return ByteStream(table, is_start)
+        is_start = self._bytes.has_other_start and not any(map(table.__getitem__, prompt))
+        return ByteStream(table, self._bytes.at_start if is_start else None)
 
     def apply_chat_template(
         self,
@@ -106,6 +106,8 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load the tokenizer of a model as transformers' `AutoTokenizer` would.
 
+    Where there is a `tokenizer.json`, its post-processor alone says what `add_special_tokens` adds.
+
     Raises: `StartupFailed` when the folder has none or the chat template does not parse.
     """
     folder = Path(folder)
@@ -116,7 +118,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         _add_tokens(backend, config, named)
-        _set_bos_and_eos(backend, config, named)
     else:
         backend = _convert(folder)
     backend.no_truncation()
@@ -181,25 +182,6 @@ def _extra_tokens(config: Mapping[str, Any]) -> Iterator[Any]:
         yield from extra.values() if isinstance(extra, dict) else extra
 
 
-def _set_bos_and_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
-) -> None:
-    """Add BOS and EOS as `add_bos_token` and `add_eos_token` say, where the configuration says.
-
-    Source: transformers, `TokenizersBackend.update_post_processor`.
-    """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    tokens = [token for token in (bos, eos) if token is not None]
-    backend.post_processor = TemplateProcessing(
-        single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
-        pair=None,
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens)],
-    )
-
-
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -212,6 +194,9 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """Have transformers convert another format, in a process that then goes away with torch."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not any(word in name for name in names for word in _VOCABULARY_NAMES):
+        raise StartupFailed(f"{folder} has no usable tokenizer: no file of it is one")
     logger.warning(
         "%s has no tokenizer.json: converting its tokenizer with transformers, which takes seconds "
         "at every start; `AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes one",
