@@ -1,0 +1,249 @@
+"""What may be said on the command line. Parses and explains; decides nothing and imports little."""
+
+import argparse
+import os
+
+import penstock
+
+_DESCRIPTION = "Serve large language models with prefill and decode on separate workers."
+
+_EXAMPLES = """\
+examples:
+  penstock serve                              the built-in model, one prefill and one decode worker
+  penstock serve ./Qwen3-0.6B --decode 2      a folder with a Hugging Face model
+  penstock serve --mixed 1                    one worker that does both
+  penstock chat                               talk to a server on this machine
+"""
+
+_SERVE_EXAMPLES = """\
+examples:
+  penstock serve
+  penstock serve Qwen/Qwen3-0.6B --prefill 1 --decode 2 --port 9000
+  penstock serve ./model --mixed 1 --kv-cache-memory 2GiB --max-model-len 8192
+  penstock serve --api-key secret --log-requests
+
+The API is that of OpenAI: /v1/chat/completions, /v1/completions, /v1/models; beside it /health,
+/metrics and /docs. Ctrl-C finishes the requests under way; a second one ends at once.
+"""
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="penstock",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"penstock {penstock.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_chat(commands)
+    return parser
+
+
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes: `1GiB`, `512MiB`, `1.5g`, `1000000`.
+
+    Raises: `argparse.ArgumentTypeError` for anything else.
+    """
+    lower = text.strip().lower()
+    number = lower.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = lower[len(number) :].strip().removesuffix("b")
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GiB") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small")
+    return size
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP with the OpenAI API.",
+        epilog=_SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, or a name on the Hugging Face hub (default: the built-in model)",
+    )
+    _add_workers(parser.add_argument_group("workers"))
+    _add_model(parser.add_argument_group("model"))
+    _add_http(parser.add_argument_group("HTTP"))
+    _add_logs(parser.add_argument_group("logs"))
+    # For measuring everything but the model (bench/): says loudly that no model runs.
+    parser.add_argument(
+        "--executor", choices=("model", "instant"), default="model", help=argparse.SUPPRESS
+    )
+
+
+def _add_workers(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--prefill", type=_count, metavar="N", help="prefill workers (default: 1)")
+    add("--decode", type=_count, metavar="N", help="decode workers (default: 1)")
+    add(
+        "--mixed",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="workers that do both (default: 0; alone, it makes the other two default to 0)",
+    )
+    add(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="compute threads of each worker (default: the cores, shared out)",
+    )
+    add("--pin-cores", action="store_true", help="give each worker cores of its own")
+    add(
+        "--max-num-seqs",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="sequences that a worker runs at once (default: 64)",
+    )
+    add(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="new tokens of one step (default: 512)",
+    )
+    add(
+        "--kv-cache-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="KV cache of each worker, such as 1GiB (default: a share of the free memory)",
+    )
+    add(
+        "--block-size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        default=32,
+        help="tokens of a KV block (default: 32)",
+    )
+    add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
+    add(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
+    )
+
+
+def _add_model(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of weights and KV (default: auto)",
+    )
+    add(
+        "--max-model-len",
+        type=_positive,
+        metavar="N",
+        help="longest sequence, prompt and output (default: what the model was made for)",
+    )
+    add(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights, for measuring (default: auto)",
+    )
+    add(
+        "--model-impl",
+        choices=("auto", "penstock", "transformers"),
+        default="auto",
+        help="which code runs the model (default: auto)",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--seed", type=int, default=0, metavar="N", help="seed of dummy weights (default: 0)")
+
+
+def _add_http(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    add("--port", type=_port, default=8000, help="port (default: 8000; 0 takes a free one)")
+    add("--uds", metavar="PATH", help="listen at this Unix socket instead")
+    add(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that the model answers to (default: the last part of MODEL)",
+    )
+    add(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="ask clients for this key; may be given several times (default: $PENSTOCK_API_KEY)",
+    )
+
+
+def _add_logs(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--log-requests", action="store_true", help="a line for every finished request")
+    add(
+        "--decision-log",
+        metavar="PATH",
+        help="write what the controller and the workers (PATH.<worker>) decide, as JSON lines",
+    )
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a server in the terminal",
+        description="Talk to a server in the terminal; /reset starts afresh, /quit ends.",
+    )
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    add("--model", help="name of the model (default: the first that is served)")
+    add("--system", metavar="TEXT", help="system message")
+    add("--max-tokens", type=_positive, metavar="N", help="longest answer (default: the server's)")
+    add("--temperature", type=float, metavar="T", help="0 is greedy (default: the server's)")
+    add("--seed", type=int, metavar="N", help="make answers repeatable")
+    add(
+        "--api-key",
+        default=os.environ.get("PENSTOCK_API_KEY"),
+        metavar="KEY",
+        help="default: $PENSTOCK_API_KEY",
+    )

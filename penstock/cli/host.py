@@ -1,0 +1,233 @@
+"""The host process of a local cluster, as `HostProcess.spawn` starts it: `python -m` this module.
+
+The composition root of a worker: worker core, model or instant executor, shared memory pools and
+block mover are put together here. Torch is imported while the model is loaded, and not at all for
+the instant executor.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+
+from penstock.core.block import KVLayout
+from penstock.core.config import WorkerConfig
+from penstock.core.errors import StartupFailed
+from penstock.core.step import Sampled, Step
+from penstock.core.types import MIB
+from penstock.runtime.host import RunWorker, run_host
+from penstock.runtime.instant import DESCRIPTION, InstantExecutor, instant_layout
+from penstock.runtime.link import WorkerSpec
+from penstock.runtime.processes import available_bytes, usable_cores
+from penstock.runtime.settings import INSTANT_EXECUTOR, ClusterSettings, ModelFacts
+from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
+from penstock.transfer.region import Region
+from penstock.transport.agent import BlockMover
+from penstock.transport.shm import SharedPool
+from penstock.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from penstock.engine.model import LoadedModel
+
+KV_SHARE = 0.5
+"""Part of the free memory that the KV caches of all workers may take when nobody says."""
+KV_BYTES_MIN = 64 * MIB
+
+Execute = Callable[[Step], tuple[Sampled, ...]]
+Progress = Callable[[str, float], None]
+MakeExecute = Callable[[tuple[Region, ...], int], tuple[Execute, Callable[[], None]]]
+"""From a worker's pools and its number of threads to what runs its steps, and what its thread does
+first.
+"""
+
+
+def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, RunWorker]:
+    """Load what workers execute; return its facts and what a worker does.
+
+    Raises: `StartupFailed` saying what to change.
+    """
+    find = _load_instant if settings.executor == INSTANT_EXECUTOR else _load_model
+    facts, make_execute = find(settings, progress)
+    return facts, partial(_work, settings, facts, make_execute)
+
+
+def _work(
+    settings: ClusterSettings,
+    facts: ModelFacts,
+    make_execute: MakeExecute,
+    spec: WorkerSpec,
+    place: WorkerPlace,
+) -> None:
+    """Be a worker."""
+    threads = settings.threads or max(1, usable_cores() // settings.num_workers)
+    if settings.is_pinned:
+        _pin(spec.index, threads)
+    layout = facts.layout
+    pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
+    regions = tuple(pool.region for pool in pools)
+    execute, prepare = make_execute(regions, threads)
+    mover = BlockMover(layout, regions)
+    config = WorkerConfig(
+        worker_id=spec.worker_id,
+        role=spec.role,
+        epoch=spec.epoch,
+        layout=layout,
+        num_blocks=facts.num_blocks,
+        max_model_len=facts.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        eos_token_ids=facts.eos_token_ids,
+        is_prefix_caching=settings.is_prefix_caching,
+    )
+    parts = WorkerParts(
+        core=Worker(config),
+        execute=execute,
+        prepare=prepare,
+        move=mover.execute,
+        introduce=mover.add_peer,
+        forget=mover.forget,
+        regions=tuple(pool.descriptor for pool in pools),
+        engine=facts.description,
+    )
+    run_worker(config, parts, place)
+
+
+def _pin(index: int, threads: int) -> None:
+    """Keep worker `index` on cores of its own; when there are too few, they are shared in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(
+        0, {cores[(index * threads + offset) % len(cores)] for offset in range(threads)}
+    )
+
+
+# --------------------------------------------------------------------------------------- the model
+
+
+def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
+    progress("importing torch", 0.0)
+    from penstock.engine.loading import load_model
+    from penstock.engine.weights import find_folder
+
+    engine = settings.engine
+    folder = find_folder(engine)
+    model = load_model(engine, progress)
+    facts = ModelFacts(
+        folder=str(folder),
+        layout=model.layout(engine.block_size),
+        num_blocks=_num_blocks(model, settings),
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        vocab_size=model.vocab_size,
+        description=model.description,
+    )
+    return facts, partial(_bind_model, model, facts.layout)
+
+
+def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, ...]:
+    """Size the KV cache of each worker, by what was asked for or else by what is free and of use.
+
+    Raises: `StartupFailed` when what is free is not enough.
+    """
+    from penstock.engine.model import num_blocks
+
+    layout = model.layout(settings.engine.block_size)
+    kv_bytes = settings.engine.kv_cache_bytes
+    if kv_bytes is None:
+        useful = settings.max_num_seqs * model.max_model_len * layout.token_bytes
+        share = int(available_bytes() * KV_SHARE) // settings.num_workers
+        kv_bytes = min(share, max(useful, KV_BYTES_MIN))
+    elif kv_bytes * settings.num_workers > available_bytes():
+        raise StartupFailed(
+            f"--kv-cache-memory: {settings.num_workers} workers with {kv_bytes / MIB:.0f} MiB each "
+            f"need more than the {available_bytes() / MIB:.0f} MiB that are free"
+        )
+    return num_blocks(
+        layout,
+        kv_bytes,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+
+
+def _bind_model(
+    model: "LoadedModel", layout: KVLayout, regions: tuple[Region, ...], threads: int
+) -> tuple[Execute, Callable[[], None]]:
+    import torch
+
+    from penstock.engine.executor import ModelExecutor
+
+    executor = ModelExecutor(model, tuple(_tensors(regions, layout)))
+
+    def prepare() -> None:
+        # OpenMP keeps the number of threads per thread that asks, so the asking one sets it.
+        torch.set_num_threads(threads)
+
+    return torch.inference_mode()(executor.execute), prepare
+
+
+def _tensors(regions: tuple[Region, ...], layout: KVLayout) -> "list[Tensor]":
+    """View each pool as [num_blocks, layers, 2, block_size, num_kv_heads, head_dim]."""
+    import torch
+
+    dtype = getattr(torch, layout.dtype)
+    inner = (2, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    return [
+        torch.from_numpy(region.blocks).view(dtype).view(-1, len(group.layers), *inner)
+        for region, group in zip(regions, layout.groups, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------- the instant executor
+
+
+def _load_instant(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
+    progress("no model to load", 1.0)
+    engine = settings.engine
+    folder = Path(engine.model).expanduser()
+    config = _read_config(folder)
+    layout = instant_layout(engine.block_size)
+    eos = config.eos_token_id
+    facts = ModelFacts(
+        folder=str(folder),
+        layout=layout,
+        num_blocks=((engine.kv_cache_bytes or KV_BYTES_MIN) // layout.block_bytes[0],),
+        max_model_len=engine.max_model_len or config.max_position_embeddings,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        vocab_size=config.vocab_size,
+        description=DESCRIPTION,
+    )
+    return facts, partial(_bind_instant, facts)
+
+
+class _Config(Struct):
+    """What the instant executor needs of a model's config.json."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_id: int | list[int]
+
+
+def _read_config(folder: Path) -> _Config:
+    try:
+        return msgspec.json.decode((folder / "config.json").read_bytes(), type=_Config)
+    except (OSError, msgspec.DecodeError) as error:
+        raise StartupFailed(
+            f"the instant executor needs a folder with a plain config.json: {error}"
+        ) from error
+
+
+def _bind_instant(
+    facts: ModelFacts, _regions: tuple[Region, ...], _threads: int
+) -> tuple[Execute, Callable[[], None]]:
+    return InstantExecutor(facts.vocab_size, facts.eos_token_ids).execute, lambda: None
+
+
+if __name__ == "__main__":
+    run_host(sys.argv[1:], load)
