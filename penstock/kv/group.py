@@ -117,9 +117,7 @@ class GroupCache:
     def name(self, held: Held, hashes: Sequence[BlockHash], begin: int, end: int) -> None:
         """Name the full blocks at entries `[begin, end)` as far as they are held."""
         for i in range(max(begin, held.start), end):
-            # What a sliding group finds from its end has no parent that must outlive it.
-            parent = hashes[i - 1] if i and not self.window else None
-            self.pool.insert(held.block_ids[i], hashes[i], parent)
+            self.pool.insert(held.block_ids[i], hashes[i])
 
     def let_go_behind(self, held: Held, num_tokens: int) -> range:
         """Release what the token after `num_tokens` does not look at; return the entries."""

@@ -1,16 +1,31 @@
-"""All blocks of one group of one worker: free, held how often, or kept for prefix hits.
+"""All blocks of one group of one worker: free, held how often, or cached for prefix hits.
 
 Brings the segment allocator and the prefix cache together under reference counts;
-`core.block.BlockState` names the states. It knows neither requests nor tokens: `kv/cache.py`, its
-only caller, does.
+`core.block.BlockState` names the states. It knows neither requests nor tokens: `kv/cache.py` and
+`kv/group.py`, its only callers, do.
+
+state    held by     in the allocator     named
+FREE     nobody      yes                  no
+ACTIVE   somebody    no                   once it is full
+CACHED   nobody      no (kept), yes (spare): see `kv/prefix_cache.py`
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from penstock.core.block import BlockState
 from penstock.core.types import BlockHash, BlockId
 from penstock.kv.allocator import SegmentAllocator
 from penstock.kv.prefix_cache import PrefixCache
+
+SPARE_SHARE: Final = 0.2
+SPARE_TIMES_WANTED: Final = 3
+"""When free blocks run short, cached ones become spare until this share of the pool, and this many
+times what is wanted, may be written: the more there is to choose from, the longer the runs.
+
+Measured with prompts of 36 blocks (mean, lognormal) in a full pool of 512 or 4096 blocks, 7 in 10
+sharing a prefix: 1.2 runs a prompt instead of 22 without spare blocks, at 2 to 6% fewer hits.
+"""
 
 
 class BlockPool:
@@ -26,22 +41,22 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks without content."""
-        return self.allocator.num_free
+        return self.allocator.num_free - self.prefix_cache.num_spare
 
     @property
     def num_cached(self) -> int:
-        """Blocks kept for prefix hits alone; given up when room is needed."""
-        return self.prefix_cache.num_idle
+        """Blocks there for prefix hits alone; given up when room is needed."""
+        return self.prefix_cache.num_kept + self.prefix_cache.num_spare
 
     @property
     def num_active(self) -> int:
         """Blocks that somebody holds."""
-        return self.num_blocks - self.num_free - self.num_cached
+        return self.num_blocks - self.num_available
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can give: free ones, and cached ones that it would evict."""
-        return self.allocator.num_free + self.prefix_cache.num_idle
+        """Blocks that `allocate` can give, free or cached."""
+        return self.allocator.num_free + self.prefix_cache.num_kept
 
     def state(self, block_id: BlockId) -> BlockState:
         """Return the state of a block."""
@@ -73,10 +88,14 @@ class BlockPool:
 
     def hold(self, block_ids: Iterable[BlockId]) -> None:
         """Hold blocks that are active or cached once more."""
+        spare = []
         for block_id in block_ids:
             if not self._num_holders[block_id]:
+                if self.prefix_cache.is_spare(block_id):
+                    spare.append(block_id)
                 self.prefix_cache.unpark(block_id)
             self._num_holders[block_id] += 1
+        self.allocator.take(spare)
 
     def release(self, block_ids: Sequence[BlockId]) -> None:
         """Let go of blocks given in the order of a block table.
@@ -97,34 +116,39 @@ class BlockPool:
                 freed.append(block_id)
         self.allocator.free(freed)
 
-    def insert(self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash | None) -> None:
-        """Name a full block that is held; see `PrefixCache.insert`."""
+    def insert(self, block_id: BlockId, block_hash: BlockHash) -> None:
+        """Name a full block that is held; a name that is taken stays with its block."""
         assert self._num_holders[block_id], f"block {block_id} is named but held by nobody"
-        self.prefix_cache.insert(block_id, block_hash, parent)
+        self.prefix_cache.insert(block_id, block_hash)
 
     def check(self) -> None:
         """Assert that every block is in exactly one state, and that only active ones are held."""
         self.allocator.check()
         self.prefix_cache.check()
-        free = {b for start, n in self.allocator.segments() for b in range(start, start + n)}
-        cached = {b for b in range(self.num_blocks) if self.prefix_cache.is_idle(BlockId(b))}
-        active = {b for b, holders in enumerate(self._num_holders) if holders}
+        blocks = [BlockId(b) for b in range(self.num_blocks)]
+        writable = {b for start, n in self.allocator.segments() for b in blocks[start : start + n]}
+        cached = set(filter(self.prefix_cache.is_idle, blocks))
+        spare = set(filter(self.prefix_cache.is_spare, blocks))
+        active = {b for b in blocks if self._num_holders[b]}
+        free = writable - spare
         assert min(self._num_holders) >= 0, self._num_holders
-        assert not free & cached, free & cached
-        assert not (free | cached) & active, (free | cached) & active
+        assert cached & writable == spare, (cached, writable, spare)
+        assert not (writable | cached) & active, (writable | cached) & active
         assert len(free) + len(cached) + len(active) == self.num_blocks, (free, cached, active)
-        assert not [b for b in free if self.prefix_cache.is_indexed(BlockId(b))]
+        assert (self.num_free, self.num_cached) == (len(free), len(cached))
+        assert not [b for b in free if self.prefix_cache.is_indexed(b)]
 
     def _make_room(self, count: int) -> bool:
-        missing = count - self.allocator.num_free
-        if missing > self.prefix_cache.num_idle:
+        if count > self.num_available:
             return False
-        if missing > 0:
-            self.allocator.free(self.prefix_cache.evict(missing, self.allocator.touches))
+        wanted = max(SPARE_TIMES_WANTED * count, int(SPARE_SHARE * self.num_blocks))
+        if wanted > self.allocator.num_free:
+            self.allocator.free(self.prefix_cache.give_up(wanted - self.allocator.num_free))
         return True
 
     def _hold_new(self, block_ids: list[BlockId] | None) -> list[BlockId]:
         assert block_ids is not None, "no blocks although room was made"
+        self.prefix_cache.forget(block_ids)
         for block_id in block_ids:
             assert not self._num_holders[block_id], f"block {block_id} was handed out while held"
             self._num_holders[block_id] = 1

@@ -1,0 +1,174 @@
+"""KV pools in shared memory: a peer on the same host maps them and copies straight out.
+
+On Linux a pool is a memfd. It has no name in any file system: a peer of the same user reaches it
+through `/proc/<pid>/fd/<n>`, and the kernel takes it back when the last process that maps it is
+gone, however that process ended. Its label carries a random token, which the peer checks on what it
+has opened, so neither a pid nor a descriptor number that has come into use again can be mistaken
+for the pool. Its size is sealed: no mapping can lose its pages.
+
+Where there is no memfd (macOS), a pool is a file in the folder for temporary files. It works the
+same, but dirty pages may go to the disk, and a killed owner leaves the file behind. Not
+`multiprocessing.shared_memory`: its segments cannot be closed while an array looks at them, and
+before Python 3.13 whoever maps one also removes it when it ends.
+
+Knows bytes and blocks, no request and no layout. The runtime makes a worker's pools, `agent.py`
+maps those of peers.
+"""
+
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from penstock.core.errors import PeerLost, StartupFailed
+from penstock.core.events import RegionDescriptor, Span
+from penstock.transfer.plan import num_blocks
+from penstock.transfer.region import Bytes2D, Region, described_blocks
+
+MEMFD: Final = "memfd"
+FILE: Final = "file"
+HOST_KIND: Final = MEMFD if sys.platform == "linux" else FILE
+
+log = logging.getLogger(__name__)
+
+
+class SharedPool:
+    """Memory of one KV group: `region.blocks` is [num_blocks, block_bytes] uint8, zero at first.
+
+    Pages are taken when they are first touched. `close` lets no further peer in; the memory goes
+    with the last array that looks at it, in this process and in its peers. Raises: `StartupFailed`
+    when the system does not give the memory.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int, *, kind: str = HOST_KIND) -> None:
+        capacity_bytes = num_blocks * block_bytes
+        self._kind = kind
+        self._token = secrets.token_hex(16)
+        self._fd = -1
+        try:
+            self._fd = _CREATE[kind](self._token)
+            os.ftruncate(self._fd, capacity_bytes)
+            memory = mmap.mmap(self._fd, capacity_bytes, mmap.MAP_SHARED)
+        except OSError as error:
+            self.close()
+            raise StartupFailed(f"no shared memory of {capacity_bytes} bytes: {error}") from error
+        if kind == MEMFD:
+            _seal(self._fd)
+            _ask_for_huge_pages(memory)
+        self.region = Region(np.frombuffer(memory, np.uint8).reshape(num_blocks, block_bytes))
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """What a peer needs to map the pool."""
+        assert self._fd >= 0, "the pool is closed"
+        location = str(_path(self._token))
+        if self._kind == MEMFD:
+            location = f"{os.getpid()}:{self._fd}:{self._token}"
+        region = self.region
+        return RegionDescriptor(self._kind, location, region.capacity_bytes, region.block_bytes)
+
+    def close(self) -> None:
+        """Give up the name or descriptor by which peers come in; closing twice is fine."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        if self._kind == FILE:
+            _path(self._token).unlink(missing_ok=True)
+
+
+def open_peer(descriptor: RegionDescriptor) -> Region:
+    """Map a peer's pool, read-only, for as long as an array looks at it.
+
+    Raises: `PeerLost` when that very pool is not there any more or is not what the descriptor says.
+    """
+    try:
+        fd = _OPEN[descriptor.kind](descriptor.location)
+    except (OSError, ValueError) as error:
+        raise PeerLost(f"pool {descriptor.location} cannot be opened: {error}") from error
+    try:
+        size = os.fstat(fd).st_size
+        described = described_blocks(descriptor) * descriptor.block_bytes
+        if not size == described == descriptor.capacity_bytes:
+            raise PeerLost(f"{descriptor} does not describe a pool of {size} bytes")
+        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    finally:
+        os.close(fd)
+    return Region(np.frombuffer(memory, np.uint8).reshape(-1, descriptor.block_bytes))
+
+
+def copy_spans(source: Bytes2D, destination: Bytes2D, spans: Sequence[Span]) -> int:
+    """Copy spans that lie inside both regions; return the bytes.
+
+    One memory copy a span, without the interpreter lock: the worker's other threads go on.
+    """
+    for span in spans:
+        to, start, count = span.destination, span.source, span.num_blocks
+        destination[to : to + count] = source[start : start + count]
+    return num_blocks(spans) * int(source.shape[1])
+
+
+# --- memfd
+
+
+def _create_memfd(token: str) -> int:
+    return os.memfd_create(_label(token), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def _seal(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+def _ask_for_huge_pages(memory: mmap.mmap) -> None:
+    # A hint: a kernel that has no huge pages for shared memory refuses, and small pages do.
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+def _open_memfd(location: str) -> int:
+    pid, number, token = location.split(":")
+    # Whatever is there now must not make us wait, as a pipe would.
+    fd = os.open(f"/proc/{int(pid)}/fd/{int(number)}", os.O_RDONLY | os.O_NONBLOCK)
+    # What was opened is asked, not the path, which may lead elsewhere a moment later.
+    label = os.readlink(f"/proc/self/fd/{fd}")
+    if label != f"/memfd:{_label(token)} (deleted)":
+        os.close(fd)
+        raise ValueError(f"{label} is in its place")
+    return fd
+
+
+def _label(token: str) -> str:
+    return f"penstock-kv-{token}"
+
+
+# --- file
+
+
+def _create_file(token: str) -> int:
+    path = _path(token)
+    log.warning("no memfd here: the KV pool is the file %s and may be written to disk", path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _open_file(location: str) -> int:
+    path = Path(location)
+    if path.parent != _path("").parent or not path.name.startswith(_label("")):
+        raise ValueError("not a pool's file")
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _path(token: str) -> Path:
+    return Path(tempfile.gettempdir(), _label(token))
+
+
+_CREATE: Final = {MEMFD: _create_memfd, FILE: _create_file}
+_OPEN: Final = {MEMFD: _open_memfd, FILE: _open_file}

@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from penstock.core.block import KVGroup, KVLayout
+from penstock.core.events import Move, MoveClass, RegionDescriptor, Span, WorkerInfo
+from penstock.core.types import Role, WorkerId
+from penstock.transfer.region import Region
+from penstock.transport.agent import BlockMover
+from penstock.transport.shm import HOST_KIND, MEMFD, SharedPool
+
+LAYOUT = KVLayout("test", (KVGroup((0, 1)), KVGroup((2,), window=8)), 1, 4, 4, "float32")
+NUM_BLOCKS = (12, 6)
+PEER = WorkerId("prefill-0")
+
+
+@pytest.fixture
+def pools():
+    pools = [SharedPool(n, b) for n, b in zip(NUM_BLOCKS, LAYOUT.block_bytes, strict=True)]
+    for pool in pools:
+        pool.region.blocks[:] = np.arange(pool.region.num_blocks)[:, None] + 1
+    yield pools
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def regions():
+    sizes = zip(NUM_BLOCKS, LAYOUT.block_bytes, strict=True)
+    return [Region(np.zeros(size, np.uint8)) for size in sizes]
+
+
+@pytest.fixture
+def mover(regions):
+    return BlockMover(LAYOUT, regions)
+
+
+def info_of(pools, epoch=1, layout=LAYOUT, regions=None):
+    return WorkerInfo(
+        worker_id=PEER,
+        role=Role.PREFILL,
+        epoch=epoch,
+        address="",
+        pid=0,
+        layout=layout,
+        num_blocks=NUM_BLOCKS,
+        max_model_len=64,
+        max_num_seqs=4,
+        regions=tuple(p.descriptor for p in pools) if regions is None else regions,
+    )
+
+
+def move(*spans, epoch=1):
+    return Move(
+        move_id=5,
+        kind=MoveClass.HANDOFF,
+        request_id="r",
+        source=PEER,
+        epoch=epoch,
+        spans=tuple(map(tuple, spans)),
+    )
+
+
+def assert_refused(mover, regions, asked, match):
+    done = mover.execute(asked)
+    assert match in done.error
+    assert (done.move_id, done.num_bytes, done.num_spans) == (5, 0, 0)
+    assert not any(region.blocks.any() for region in regions)
+
+
+def test_copies_the_spans_of_every_group(mover, regions, pools):
+    mover.add_peer(info_of(pools))
+
+    done = mover.execute(move([Span(2, 0, 3), Span(9, 7, 1)], [Span(0, 5, 1)]))
+
+    assert done.error is None
+    assert regions[0].blocks[:, 0].tolist() == [3, 4, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0]
+    assert regions[1].blocks[:, -1].tolist() == [0, 0, 0, 0, 0, 1]
+    assert done.num_bytes == 4 * LAYOUT.block_bytes[0] + LAYOUT.block_bytes[1]
+    assert (done.move_id, done.num_spans, done.transport) == (5, 3, "shm")
+    assert 0 < done.started_ns <= done.finished_ns
+
+
+def test_a_peer_that_nobody_introduced_is_refused(mover, regions):
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), "no peer prefill-0")
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_another_incarnation_is_refused(mover, regions, pools, epoch):
+    mover.add_peer(info_of(pools))
+
+    assert_refused(mover, regions, move([Span(0, 0, 1)], [], epoch=epoch), "epoch 1")
+
+
+def test_another_layout_is_refused(mover, regions, pools):
+    other = msgspec.structs.replace(LAYOUT, model="other weights")
+    mover.add_peer(info_of(pools, layout=other))
+
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), "another layout")
+
+
+@pytest.mark.parametrize("bad", [Span(11, 0, 2), Span(0, 11, 2), Span(-1, 0, 1)])
+def test_one_span_out_of_bounds_stops_the_whole_move(mover, regions, pools, bad):
+    mover.add_peer(info_of(pools))
+
+    assert_refused(mover, regions, move([Span(0, 0, 1), bad], [Span(0, 0, 1)]), "Span")
+
+
+def test_a_move_for_other_groups_is_refused(mover, regions, pools):
+    mover.add_peer(info_of(pools))
+
+    assert_refused(mover, regions, move([Span(0, 0, 1)]), "1 groups of spans")
+
+
+def test_regions_that_do_not_fit_the_layout_are_refused(mover, regions, pools):
+    mover.add_peer(info_of(pools, regions=(pools[0].descriptor,)))
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), "1 regions")
+
+    mover.add_peer(info_of(pools, regions=(pools[1].descriptor, pools[0].descriptor)))
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), "another size")
+
+
+def test_memory_of_an_unknown_kind_is_refused(mover, regions, pools):
+    strange = RegionDescriptor("carrier pigeon", "", 64, 64)
+    mover.add_peer(info_of(pools, regions=(strange, strange)))
+
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), "carrier pigeon")
+
+
+def test_a_pool_that_is_gone_is_refused(mover, regions, pools):
+    mover.add_peer(info_of(pools))
+    pools[0].close()
+
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), "cannot be opened")
+
+
+def test_pools_are_mapped_when_they_are_needed(mover, regions, pools):
+    mover.add_peer(info_of(pools))
+    pools[1].close()
+
+    assert mover.execute(move([Span(0, 0, 1)], [])).error is None
+    assert mover.execute(move([], [Span(0, 0, 1)])).error is not None
+
+
+def test_a_new_incarnation_takes_the_place_of_the_old(mover, regions, pools):
+    mover.add_peer(info_of(pools))
+    mover.execute(move([Span(0, 0, 1)], []))
+
+    mover.add_peer(info_of(pools, epoch=2))
+    mover.forget(PEER, epoch=1)
+
+    assert mover.execute(move([Span(0, 0, 1)], [], epoch=2)).error is None
+    assert mover.execute(move([Span(0, 0, 1)], [], epoch=1)).error is not None
+
+
+@pytest.mark.skipif(HOST_KIND != MEMFD, reason="reads /proc")
+def test_a_forgotten_peer_is_unmapped(mover, pools):
+    mover.add_peer(info_of(pools))
+    mover.execute(move([Span(0, 0, 1)], [Span(0, 0, 1)]))
+    mapped = num_mapped(pools)
+
+    mover.forget(PEER, epoch=1)
+
+    assert mapped == 4  # ours, and once more as the peer's
+    assert num_mapped(pools) == 2
+
+
+def num_mapped(pools):
+    tokens = [pool.descriptor.location.split(":")[2] for pool in pools]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum(any(token in line for token in tokens) for line in lines)
+
+
+def test_own_regions_of_another_layout_are_a_bug(regions):
+    with pytest.raises(AssertionError):
+        BlockMover(LAYOUT, regions[::-1])
