@@ -1,91 +1,22 @@
-from dataclasses import dataclass, field
-
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.core.block import KVGroup, KVLayout, extend_hashes
-from penstock.core.events import GroupBlocks, Span
 from penstock.core.types import RequestId
 from penstock.kv.cache import KVCache
-from penstock.transfer.plan import align
-
-BLOCK_SIZE = 4
-GROUPS = (KVGroup((0,)), KVGroup((1,), window=6), KVGroup((2,), window=11))
-LAYOUT = KVLayout("test", GROUPS, 1, 1, BLOCK_SIZE, "float32")
-NUM_BLOCKS = (24, 14, 12)
-CHUNK_TOKENS = 9
-EMPTY = 0
-
-
-def hashes_of(token_ids):
-    hashes = []
-    extend_hashes(hashes, token_ids, BLOCK_SIZE, "")
-    return hashes
-
-
-@dataclass
-class Sequence:
-    """A request of the model: its tokens, and how many of them have KV."""
-
-    request_id: RequestId
-    token_ids: list[int]
-    num_computed: int = 0
-    is_pulling: bool = False
-    pull: object = None
-
-    @property
-    def hashes(self):
-        return hashes_of(self.token_ids)
-
-
-@dataclass
-class Node:
-    """A worker of the model: a cache, and a memory that says of which tokens each slot has the KV.
-
-    The KV of a token depends on all tokens up to it, so a slot holds a number for that prefix.
-    """
-
-    kv: KVCache = field(default_factory=lambda: KVCache(LAYOUT, NUM_BLOCKS))
-    sequences: dict[RequestId, Sequence] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.memory = [np.full((count, BLOCK_SIZE), EMPTY) for count in NUM_BLOCKS]
-
-    def entries(self, sequence, num_tokens):
-        return [table[0] for table in self.kv.tables([sequence.request_id], num_tokens)]
-
-    def write(self, sequence, begin, end):
-        """Compute tokens `[begin, end)`; first read what they look at."""
-        self.assert_readable(sequence, begin)
-        for memory, table in zip(self.memory, self.entries(sequence, end), strict=True):
-            for position in range(begin, end):
-                block_id = table[position // BLOCK_SIZE]
-                memory[block_id, position % BLOCK_SIZE] = content(sequence.token_ids, position)
-
-    def assert_readable(self, sequence, num_computed):
-        """The token after `num_computed` tokens finds the KV of all it looks at, in every group."""
-        tables = self.entries(sequence, num_computed)
-        for group, memory, table in zip(GROUPS, self.memory, tables, strict=True):
-            first = max(0, num_computed - group.window + 1) if group.window else 0
-            for position in range(first, num_computed):
-                found = memory[table[position // BLOCK_SIZE], position % BLOCK_SIZE]
-                assert found == content(sequence.token_ids, position), (group, position)
-
-
-def first_needed(group, num_tokens):
-    return max(0, num_tokens - group.window + 1) // BLOCK_SIZE if group.window else 0
-
-
-def content(token_ids, position):
-    return hash(tuple(token_ids[: position + 1])) | 1
-
-
-def snapshot(kv, request_ids):
-    tables = tuple(t.tolist() for t in kv.tables(request_ids, 40))
-    return kv.free_blocks, kv.cached_blocks, kv.active_blocks, tables
+from tests.kv.cache_model import (
+    BLOCK_SIZE,
+    CHUNK_TOKENS,
+    GROUPS,
+    LAYOUT,
+    NUM_BLOCKS,
+    Node,
+    Sequence,
+    first_needed,
+    hashes_of,
+    snapshot,
+)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -277,25 +208,6 @@ CacheMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=5
 TestCache = CacheMachine.TestCase
 
 
-def prefilled(num_tokens, num_blocks=(64, 32, 32)):
-    """Make a cache with one request "a" of that many computed tokens."""
-    kv = KVCache(LAYOUT, num_blocks)
-    token_ids = list(range(num_tokens))
-    kv.open("a", hashes_of(token_ids), num_tokens)
-    assert kv.grow("a", num_tokens)
-    kv.advance("a", num_tokens, hashes_of(token_ids))
-    return kv, token_ids
-
-
-def test_a_sliding_group_offers_only_its_window():
-    kv, _ = prefilled(30)
-
-    offered = kv.offer("a", 30)
-
-    assert [o.first for o in offered] == [0, 25 // BLOCK_SIZE, 20 // BLOCK_SIZE]
-    assert [o.first + len(o.block_ids) for o in offered] == [8, 8, 8]
-
-
 def test_a_prompt_computed_in_chunks_lies_in_one_run_when_it_was_reserved():
     kv = KVCache(LAYOUT, (64, 32, 32))
     for request_id in ("a", "b"):
@@ -309,60 +221,6 @@ def test_a_prompt_computed_in_chunks_lies_in_one_run_when_it_was_reserved():
     assert kv.num_runs("a")[0] == kv.num_runs("b")[0] == 1
 
 
-def test_an_adopted_request_lies_in_runs_like_the_peers():
-    source, token_ids = prefilled(40)
-    destination = KVCache(LAYOUT, (64, 32, 32))
-
-    adoption = destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
-
-    assert adoption.cached_tokens == 0
-    assert destination.num_runs("a") == (1, 1, 1)
-
-
-def test_a_second_request_with_the_same_prefix_pulls_only_the_rest():
-    source, token_ids = prefilled(40)
-    destination = KVCache(LAYOUT, (64, 32, 32))
-    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
-    destination.advance("a", 39, hashes_of(token_ids))
-
-    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.offer("a", 39))
-
-    assert adoption.cached_tokens == 36
-    assert [len(pull.source_ids) for pull in adoption.pulls] == [1, 1, 1]
-
-
-def test_groups_that_want_different_prefixes_agree_on_a_shorter_one():
-    kv, token_ids = prefilled(40)
-    kv.close("a")
-    # Group 2 has no block 8, so its prefix has 8 blocks; group 1 has not the last one of these 8.
-    lose(kv, 2, named=hashes_of(token_ids)[8])
-    lose(kv, 1, named=hashes_of(token_ids)[7])
-
-    assert kv.open("b", hashes_of(token_ids), 40) == 7 * BLOCK_SIZE
-
-
-def lose(kv, group, named):
-    """Overwrite the idle block with this name."""
-    pool = kv.groups[group].pool
-    pool.allocator.free(pool.prefix_cache.give_up(pool.num_blocks))
-    pool.prefix_cache.forget([pool.prefix_cache.find(named)])
-
-
-def test_a_block_in_the_middle_that_is_here_is_not_pulled():
-    source, token_ids = prefilled(40)
-    destination = KVCache(LAYOUT, (64, 32, 32))
-    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
-    destination.advance("a", 39, hashes_of(token_ids))
-    destination.close("a")
-    lose(destination, 0, named=hashes_of(token_ids)[2])
-
-    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.offer("a", 39))
-
-    assert adoption.cached_tokens == 8
-    assert len(adoption.pulls[0].source_ids) == 2
-    destination.check()
-
-
 def test_without_prefix_caching_nothing_is_kept():
     kv = KVCache(LAYOUT, (64, 32, 32), is_prefix_caching=False)
     hashes = hashes_of(list(range(40)))
@@ -373,34 +231,6 @@ def test_without_prefix_caching_nothing_is_kept():
         assert kv.num_held("a") == (10, 2, 3)
         kv.close("a")
     assert kv.free_blocks == (64, 32, 32)
-
-
-def test_tables_grow_beyond_their_first_size():
-    kv = KVCache(LAYOUT, (600, 600, 600), is_prefix_caching=False)
-    names = [f"r{i}" for i in range(70)]
-    for name in names:
-        kv.open(name, [], 0)
-        assert kv.grow(name, 8)
-    assert kv.grow("r69", 400)
-
-    tables = kv.tables(names, 400)
-
-    assert [t.shape for t in tables] == [(70, 100)] * 3
-    assert len(set(tables[0][69].tolist())) == 100
-    assert not tables[0][0, 2:].any()
-    tables[0][:] = 7  # a copy
-    kv.check()
-
-
-def test_a_row_is_clean_when_it_is_used_again():
-    kv = KVCache(LAYOUT, (64, 32, 32), is_prefix_caching=False)
-    kv.open("a", [], 0)
-    kv.grow("a", 40)
-    kv.close("a")
-    kv.open("b", [], 0)
-    kv.grow("b", 4)
-
-    assert not any(table[0, 1:].any() for table in kv.tables(["b"], 40))
 
 
 def test_opening_twice_is_a_bug():
@@ -418,51 +248,3 @@ def test_computing_beyond_the_slots_is_a_bug():
 
     with pytest.raises(AssertionError):
         kv.advance("a", 5, [])
-
-
-def test_blocks_that_are_hit_are_no_room_for_the_rest():
-    source, token_ids = prefilled(40)
-    destination = KVCache(LAYOUT, (10, 32, 32))
-    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
-    destination.advance("a", 39, hashes_of(token_ids))
-    destination.close("a")
-    destination.open("b", [], 0)
-    assert destination.grow("b", 4)
-    # 9 of 10 blocks are cached, all of them hits, and the request needs one more.
-    before = snapshot(destination, ["b"])
-
-    assert destination.adopt("c", hashes_of(token_ids), 39, source.offer("a", 39)) is None
-
-    assert snapshot(destination, ["b"]) == before
-
-
-def test_an_offer_that_does_not_cover_its_tokens_is_a_bug():
-    source, token_ids = prefilled(40)
-    destination = KVCache(LAYOUT, (64, 32, 32))
-
-    with pytest.raises(AssertionError):
-        destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 35))
-
-
-def test_a_peers_runs_are_reproduced():
-    # The peer has the request in runs of 5, 4 and 1; here only segments of 4, 1 and 5 are free.
-    source, token_ids = prefilled(40)
-    runs = [10, 11, 12, 13, 14, 30, 31, 32, 33, 50]
-    offered = (GroupBlocks(0, tuple(runs)), *source.offer("a", 39)[1:])
-    destination = KVCache(LAYOUT, (12, 32, 32))
-    destination.groups[0].pool.allocate(12)
-    destination.groups[0].pool.release([0, 1, 2, 3, 5, 7, 8, 9, 10, 11])
-
-    adoption = destination.adopt("a", hashes_of(token_ids), 39, offered)
-
-    spans = align(adoption.pulls[0].source_ids, adoption.pulls[0].destination_ids)
-    assert spans == [Span(10, 7, 5), Span(30, 0, 4), Span(50, 5, 1)]
-
-
-def test_a_prefix_is_given_up_from_its_end():
-    kv, token_ids = prefilled(40)
-    kv.close("a")
-    pool = kv.groups[0].pool
-    pool.prefix_cache.forget(pool.prefix_cache.give_up(4))
-
-    assert pool.prefix_cache.longest_prefix(hashes_of(token_ids), 10) == 6

@@ -1,0 +1,117 @@
+import pytest
+
+from penstock.core.events import GroupBlocks, Span
+from penstock.kv.cache import KVCache
+from penstock.transfer.plan import align
+from tests.kv.cache_model import BLOCK_SIZE, LAYOUT, hashes_of, prefilled, snapshot
+
+
+def test_a_sliding_group_offers_only_its_window():
+    kv, _ = prefilled(30)
+
+    offered = kv.offer("a", 30)
+
+    assert [o.first for o in offered] == [0, 25 // BLOCK_SIZE, 20 // BLOCK_SIZE]
+    assert [o.first + len(o.block_ids) for o in offered] == [8, 8, 8]
+
+
+def test_an_adopted_request_lies_in_runs_like_the_peers():
+    source, token_ids = prefilled(40)
+    destination = KVCache(LAYOUT, (64, 32, 32))
+
+    adoption = destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+
+    assert adoption.cached_tokens == 0
+    assert destination.num_runs("a") == (1, 1, 1)
+
+
+def test_a_second_request_with_the_same_prefix_pulls_only_the_rest():
+    source, token_ids = prefilled(40)
+    destination = KVCache(LAYOUT, (64, 32, 32))
+    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    destination.advance("a", 39, hashes_of(token_ids))
+
+    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.offer("a", 39))
+
+    assert adoption.cached_tokens == 36
+    assert [len(pull.source_ids) for pull in adoption.pulls] == [1, 1, 1]
+
+
+def test_groups_that_want_different_prefixes_agree_on_a_shorter_one():
+    kv, token_ids = prefilled(40)
+    kv.close("a")
+    # Group 2 has no block 8, so its prefix has 8 blocks; group 1 has not the last one of these 8.
+    lose(kv, 2, named=hashes_of(token_ids)[8])
+    lose(kv, 1, named=hashes_of(token_ids)[7])
+
+    assert kv.open("b", hashes_of(token_ids), 40) == 7 * BLOCK_SIZE
+
+
+def lose(kv, group, named):
+    """Overwrite the idle block with this name."""
+    pool = kv.groups[group].pool
+    pool.allocator.free(pool.prefix_cache.give_up(pool.num_blocks))
+    pool.prefix_cache.forget([pool.prefix_cache.find(named)])
+
+
+def test_a_block_in_the_middle_that_is_here_is_not_pulled():
+    source, token_ids = prefilled(40)
+    destination = KVCache(LAYOUT, (64, 32, 32))
+    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    destination.advance("a", 39, hashes_of(token_ids))
+    destination.close("a")
+    lose(destination, 0, named=hashes_of(token_ids)[2])
+
+    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.offer("a", 39))
+
+    assert adoption.cached_tokens == 8
+    assert len(adoption.pulls[0].source_ids) == 2
+    destination.check()
+
+
+def test_blocks_that_are_hit_are_no_room_for_the_rest():
+    source, token_ids = prefilled(40)
+    destination = KVCache(LAYOUT, (10, 32, 32))
+    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    destination.advance("a", 39, hashes_of(token_ids))
+    destination.close("a")
+    destination.open("b", [], 0)
+    assert destination.grow("b", 4)
+    # 9 of 10 blocks are cached, all of them hits, and the request needs one more.
+    before = snapshot(destination, ["b"])
+
+    assert destination.adopt("c", hashes_of(token_ids), 39, source.offer("a", 39)) is None
+
+    assert snapshot(destination, ["b"]) == before
+
+
+def test_an_offer_that_does_not_cover_its_tokens_is_a_bug():
+    source, token_ids = prefilled(40)
+    destination = KVCache(LAYOUT, (64, 32, 32))
+
+    with pytest.raises(AssertionError):
+        destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 35))
+
+
+def test_a_peers_runs_are_reproduced():
+    # The peer has the request in runs of 1, 4 and 5; here only segments of 4, 1 and 5 are free.
+    source, token_ids = prefilled(40)
+    runs = [50, 30, 31, 32, 33, 10, 11, 12, 13, 14]
+    offered = (GroupBlocks(0, tuple(runs)), *source.offer("a", 39)[1:])
+    destination = KVCache(LAYOUT, (12, 32, 32))
+    destination.groups[0].pool.allocate(12)
+    destination.groups[0].pool.release([0, 1, 2, 3, 5, 7, 8, 9, 10, 11])
+
+    adoption = destination.adopt("a", hashes_of(token_ids), 39, offered)
+
+    spans = align(adoption.pulls[0].source_ids, adoption.pulls[0].destination_ids)
+    assert spans == [Span(50, 5, 1), Span(30, 0, 4), Span(10, 7, 5)]
+
+
+def test_a_prefix_is_given_up_from_its_end():
+    kv, token_ids = prefilled(40)
+    kv.close("a")
+    pool = kv.groups[0].pool
+    pool.prefix_cache.forget(pool.prefix_cache.give_up(4))
+
+    assert pool.prefix_cache.longest_prefix(hashes_of(token_ids), 10) == 6
