@@ -49,7 +49,8 @@ class Architecture:
 
     Of a layer:     its norms (before and after attention and MLP) and its blocks
     Of attention:   its projections, head norms, window and the layers that have no rotary embedding
-    Of the MLP:     its projections; `is_gated` multiplies the first half by the second
+    Of the MLP:     its projections; `is_gated` multiplies the first half by the second. One with
+                    `experts` is left as it is
     `norm_offset` is added to every norm weight. A `parallel` layer feeds attention and MLP the same
     norm and adds both. `required` are config values without which the row does not hold.
     """
@@ -83,6 +84,7 @@ class Architecture:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     is_gated: bool = True
+    experts: str | None = None
     activation: str = "hidden_act"
 
     embedding_multiplier: str | None = None
@@ -159,16 +161,17 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         rotary_table=RotaryTable.ONCE,
         window=WindowSource.ATTENTION,
         sinks="sinks",
+        experts="experts",
     ),
     "granite": _GRANITE,
-    "granitemoe": replace(_GRANITE, mlp="block_sparse_moe"),
+    "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", experts="experts"),
     "hunyuan_v1_dense": replace(
         _LLAMA, query_norm="query_layernorm", key_norm="key_layernorm", norm_after_rotary=True
     ),
     "llama": _LLAMA,
     "ministral": replace(_LLAMA, window=WindowSource.ATTENTION),
     "mistral": replace(_LLAMA, window=WindowSource.CONFIG),
-    "mixtral": replace(_LLAMA, window=WindowSource.CONFIG),
+    "mixtral": replace(_LLAMA, window=WindowSource.CONFIG, experts="experts"),
     "nemotron": replace(
         _LLAMA,
         norm_kind=NormKind.LAYER,
@@ -184,13 +187,14 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         query_norm="q_norm",
         key_norm="k_norm",
         norm_spans_heads=True,
+        experts="experts",
         required=(("clip_qkv", None),),
     ),
     "phi3": _PHI3,
     "qwen2": replace(_LLAMA, window=WindowSource.ATTENTION),
-    "qwen2_moe": replace(_LLAMA, window=WindowSource.ATTENTION),
+    "qwen2_moe": replace(_LLAMA, window=WindowSource.ATTENTION, experts="experts"),
     "qwen3": _QWEN3,
-    "qwen3_moe": _QWEN3,
+    "qwen3_moe": replace(_QWEN3, experts="experts"),
     "seed_oss": _LLAMA,
     "smollm3": replace(_LLAMA, has_rotary="use_rope", window=WindowSource.ATTENTION),
     "starcoder2": replace(

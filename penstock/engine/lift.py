@@ -201,16 +201,17 @@ class _Lift:
 
     def _mlp(self, mlp: nn.Module) -> DenseMlp | OpaqueMlp:
         row = self.row
-        if not all(isinstance(getattr(mlp, name, None), nn.Linear) for name in row.gate_up):
+        if row.experts is not None and hasattr(mlp, row.experts):
             return OpaqueMlp(_rows_function(mlp))
         # The activation is taken from the config by name; its module has no weights.
         _check_covered(mlp, {*row.gate_up, row.down})
         name = getattr(self.config, row.activation)
         if name not in _ACTIVATIONS:
             raise LiftFailed(f"activation {name}")
-        return DenseMlp(
-            _linear(mlp, row.gate_up), _linear(mlp, (row.down,)), _ACTIVATIONS[name], row.is_gated
-        )
+        gate_up, down = _linear(mlp, row.gate_up), _linear(mlp, (row.down,))
+        if gate_up.out_features != down.in_features * (2 if row.is_gated else 1):
+            raise LiftFailed(f"{gate_up.out_features} into {down.in_features} MLP features")
+        return DenseMlp(gate_up, down, _ACTIVATIONS[name], row.is_gated)
 
 
 def _part(owner: nn.Module, name: str) -> nn.Module:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from penstock.core.errors import StartupFailed
 from penstock.engine.hugging_face import HfModule
@@ -169,11 +170,10 @@ def _fill(model: HfModule, seed: int) -> None:
     Matrices are cut from one stretch of noise: drawing each number anew would take a minute for
     eight billion.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(_NOISE_LENGTH, generator=generator) * 0.02
-    noise = noise.to(model.dtype)
     start = 0
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        noise = (torch.randn(_NOISE_LENGTH) * 0.02).to(model.dtype)
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             if own and all(parameter.dim() < 2 for parameter in own):

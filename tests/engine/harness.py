@@ -42,9 +42,11 @@ class Harness:
         self._tables: list[list[list[int | None]]] = []
         self.sampled: list[list[Sampled]] = []
 
-    def add(self, prompt: Sequence[int], params: SamplingParams = GREEDY) -> int:
-        """Take a request in; return its index."""
-        self._tokens.append(list(prompt))
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY, output: Sequence[int] = ()
+    ) -> int:
+        """Take a request in, perhaps one that is under way; return its index."""
+        self._tokens.append([*prompt, *output])
         self._prompt_tokens.append(len(prompt))
         self._params.append(params)
         self._computed.append(0)
