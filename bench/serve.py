@@ -42,7 +42,7 @@ def server(*flags: str) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "penstock.cli", "serve", *flags, "--port", str(port)]
+    command = [sys.executable, "-m", "penstock", "serve", *flags, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_ready(port, process)
