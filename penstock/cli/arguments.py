@@ -3,7 +3,7 @@
 import argparse
 import os
 
-import penstock
+from penstock.core.version import VERSION
 
 _DESCRIPTION = "Serve large language models with prefill and decode on separate workers."
 
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"penstock {penstock.__version__}")
+    parser.add_argument("--version", action="version", version=f"penstock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)

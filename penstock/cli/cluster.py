@@ -3,12 +3,11 @@
 from argparse import Namespace
 from pathlib import Path
 
-import penstock
 from penstock.core.config import EngineConfig
 from penstock.runtime.settings import ClusterSettings
 
 NO_MODEL_NAME = "instant-executor-no-model"
-BUILTIN_MODEL = Path(penstock.__file__).parent / "builtin" / "penstock-tiny"
+BUILTIN_MODEL = Path(__file__).parents[1] / "builtin" / "penstock-tiny"
 
 
 def cluster_settings(options: Namespace) -> ClusterSettings:

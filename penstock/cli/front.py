@@ -15,12 +15,12 @@ from typing import Any
 
 import uvicorn
 
-import penstock
 from penstock.cli.cluster import NO_MODEL_NAME, model_name
 from penstock.cli.console import ServeConsole, set_up_logging
 from penstock.cli.listener import Listener
 from penstock.cli.loading import LoadingGate
 from penstock.core.errors import StartupFailed
+from penstock.core.version import VERSION
 from penstock.runtime.local import LocalCluster
 from penstock.runtime.settings import INSTANT_EXECUTOR, ModelFacts
 from penstock.server.app import create_app, uvicorn_config
@@ -148,7 +148,7 @@ class Front:
             keys = (key,)
         return ServerSettings(
             api_keys=keys,
-            version=penstock.__version__,
+            version=VERSION,
             is_logging_requests=self._options.log_requests,
         )
 

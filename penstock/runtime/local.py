@@ -8,6 +8,7 @@ loop's thread.
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from penstock.control.controller import Controller
@@ -104,12 +105,11 @@ class LocalCluster:
         return await asyncio.shield(self._ready)
 
     async def __aenter__(self) -> "LocalCluster":
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.stop)
             await self.start()
             await self.ready()
-        except BaseException:
-            await self.stop()
-            raise
+            stack.pop_all()
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
@@ -122,8 +122,7 @@ class LocalCluster:
             return
         self._is_started = False
         self.drain()
-        for request_id in list(self._sinks):
-            self._to_front(RequestFailed(request_id=request_id, reason="the server was stopped"))
+        self._fail_requests("the server was stopped")
         for worker_id in self.controller.workers:
             self._messenger.send(worker_id, Stop())
         await asyncio.sleep(0)
@@ -221,6 +220,10 @@ class LocalCluster:
         self._messenger.forget(worker_id, epoch)
         self._deliver(WorkerLost(worker_id=worker_id, epoch=epoch, reason=reason))
 
+    def _fail_requests(self, reason: str) -> None:
+        for request_id in list(self._sinks):
+            self._to_front(RequestFailed(request_id=request_id, reason=reason))
+
     def _fail(self, error: StartupFailed) -> None:
         if not self._ready.done():
             self._ready.set_exception(error)
@@ -228,6 +231,7 @@ class LocalCluster:
             self._ready.exception()
         if not self.broken.done():
             self.broken.set_result(error)
+        self._fail_requests(str(error))
 
 
 class _FrontTransport:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import penstock
 from penstock.runtime.link import Link, ToFront, ToHost, link_pair
 from penstock.runtime.processes import describe_code
 
@@ -57,7 +56,7 @@ class HostProcess:
         # Nobody writes into this pipe: its end tells workers that the front is gone.
         front_fd, life_fd = os.pipe()
         environment = os.environ | ENVIRONMENT
-        source = str(Path(penstock.__file__).parents[1])
+        source = str(Path(__file__).parents[2])
         path = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{source}{os.pathsep}{path}" if path else source
         arguments = (host_socket.fileno(), front_fd, os.getpid(), folder)
