@@ -163,6 +163,21 @@ def test_the_size_cannot_be_changed_under_a_peer():
 
 
 @needs_memfd
+def test_pages_are_taken_when_they_are_asked_for_or_touched():
+    pool = SharedPool(64, 65536)
+    fd = int(pool.descriptor.location.split(":")[1])
+    assert os.fstat(fd).st_blocks == 0
+    pool.region.blocks[0] = 9
+
+    pool.populate(16)
+
+    # Huge pages, where the kernel gives them, round up.
+    assert 16 * 65536 <= 512 * os.fstat(fd).st_blocks <= max(16 * 65536, 2 << 20)
+    assert (pool.region.blocks[0] == 9).all()
+    pool.close()
+
+
+@needs_memfd
 def test_no_trace_is_left_by_an_owner_that_is_killed(no_leaks):
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
