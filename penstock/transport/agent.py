@@ -107,8 +107,7 @@ class BlockMover:
             raise PeerLost(f"{len(move.spans)} groups of spans for {len(self._regions)} groups")
         with self._lock:
             peer = self._find(move.source, move.epoch)
-            groups = enumerate(zip(self._regions, move.spans, strict=True))
-            sources = [self._map(peer, index) if spans else None for index, (_, spans) in groups]
+            sources = [self._map(peer, i) if spans else None for i, spans in enumerate(move.spans)]
         for source, destination, spans in zip(sources, self._regions, move.spans, strict=True):
             if source is None:
                 continue
@@ -126,7 +125,7 @@ class BlockMover:
         info = peer.info
         if info.epoch != epoch:
             raise PeerLost(f"{worker_id} is in epoch {info.epoch}, the blocks are of {epoch}")
-        if info.layout.fingerprint() != self._layout.fingerprint():
+        if info.layout != self._layout:
             raise PeerLost(f"{worker_id} keeps blocks of another layout: {info.layout}")
         if len(info.regions) != len(self._regions):
             raise PeerLost(f"{worker_id} describes {len(info.regions)} regions")

@@ -48,8 +48,8 @@ class SharedPool:
     """Memory of one KV group: `region.blocks` is [num_blocks, block_bytes] uint8, zero at first.
 
     Pages are taken when they are first touched. `close` lets no further peer in; the memory goes
-    with the last array that looks at it, in this process and in its peers. Raises: `StartupFailed`
-    when the system does not give the memory.
+    with the last array that looks at it, in this process and in its peers.
+    Raises: `StartupFailed` when the system does not give the memory.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int, *, kind: str = HOST_KIND) -> None:

@@ -1,3 +1,5 @@
+from random import Random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -160,3 +162,28 @@ def test_a_prompt_gets_one_run_in_a_pool_full_of_cached_blocks():
     assert pool.prefix_cache.find(BlockHash(b"0-6")) is None
     assert pool.prefix_cache.find(BlockHash(b"3-6")) is not None
     pool.check()
+
+
+def test_prompts_keep_getting_long_runs_while_the_cache_is_full():
+    # Requests of 10 to 80 blocks come and go, some share a prefix; all that they leave is cached.
+    random = Random(1)
+    pool = BlockPool(512)
+    tables, chains, runs = [], [[]], []
+    for request in range(300):
+        while len(tables) > 4:
+            pool.release(tables.pop(random.randrange(len(tables))))
+        shared = random.choice(chains[-20:])[: random.choice((0, 10))]
+        hits = shared[: pool.prefix_cache.longest_prefix(shared, len(shared))]
+        table = [pool.prefix_cache.find(block_hash) for block_hash in hits]
+        pool.hold(table)
+        new = pool.allocate(random.randint(10, 80))
+        names = [BlockHash(b"%d-%d" % (request, i)) for i in range(len(new) - 1)]
+        for block_id, block_hash in zip(new, names, strict=False):
+            pool.insert(block_id, block_hash)
+        tables.append(table + new)
+        chains.append(hits + names)
+        if request >= 100:
+            runs.append(len(run_lengths(new)))
+    pool.check()
+    assert pool.num_cached > 128
+    assert sum(runs) / len(runs) < 2
