@@ -54,7 +54,10 @@ from penstock.server.whole import respond_whole
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 T = TypeVar("T")
 
+# Longer than common clients and load balancers keep an idle connection, so that they close first: a
+# request sent while the server closes would fail for no reason that the client can see.
 _KEEP_ALIVE_S = 75
+_BACKLOG = 4096
 
 
 def create_app(service: Service, model: ServedModel, settings: ServerSettings) -> Starlette:
@@ -91,7 +94,10 @@ def create_app(service: Service, model: ServedModel, settings: ServerSettings) -
 
 
 def uvicorn_config(app: ASGIApp, *, host: str, port: int) -> uvicorn.Config:
-    """Return how to run the application: one process, on the loop that the caller runs."""
+    """Return how to run the application: one process, on the loop that the caller runs.
+
+    Logging is left as the caller has set it up; requests are logged by `request_log.py`.
+    """
     return uvicorn.Config(
         app,
         host=host,
@@ -105,6 +111,7 @@ def uvicorn_config(app: ASGIApp, *, host: str, port: int) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        backlog=_BACKLOG,
     )
 
 

@@ -64,12 +64,20 @@ def byte_model(**changes) -> ServedModel:
 class ScriptedService:
     """Answers each request with `script(request)`, a list of token ids, cut at `max_tokens`.
 
-    `chunks` is how many tokens come at once. A script that runs out ends the request with `stop`.
+    `chunks` is how many tokens come at once. A script that runs out ends the request with `stop`,
+    or begins anew for ever if it `is_endless`.
     """
 
-    def __init__(self, script: Callable[[Request], list[int]], *, chunks: int = 1) -> None:
+    def __init__(
+        self,
+        script: Callable[[Request], list[int]],
+        *,
+        chunks: int = 1,
+        is_endless: bool = False,
+    ) -> None:
         self.script = script
         self.chunks = chunks
+        self.is_endless = is_endless
         self.submitted: list[Request] = []
         self.cancelled: list[RequestId] = []
         self.made: dict[RequestId, int] = {}
@@ -122,6 +130,8 @@ class ScriptedService:
             del self._live[request_id]
             sink(RequestFailed(request_id=request_id, reason="the worker is gone"))
             return
+        if self.is_endless:
+            tokens, done = tokens * self.chunks, 0
         ids = tuple(tokens[: request.params.max_tokens][done : done + self.chunks])
         done = self.made[request_id] = done + len(ids)
         reason = self._reason(request, tokens, done)
@@ -140,8 +150,9 @@ class ScriptedService:
             )
         )
 
-    @staticmethod
-    def _reason(request: Request, tokens: list[int], done: int) -> FinishReason | None:
+    def _reason(self, request: Request, tokens: list[int], done: int) -> FinishReason | None:
+        if self.is_endless:
+            return None
         if done >= len(tokens):
             return FinishReason.STOP
         return FinishReason.LENGTH if done >= request.params.max_tokens else None
@@ -201,3 +212,16 @@ def client(app: Starlette) -> httpx.AsyncClient:
     """Return an HTTP client that calls the application in this process."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def call(
+    method: str, path: str, service: ScriptedService | None = None, *, options=None, **kwargs
+) -> httpx.Response:
+    """Send one request to an application of its own, which answers `hello` unless told else."""
+
+    async def story() -> httpx.Response:
+        app = make_app(service or ScriptedService(text_script("hello")), **(options or {}))
+        async with client(app) as http:
+            return await http.request(method, path, **kwargs)
+
+    return asyncio.run(story())
