@@ -43,13 +43,13 @@ class TokenBytes(dict[int, bytes]):
         self._backend = backend
         steps = _decoder_steps(backend)
         types = {step["type"] for step in steps}
-        self._is_byte_level = types == {"ByteLevel"}
+        self.is_byte_level = types == {"ByteLevel"}
         self._has_byte_tokens = "ByteFallback" in types
         self._byte_of = _byte_of_character()
-        self._anchor = None if self._is_byte_level else _find_anchor(backend)
-        self.is_exact = self._is_byte_level or (self._anchor is not None and _is_per_token(steps))
+        self._anchor = None if self.is_byte_level else _find_anchor(backend)
+        self.is_exact = self.is_byte_level or (self._anchor is not None and _is_per_token(steps))
         """Whether a token's bytes depend on no neighbour, save for a space at the very start."""
-        self.has_other_start = not self._is_byte_level and _drops_first_space(backend)
+        self.has_other_start = not self.is_byte_level and _drops_first_space(backend)
         """Whether a token reads differently at the very start of a text: see `at_start`."""
 
     def __missing__(self, token_id: int) -> bytes:
@@ -69,7 +69,7 @@ class TokenBytes(dict[int, bytes]):
         token = self._backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
-        if self._is_byte_level:
+        if self.is_byte_level:
             values = [self._byte_of.get(character) for character in token]
             # An added token with a character outside the alphabet is written as it is.
             return token.encode() if None in values else bytes(v for v in values if v is not None)

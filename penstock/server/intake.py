@@ -98,6 +98,7 @@ class Intake:
         refuse_unsupported(body)
         alternatives = _chat_logprobs(body)
         text = self._render(body)
+        self._check_length(text, "messages")
         (token_ids,) = await self._encode([text], add_special_tokens=False)
         wanted = body.max_completion_tokens
         wanted, field = (
@@ -162,6 +163,8 @@ class Intake:
             return list(prompt)
         if not _are_all(prompt, str):
             raise BadRequest("`prompt` mixes texts and token ids", "prompt")
+        for text in prompt:
+            self._check_length(text, "prompt")
         return await self._encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -174,6 +177,16 @@ class Intake:
             self._threads,
             lambda: tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens),
         )
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Refuse a text that no tokenising could make short enough, before time is spent on it."""
+        chars, window = self.model.tokenizer.max_token_chars, self.model.max_model_len
+        if chars is not None and len(text) > chars * window:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters, far more than the window of {window} "
+                "tokens can hold",
+                field,
+            )
 
     def _check_prompt(self, token_ids: Sequence[int], field: str) -> None:
         if not token_ids:

@@ -50,6 +50,11 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes = TokenBytes(backend)
         self._visible = VisibleBytes(self._bytes, self.special_ids)
+        # A normalizer may drop characters, and an unknown token may stand for any number of them.
+        longest = max(map(len, backend.get_vocab(with_added_tokens=True)))
+        is_known = self._bytes.is_byte_level and backend.normalizer is None
+        self.max_token_chars = longest if is_known else None
+        """Most characters of a text that one token can stand for; None where nothing is known."""
 
     @property
     def vocab_size(self) -> int:

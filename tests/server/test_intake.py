@@ -145,6 +145,14 @@ def test_what_does_not_fit_the_window_says_so(fields, field):
     assert refused.value.field == field
 
 
+def test_a_text_beyond_all_bounds_is_not_even_tokenised():
+    intake = _intake()
+    intake.model.tokenizer.encode_batch = None
+    with pytest.raises(PromptTooLong, match="characters") as refused:
+        _complete(intake=intake, prompt="x" * 10_000_000)
+    assert refused.value.field == "prompt"
+
+
 def test_the_whole_window_can_be_used():
     (request,) = _complete(prompt="x", max_tokens=255).requests
     assert request.params.max_tokens == 255

@@ -143,6 +143,12 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path):
     assert len(tokenizer.encode("a")) == 1
 
 
+def test_the_longest_token_is_known_only_where_nothing_is_lost(tmp_path):
+    assert load_tokenizer(BUILTIN).max_token_chars == 40
+    folder = _write_folder(tmp_path, tokenizers_of.wordpiece(), {})
+    assert load_tokenizer(folder).max_token_chars is None, "[UNK] stands for any word"
+
+
 def test_a_model_without_a_template_refuses_chats(tmp_path):
     tokenizer = load_tokenizer(_write_folder(tmp_path, tokenizers_of.byte_level(), {}))
     with pytest.raises(BadRequest, match="/v1/completions"):
