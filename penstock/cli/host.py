@@ -27,7 +27,7 @@ from penstock.runtime.processes import available_bytes, usable_cores
 from penstock.runtime.settings import INSTANT_EXECUTOR, ClusterSettings, ModelFacts
 from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
 from penstock.transfer.region import Region
-from penstock.transport.agent import BlockMover
+from penstock.transport.mover import BlockMover
 from penstock.transport.shm import SharedPool
 from penstock.worker.worker import Worker
 
