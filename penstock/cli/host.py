@@ -34,6 +34,7 @@ from penstock.worker.worker import Worker
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from penstock.engine.executor import ModelExecutor
     from penstock.engine.model import LoadedModel
 
 KV_SHARE = 0.5
@@ -112,6 +113,8 @@ def _pin(index: int, threads: int) -> None:
 
 def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
     progress("importing torch", 0.0)
+    # What workers need is imported here as well: they find it in memory when they are forked.
+    from penstock.engine.executor import ModelExecutor
     from penstock.engine.loading import load_model
     from penstock.engine.weights import find_folder
 
@@ -127,7 +130,7 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         vocab_size=model.vocab_size,
         description=model.description,
     )
-    return facts, partial(_bind_model, model, facts.layout)
+    return facts, partial(_bind_model, partial(ModelExecutor, model), facts.layout)
 
 
 def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, ...]:
@@ -157,13 +160,14 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
 
 
 def _bind_model(
-    model: "LoadedModel", layout: KVLayout, regions: tuple[Region, ...], threads: int
+    make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor]",
+    layout: KVLayout,
+    regions: tuple[Region, ...],
+    threads: int,
 ) -> tuple[Execute, Callable[[], None]]:
     import torch
 
-    from penstock.engine.executor import ModelExecutor
-
-    executor = ModelExecutor(model, tuple(_tensors(regions, layout)))
+    executor = make_executor(tuple(_tensors(regions, layout)))
 
     def prepare() -> None:
         # OpenMP keeps the number of threads per thread that asks, so the asking one sets it.
