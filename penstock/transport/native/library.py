@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 class Reading(Structure):
     """One read of a peer's region: `penstock_reading` of `api.h`."""
 
+    Streams = c_int32
     _fields_ = [
-        ("streams", c_void_p),
+        ("streams", POINTER(c_int32)),
         ("num_streams", c_int64),
         ("epoch", c_uint64),
         ("region", c_int64),

@@ -4,6 +4,7 @@
 // What adjoins at the source is one run of the request, what adjoins at the destination one vector
 // of the receive, each on its own: a scattered copy of a contiguous source asks for one run.
 #include <algorithm>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -113,8 +114,14 @@ int64_t read(const penstock_reading& reading) {
             for (int64_t j = 0; j < num_streams; ++j) shutdown(reading.streams[j], SHUT_RDWR);
     };
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < num_streams; ++i) threads.emplace_back(work, i);
+    int64_t threaded = 1;
+    try {
+        for (; threaded < num_streams; ++threaded) threads.emplace_back(work, threaded);
+    } catch (const std::system_error&) {
+        // No more threads to be had: the rest is read here, one stream after the other.
+    }
     work(0);
+    for (int64_t i = threaded; i < num_streams; ++i) work(i);
     for (std::thread& thread : threads) thread.join();
     // A refusal says more than the lost streams that it or another failure caused.
     const int64_t worst = *std::min_element(outcomes.begin(), outcomes.end());

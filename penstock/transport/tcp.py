@@ -1,0 +1,248 @@
+"""The way to memory on other hosts: reads over TCP, straight from the socket into our pool.
+
+A connection to a peer is a few sockets, opened and authenticated at the first pull; a pull is
+shared out among them and received in one native call. When what was open turns out to be cut, it is
+opened anew, once: a read can be repeated. `tcp_owner.py` is the other end.
+"""
+
+import socket
+import threading
+from contextlib import suppress
+from typing import Final
+
+from penstock.core.errors import DeadlineExceeded, PeerLost
+from penstock.transfer.plan import SpanArray
+from penstock.transfer.region import PeerMemory, Region, described_blocks
+from penstock.transport import tcp_python, wire
+from penstock.transport.handshake import prove
+from penstock.transport.native.library import Reading, load_library, read
+
+TCP: Final = "tcp"
+NUM_STREAMS: Final = 2
+SILENCE_S: Final = 5.0
+"""The longest that a peer may say nothing in the middle of a pull, or while it is called."""
+BYTES_PER_S_MIN: Final = 4 << 20
+"""A pull that is slower than this, and than `SILENCE_S` before, is given up."""
+BUFFER_BYTES: Final = 4 << 20
+
+
+class Tcp:
+    """The way to peers that serve reads at an address. `silence_s` bounds every wait for a byte."""
+
+    kind: Final = TCP
+
+    def __init__(
+        self, key: bytes, *, num_streams: int = NUM_STREAMS, silence_s: float = SILENCE_S
+    ) -> None:
+        assert num_streams > 0, num_streams
+        self._key = key
+        self._num_streams = num_streams
+        self._silence_s = silence_s
+        self._connections: dict[tuple[str, int], Connection] = {}
+        self._lock = threading.Lock()
+
+    def open(self, peer: PeerMemory, index: int) -> "ServedRegion":
+        """Connect with a peer.
+
+        Raises: `PeerLost` when it serves no reads, cannot be reached or does not prove itself.
+        """
+        connection = self.connection(peer)
+        connection.open()
+        return ServedRegion(connection, peer, index)
+
+    def connection(self, peer: PeerMemory) -> "Connection":
+        """Return what is, or will be, open to a peer. Raises: `PeerLost` when it has no address."""
+        addresses = [endpoint.address for endpoint in peer.endpoints if endpoint.kind == TCP]
+        if not addresses:
+            raise PeerLost("it serves no reads over TCP")
+        with self._lock:
+            if (peer.name, peer.epoch) not in self._connections:
+                connection = Connection(peer, addresses[0], self._key)
+                connection.num_streams, connection.silence_s = self._num_streams, self._silence_s
+                self._connections[peer.name, peer.epoch] = connection
+            return self._connections[peer.name, peer.epoch]
+
+    def forget(self, name: str, epoch: int) -> None:
+        """Hang up on this incarnation; a pull under way fails."""
+        with self._lock:
+            connection = self._connections.pop((name, epoch), None)
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        with self._lock:
+            connections, self._connections = list(self._connections.values()), {}
+        for connection in connections:
+            connection.close()
+
+
+class ServedRegion:
+    """A region of a peer that is read over its connection."""
+
+    def __init__(self, connection: "Connection", peer: PeerMemory, index: int) -> None:
+        self._connection = connection
+        self._index = index
+        self.num_blocks = described_blocks(peer.regions[index])
+        self.block_bytes = peer.regions[index].block_bytes
+        self.name = TCP if load_library() is not None else f"{TCP} (python)"
+
+    def pull(self, destination: Region, spans: SpanArray) -> None:
+        """Receive spans that lie inside both regions.
+
+        Raises: `PeerLost` when the peer is gone or refuses, `DeadlineExceeded` when it is silent.
+        """
+        self._connection.pull(self._index, destination, spans)
+
+
+class Connection:
+    """The sockets to one incarnation of a peer. One pull at a time; others wait for it."""
+
+    num_streams = NUM_STREAMS
+    silence_s = SILENCE_S
+
+    def __init__(self, peer: PeerMemory, address: str, key: bytes) -> None:
+        self._name = peer.name
+        self._epoch = peer.epoch
+        self._address = address
+        self._key = key
+        self._streams: list[socket.socket] = []
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Connect now, if it is not open. Raises: `PeerLost`, also for a silent peer."""
+        with self._lock:
+            self._dial()
+
+    def pull(self, index: int, destination: Region, spans: SpanArray) -> None:
+        """Receive spans of region `index`. Raises: `PeerLost`, `DeadlineExceeded`."""
+        num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
+        deadline_s = self.silence_s + num_bytes / BYTES_PER_S_MIN
+        self._ask(lambda: self._read(index, destination, spans, deadline_s))
+
+    def notify(self, text: bytes) -> None:
+        """Leave some bytes with the peer. Raises: `PeerLost`, `DeadlineExceeded`."""
+        assert 0 < len(text) <= wire.TEXT_MAX, len(text)
+        self._ask(lambda: self._notify(text))
+
+    def close(self) -> None:
+        """Hang up; a pull under way fails. Does not wait for it."""
+        self._is_closed = True
+        for stream in tuple(self._streams):
+            _shut(stream)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._hang_up()
+            finally:
+                self._lock.release()
+
+    def _ask(self, question: "tcp_python.Question") -> None:
+        with self._lock:
+            was_open = bool(self._streams)
+            self._dial()
+            outcome = question()
+            if outcome == wire.LOST and was_open and not self._is_closed:
+                self._hang_up()
+                self._dial()
+                outcome = question()
+            if wire.REFUSED < outcome < 0 or self._is_closed:
+                self._hang_up()
+        if outcome < 0:
+            raise self._error(outcome)
+
+    def _read(self, index: int, destination: Region, spans: SpanArray, deadline_s: float) -> int:
+        library = load_library()
+        if library is None:
+            limits = (self.silence_s, deadline_s)
+            return tcp_python.read(
+                self._streams[0], self._epoch, index, destination.blocks, spans, limits
+            )
+        numbers = (Reading.Streams * len(self._streams))(*[s.fileno() for s in self._streams])
+        return read(
+            library,
+            Reading(
+                streams=numbers,
+                num_streams=len(numbers),
+                epoch=self._epoch,
+                region=index,
+                destination=destination.blocks.ctypes.data,
+                block_bytes=destination.block_bytes,
+                spans=spans.ctypes.data,
+                num_spans=len(spans),
+                silence_ms=round(self.silence_s * 1000),
+                deadline_ms=round(deadline_s * 1000),
+            ),
+        )
+
+    def _notify(self, text: bytes) -> int:
+        library = load_library()
+        stream = self._streams[0]
+        if library is None:
+            return tcp_python.notify(stream, self._epoch, text, self.silence_s)
+        silence_ms = round(self.silence_s * 1000)
+        return int(
+            library.penstock_notify(stream.fileno(), self._epoch, text, len(text), silence_ms)
+        )
+
+    def _dial(self) -> None:
+        if self._is_closed:
+            raise PeerLost(f"{self._name} was forgotten")
+        try:
+            while len(self._streams) < self.num_streams:
+                self._streams.append(call(self._address, self._key, self.silence_s))
+        except (PeerLost, DeadlineExceeded) as error:
+            self._hang_up()
+            raise PeerLost(f"{self._name} at {self._address}: {error}") from error
+
+    def _hang_up(self) -> None:
+        for stream in self._streams:
+            stream.close()
+        self._streams = []
+
+    def _error(self, outcome: int) -> PeerLost | DeadlineExceeded:
+        who = f"{self._name} at {self._address}"
+        match outcome:
+            case wire.LATE:
+                return DeadlineExceeded(f"{who} was silent or slow for {self.silence_s:.1f} s")
+            case wire.LOST:
+                return PeerLost(f"the connection with {who} was lost")
+            case wire.NONSENSE:
+                return PeerLost(f"{who} does not answer as a peer does")
+        return PeerLost(f"{who} refuses: {wire.REFUSALS[wire.Status(wire.REFUSED - outcome)]}")
+
+
+def call(address: str, key: bytes, timeout_s: float) -> socket.socket:
+    """Connect with an owner and authenticate both sides; return a blocking socket.
+
+    Raises: `PeerLost`, `DeadlineExceeded`.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        stream = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+    except TimeoutError:
+        raise DeadlineExceeded("nobody answers") from None
+    except (OSError, ValueError, OverflowError) as error:
+        raise PeerLost(f"it cannot be called: {error}") from error
+    try:
+        tune(stream)
+        prove(stream, key, timeout_s)
+    except (PeerLost, DeadlineExceeded):
+        stream.close()
+        raise
+    stream.settimeout(None)
+    return stream
+
+
+def tune(stream: socket.socket) -> None:
+    """Set what both ends want: no waiting for more to send, buffers, a word when a host is gone."""
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            stream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _shut(stream: socket.socket) -> None:
+    with suppress(OSError):  # closed meanwhile, or never connected
+        stream.shutdown(socket.SHUT_RDWR)
