@@ -21,6 +21,7 @@ from penstock.core.events import (
     Command,
     Drain,
     Event,
+    Expired,
     Hello,
     Load,
     Offered,
@@ -110,6 +111,8 @@ class Controller:
                 return []
             case RequestFailed():
                 return self._take_failure(event, now_ns)
+            case Expired():
+                return self._take_expired(event, now_ns)
             case Hello(info=info):
                 return self._welcome(info, now_ns)
             case WorkerLost():
@@ -270,6 +273,14 @@ class Controller:
         if event.is_retryable:
             return self._retry(record, event.reason, now_ns)
         return self._call_off(record) + self._fail(record, event.reason)
+
+    def _take_expired(self, event: Expired, now_ns: int) -> list[Command]:
+        """Begin anew unless somebody decodes it: then only the word of it was lost."""
+        record = self._by_wire_id.get(event.request_id)
+        if record is None or record.state is RequestState.DECODING:
+            return []
+        reason = f"the offer of {event.worker_id} was not claimed within its lease"
+        return self._retry(record, reason, now_ns)
 
     def _retry(self, record: RequestRecord, reason: str, now_ns: int) -> list[Command]:
         """Begin another attempt with the output so far, or fail when all are used up."""

@@ -9,6 +9,7 @@ from penstock.core.events import (
     Cancel,
     Command,
     Event,
+    Expired,
     Hello,
     Load,
     Message,
@@ -18,6 +19,7 @@ from penstock.core.events import (
     PeerDown,
     PeerUp,
     Release,
+    Renew,
     RequestFailed,
     RunStep,
     Send,
@@ -25,11 +27,12 @@ from penstock.core.events import (
     SubmitMove,
     Tokens,
     Withdraw,
+    Woken,
     WorkerInfo,
 )
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.step import Sampled, Step
-from penstock.core.types import CONTROLLER, FinishReason, RequestId, Role, WorkerId
+from penstock.core.types import CONTROLLER, Digest, FinishReason, RequestId, Role, WorkerId
 from penstock.sim.executor import chain_layout
 from penstock.worker.worker import Worker
 
@@ -72,10 +75,15 @@ class Story:
         """Finish the step under way; every row that samples gets `token_id`."""
         step = self.steps.pop(0)
         sampled = tuple(Sampled(token_id) for _ in step.samples)
-        self.tell(StepDone(step_id=step.step_id, sampled=sampled, started_ns=0, finished_ns=0))
+        digests = tuple(tuple(Digest(i + 1) for i in ids) for ids in step.digests_of)
+        self.tell(
+            StepDone(
+                step_id=step.step_id, sampled=sampled, started_ns=0, finished_ns=0, digests=digests
+            )
+        )
         return step
 
-    def land(self, error: str | None = None) -> None:
+    def land(self, error: str | None = None, *, is_corrupt: bool = False) -> None:
         move = self.moves.pop(0).move
         self.tell(
             MoveDone(
@@ -86,6 +94,7 @@ class Story:
                 started_ns=0,
                 finished_ns=0,
                 error=error,
+                is_corrupt=is_corrupt,
             )
         )
 
@@ -244,14 +253,91 @@ def test_an_offer_waits_for_room_and_then_comes_in() -> None:
     assert story.worker.load().waiting == 0
 
 
-def test_a_failed_pull_is_reported_and_leaves_nothing() -> None:
+def test_what_cannot_be_pulled_is_computed_here() -> None:
     story = Story(D0)
-    story.tell(offer_of("r", 40))
+    story.tell(offer_of("r", 40, max_tokens=1))
     story.land(error="link cut")
-    (failed,) = story.heard(RequestFailed)
-    assert failed.is_retryable
-    assert failed.reason == "link cut"
     assert story.heard(Release)
+    assert story.step().num_new.tolist() == [40]
+    assert story.heard(Tokens)
+    assert story.worker.load().pulls_recomputed == 1
+    story.assert_empty()
+
+
+def test_what_is_corrupt_is_pulled_once_more_and_then_computed_here() -> None:
+    for num_corrupt in (1, 2):
+        story = Story(D0)
+        story.tell(offer_of("r", 40, max_tokens=1))
+        for _ in range(num_corrupt):
+            story.land(is_corrupt=True)
+        if num_corrupt == 1:
+            story.land()
+        assert len(story.heard(Release)) == 1
+        assert story.step().num_new.tolist() == [1 if num_corrupt == 1 else 40]
+        load = story.worker.load()
+        assert (load.pulls_corrupt, load.pulls_recomputed) == (num_corrupt, num_corrupt - 1)
+        story.assert_empty()
+
+
+def test_offers_carry_a_digest_of_every_block_the_last_one_too() -> None:
+    offer = offer_of("r", 40)
+    assert len(offer.groups[0].digests) == len(offer.groups[0].block_ids) == 3
+    story = Story(D0)
+    story.tell(offer)
+    assert story.moves[0].move.digests == (offer.groups[0].digests,)
+
+
+def test_a_lease_runs_out_unless_it_is_renewed() -> None:
+    story = Story(P0)
+    story.tell(assign(request("r", 40), D0))
+    story.step()
+    lease_ns = story.worker.config.lease_ns
+    story.now_ns += lease_ns // 2
+    story.tell(Renew(request_ids=(RequestId("r"), RequestId("unknown")), worker_id=D0))
+    story.now_ns += lease_ns // 2
+    story.tell(Woken("lease"))
+    assert not story.worker.is_idle
+    story.now_ns += lease_ns
+    story.tell(Woken("lease"))
+    (expired,) = story.heard(Expired)
+    assert expired.request_id == "r"
+    assert story.worker.load().leases_expired == 1
+    story.tell(Release(request_id=RequestId("r"), worker_id=D0))
+    story.assert_empty()
+
+
+def test_leases_are_renewed_while_offers_wait_or_are_pulled_and_no_longer() -> None:
+    story = Story(D0, num_blocks=4)
+    story.tell(offer_of("pulled", 40, max_tokens=1))
+    story.tell(offer_of("waits", 41, max_tokens=1))
+    story.tell(Woken("renew"))
+    (renew,) = story.heard(Renew)
+    assert set(renew.request_ids) == {"pulled", "waits"}
+    story.land()
+    story.step()
+    story.land()
+    story.step()
+    story.tell(Woken("renew"))
+    assert not story.heard(Renew)
+    story.assert_empty()
+
+
+def test_an_offer_that_comes_twice_or_too_late_is_released_and_not_run_again() -> None:
+    story = Story(D0)
+    offer = offer_of("r", 40, max_tokens=2)
+    story.tell(offer)
+    story.tell(offer)
+    assert len(story.moves) == 1
+    story.land()
+    story.heard(Release)
+    story.tell(offer)
+    assert story.heard(Release)
+    story.step()
+    story.step()
+    story.heard(Tokens)
+    story.tell(offer)
+    assert story.heard(Release)
+    assert not story.steps
     story.assert_empty()
 
 
@@ -298,7 +384,7 @@ def test_cancel_on_the_decode_worker(moment: str, by: str) -> None:
     if moment in ("pending", "in_step"):
         story.step()
     released = [r for r in story.heard(Release) if r.request_id == "r"]
-    is_owed = moment in ("pending", "pulling") or (moment, by) == ("unknown", "prefill_worker")
+    is_owed = moment in ("pending", "pulling") or by == "prefill_worker"
     assert bool(released) == is_owed
     assert not [t for t in story.heard(Tokens) for o in t.outputs if o.request_id == "r"]
     story.assert_empty()
@@ -316,13 +402,14 @@ def test_a_dead_decode_worker_frees_what_was_offered_to_it() -> None:
     story.assert_empty()
 
 
-def test_a_dead_prefill_worker_fails_the_offers_that_wait() -> None:
+def test_a_dead_prefill_worker_s_offers_are_forgotten_and_its_pulls_finished() -> None:
     story = Story(D0, num_blocks=4)
     story.tell(offer_of("pulled", 40, max_tokens=1))
-    story.tell(offer_of("waits", 41))
+    late = offer_of("waits", 41)
+    story.tell(late)
     story.tell(PeerDown(worker_id=P0, epoch=1))
-    (failed,) = story.heard(RequestFailed)
-    assert failed.request_id == "waits"
+    story.tell(late)
+    assert not story.worker.pulls.pending
     story.land()
     story.step()
     assert story.heard(Tokens)
