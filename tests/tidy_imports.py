@@ -20,6 +20,7 @@ FLOORS = {
     "transfer": 1,
     "worker": 2,
     "control": 2,
+    "native": 2,
     "transport": 3,
     "codec": 3,
     "engine": 3,

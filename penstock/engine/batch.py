@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from torch import from_numpy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from penstock.core.step import Int32, Int64, Step
+    from penstock.core.step import Int32, Step
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,36 +47,37 @@ def make_batch(step: Step, block_size: int) -> Batch:
     """Translate a step; the tensors share the step's memory where they can."""
     num_new, num_computed = step.num_new, step.num_computed
     num_seqs, num_tokens = len(num_new), len(step.token_ids)
-    query_start = np.zeros(num_seqs + 1, np.int32)
-    np.cumsum(num_new, out=query_start[1:])
-    kv_len = num_computed + num_new
+    rows = np.arange(num_seqs)
+    logits_rows = np.array([sample.row for sample in step.samples], np.int64)
     if num_tokens == num_seqs:
-        # Every sequence has one token (most steps): a row is its sequence.
-        rows, positions, max_query_len = _arange(num_seqs), num_computed.astype(np.int64), 1
+        # Every sequence has one token, as in most steps: a row is its sequence.
+        query_start = np.arange(num_seqs + 1, dtype=np.int32)
+        positions, max_query_len = num_computed.astype(np.int64), 1
     else:
-        rows = np.repeat(_arange(num_seqs), num_new)
-        positions = _arange(num_tokens) + (num_computed - query_start[:-1])[rows]
+        query_start = np.zeros(num_seqs + 1, np.int32)
+        np.cumsum(num_new, out=query_start[1:])
+        rows = rows.repeat(num_new)
+        positions = np.arange(num_tokens) + (num_computed - query_start[:-1])[rows]
         max_query_len = int(num_new.max())
-    block_index, offset = positions // block_size, positions % block_size
-    slots = tuple(
-        torch.from_numpy(table[rows, block_index].astype(np.int64) * block_size + offset)
-        for table in step.block_tables
-    )
-    samples = np.fromiter((sample.row for sample in step.samples), np.int64, len(step.samples))
+        logits_rows = query_start[logits_rows + 1] - np.int64(1)
+    block_index = positions // block_size
+    offset = positions - block_index * block_size
     return Batch(
-        token_ids=torch.from_numpy(step.token_ids),
-        positions=torch.from_numpy(positions),
-        slots=slots,
-        query_start=torch.from_numpy(query_start),
-        kv_len=torch.from_numpy(kv_len),
-        block_tables=tuple(torch.from_numpy(_contiguous(table)) for table in step.block_tables),
-        logits_rows=torch.from_numpy(query_start[samples + 1].astype(np.int64) - 1),
+        token_ids=from_numpy(step.token_ids),
+        positions=from_numpy(positions),
+        # A slot's number has fewer than 31 bits; the offset widens it to 64.
+        slots=tuple(
+            [
+                from_numpy(table[rows, block_index] * np.int32(block_size) + offset)
+                for table in step.block_tables
+            ]
+        ),
+        query_start=from_numpy(query_start),
+        kv_len=from_numpy(num_computed + num_new),
+        block_tables=tuple([from_numpy(_contiguous(table)) for table in step.block_tables]),
+        logits_rows=from_numpy(logits_rows),
         max_query_len=max_query_len,
     )
-
-
-def _arange(count: int) -> Int64:
-    return np.arange(count, dtype=np.int64)
 
 
 def _contiguous(table: Int32) -> Int32:

@@ -11,12 +11,14 @@ from ctypes import CDLL, c_int32, c_int64, c_void_p, sizeof
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Final
 
 from penstock.core.errors import BackendUnavailable
-from penstock.engine.native.build import build
 from penstock.engine.native.structs import SIZED
+from penstock.native.build import Recipe, build
 
-_FUNCTIONS = {
+KERNELS: Final = Recipe("kernels", "the CPU kernels", Path(__file__).parent, is_parallel=True)
+_FUNCTIONS: Final = {
     "penstock_packed_words": (c_int64, (c_int64, c_int64, c_int32)),
     "penstock_pack": (None, (c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "penstock_linear": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
@@ -46,7 +48,7 @@ def load_library() -> Loaded:
     Where that is impossible it warns, once per process, and says why in `notice`.
     """
     try:
-        return Loaded(open_library(build()), None)
+        return Loaded(open_library(build(KERNELS)), None)
     except BackendUnavailable as error:
         notice = f"the model runs on torch operations, several times slower: {error}"
         warnings.warn(notice, RuntimeWarning, stacklevel=2)

@@ -1,8 +1,9 @@
-"""Compiles the C++ sources of this folder, once per machine, source and compiler.
+"""Compiles a folder of C++ sources into a library, once per machine, source and compiler.
 
-Owns the compiler's command line and the cache of results. The name of a cached library is a hash of
-everything that its code depends on, so a stale one is never loaded. Processes that start together
-build once: the first takes a lock, the others wait for it. `library` calls it on first use.
+Owns the compiler's command line and the cache of results, and knows nothing of what the code does.
+The name of a cached library is a hash of everything that its code depends on, so a stale one is
+never loaded. Processes that start together build once: the first takes a lock, the others wait for
+it. `penstock.engine.native.library` and `penstock.transport.native` call it on first use.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
 from penstock.core.errors import BackendUnavailable
 
-_SOURCES: Final = Path(__file__).parent
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _DEADLINE_S: Final = 300.0
 _ADVICE: Final = (
     "install a C++17 compiler (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`) "
     "or name one in the environment variable CXX"
 )
-# Kernels compute with infinities (masks) and add in a fixed order, so no -ffast-math.
+# The kernels compute with infinities (masks) and add in a fixed order, so no -ffast-math.
 _FLAGS: Final = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wno-psabi", "-w",
 )  # fmt: skip
@@ -38,24 +39,37 @@ _FLAGS: Final = (
 logger = logging.getLogger(__name__)
 
 
-def build(on_progress: Callable[[str], None] = logger.info) -> Path:
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to build: all C++ files of a folder. `title` is what people are told it is."""
+
+    name: str
+    title: str
+    folder: Path
+    is_parallel: bool = False
+    """Whether the code asks for OpenMP; it gets it where the compiler has it."""
+
+
+def build(recipe: Recipe, on_progress: Callable[[str], None] = logger.info) -> Path:
     """Return the compiled library, from the cache when it is there.
 
     Raises: `BackendUnavailable` when there is no compiler, the compiler fails or the cache cannot
     be written; the message says what to do.
     """
     compiler = find_compiler()
-    command = [compiler, *_FLAGS, *_machine_flags(), *_openmp_flags(compiler)]
+    command = [compiler, *_FLAGS, *_machine_flags()]
+    if recipe.is_parallel:
+        command += _openmp_flags(compiler, recipe.title)
     folder = _cache_folder()
-    target = folder / f"kernels-{_fingerprint(command)}.so"
+    target = folder / f"{recipe.name}-{_fingerprint(command, recipe.folder)}.so"
     if target.exists():
         return target
-    with _lock(folder / "build.lock"):
+    with _lock(folder / f"{recipe.name}.lock"):
         if not target.exists():
             start = time.monotonic()
-            on_progress(f"compiling the CPU kernels with {compiler} (once on this machine)")
-            _compile(command, target)
-            on_progress(f"compiled the CPU kernels in {time.monotonic() - start:.1f} s: {target}")
+            on_progress(f"compiling {recipe.title} with {compiler} (once on this machine)")
+            _compile(command, recipe, target)
+            on_progress(f"compiled {recipe.title} in {time.monotonic() - start:.1f} s: {target}")
     return target
 
 
@@ -77,21 +91,21 @@ def _machine_flags() -> tuple[str, ...]:
     return ("-mcpu=native",) if platform.machine() in {"aarch64", "arm64"} else ("-march=native",)
 
 
-def _openmp_flags(compiler: str) -> tuple[str, ...]:
+def _openmp_flags(compiler: str, title: str) -> tuple[str, ...]:
     """Return the flags for threads; none, with a warning, where OpenMP is missing."""
     probe = [compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-", "-o", os.devnull]
     if _run(probe, "#include <omp.h>\n").returncode == 0:
         return ("-fopenmp",)
-    logger.warning("%s has no OpenMP: the CPU kernels will use one thread each", compiler)
+    logger.warning("%s has no OpenMP: %s will use one thread each", compiler, title)
     return ()
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(command: list[str], folder: Path) -> str:
     """Hash all that decides what code comes out, and the CPU, because -march=native asks for it."""
     digest = blake2b(digest_size=10)
     for part in (*command, _run([command[0], "--version"]).stdout, _cpu()):
         digest.update(part.encode() + b"\0")
-    for source in sorted(_SOURCES.glob("*.[ch]*")):
+    for source in sorted(folder.glob("*.[ch]*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -106,15 +120,15 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    """Return the folder for compiled kernels: this user's alone, because it gets executed."""
+    """Return the folder for compiled code: this user's alone, because it gets executed."""
     root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    folder = Path(root) / "penstock" / "kernels"
+    folder = Path(root) / "penstock" / "native"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except OSError as error:
         raise BackendUnavailable(
-            f"the compiled CPU kernels cannot be kept in {folder} ({error.strerror}): set "
+            f"compiled code cannot be kept in {folder} ({error.strerror}): set "
             "XDG_CACHE_HOME to a folder that can be written"
         ) from error
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -144,15 +158,15 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(command: list[str], recipe: Recipe, target: Path) -> None:
     """Compile into a temporary file beside the target and rename it: all of it or nothing."""
-    sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+    sources = [str(path) for path in sorted(recipe.folder.glob("*.cpp"))]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
         result = _run([*command, *sources, "-o", str(output)])
         if result.returncode != 0:
             raise BackendUnavailable(
-                f"{command[0]} could not compile the CPU kernels: {_ADVICE}. It said: "
+                f"{command[0]} could not compile {recipe.title}: {_ADVICE}. It said: "
                 f"{result.stderr.strip()[-2000:]}"
             )
         output.replace(target)
