@@ -100,9 +100,7 @@ SAMPLED: dict[int, list[int]] = {}
 def test_tokens_do_not_depend_on_who_computes_them(topology: str, reference: list[list[int]]):
     async def story(cluster: LocalCluster) -> None:
         greedy = [Stream(cluster, prompt, GREEDY) for prompt in prompts()]
-        sampled = [
-            Stream(cluster, prompt, seeded(index)) for index, prompt in enumerate(prompts())
-        ]
+        sampled = [Stream(cluster, prompt, seeded(index)) for index, prompt in enumerate(prompts())]
         for stream, expected in zip(greedy, reference, strict=True):
             assert await stream.tokens() == expected, len(stream.request.prompt_token_ids)
         for index, stream in enumerate(sampled):

@@ -220,9 +220,7 @@ def test_a_prompt_that_cannot_fit_is_refused():
 def test_a_missing_model_is_explained_and_nothing_stays():
     async def story() -> None:
         with tempfile.TemporaryDirectory(prefix="pt-") as parent:
-            settings = ClusterSettings(
-                engine=EngineConfig(model="/nowhere"), executor="instant"
-            )
+            settings = ClusterSettings(engine=EngineConfig(model="/nowhere"), executor="instant")
             cluster = LocalCluster.launch(settings, parent=Path(parent))
             with pytest.raises(StartupFailed, match=r"config\.json"):
                 async with cluster:
