@@ -3,7 +3,6 @@ what the terminal shows.
 """
 
 import asyncio
-import math
 import os
 import signal
 import time
@@ -27,6 +26,8 @@ from penstock.server.app import create_app, uvicorn_config
 from penstock.server.settings import ServedModel, ServerSettings
 from penstock.server.tokenizer import Tokenizer, load_tokenizer
 
+_LAST_WORDS_S = 2.0
+"""How long clients may take to read that their request was given up."""
 _SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,7 +49,7 @@ class Front:
 
         Raises: `StartupFailed` when the cluster cannot come up or stay up.
         """
-        self._stop = asyncio.Event()
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         set_up_logging(is_logging_requests=self._options.log_requests)
         loop = asyncio.get_running_loop()
         for number in _SHUTDOWN_SIGNALS:
@@ -68,14 +69,15 @@ class Front:
 
     def _make_server(self) -> "_Server":
         config = uvicorn_config(self._gate, host=self._options.host, port=self._options.port)
-        config.timeout_graceful_shutdown = math.ceil(self._options.shutdown_timeout)
+        # What there is to open and to close is opened and closed here.
+        config.lifespan = "off"
         return _Server(config)
 
     def _on_signal(self) -> None:
         self._num_signals += 1
         self._stop.set()
         if self._num_signals > 1:
-            self._server.force_exit = True
+            self._hurry.set()
 
     # ------------------------------------------------------------------------------------- loading
 
@@ -165,13 +167,21 @@ class Front:
             raise StartupFailed("the HTTP server ended by itself")
 
     async def _end_serving(self) -> None:
-        """Let requests under way finish, as long as they may."""
+        """Let requests under way finish, as long as they may; then end them with an error."""
         self._cluster.drain()
         count = self._cluster.num_live_requests
         if count and self._num_signals:
             self._console.say(f"finishing {count} requests; Ctrl-C again ends at once")
         self._server.should_exit = True
-        await asyncio.wait({self._serving})
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        ends: list[asyncio.Future[Any]] = [self._serving, hurry]
+        timeout_s = self._options.shutdown_timeout if self._num_signals else 0.0
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        self._cluster.abandon("the server was stopped before this request was finished")
+        await asyncio.wait([self._serving], timeout=_LAST_WORDS_S)
+        self._server.force_exit = True
+        await self._serving
 
 
 class _Server(uvicorn.Server):

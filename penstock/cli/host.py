@@ -27,7 +27,7 @@ from penstock.runtime.processes import available_bytes, usable_cores
 from penstock.runtime.settings import INSTANT_EXECUTOR, ClusterSettings, ModelFacts
 from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
 from penstock.transfer.region import Region
-from penstock.transport.agent import BlockMover
+from penstock.transport.mover import BlockMover
 from penstock.transport.shm import SharedPool
 from penstock.transport.verify import digests_of, no_digests, verified
 from penstock.worker.worker import Worker
@@ -35,6 +35,7 @@ from penstock.worker.worker import Worker
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from penstock.engine.executor import ModelExecutor
     from penstock.engine.model import LoadedModel
 
 KV_SHARE = 0.5
@@ -116,6 +117,8 @@ def _pin(index: int, threads: int) -> None:
 
 def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
     progress("importing torch", 0.0)
+    # What workers need is imported here as well: they find it in memory when they are forked.
+    from penstock.engine.executor import ModelExecutor
     from penstock.engine.loading import load_model
     from penstock.engine.weights import find_folder
 
@@ -131,7 +134,7 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         vocab_size=model.vocab_size,
         description=model.description,
     )
-    return facts, partial(_bind_model, model, facts.layout)
+    return facts, partial(_bind_model, partial(ModelExecutor, model), facts.layout)
 
 
 def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, ...]:
@@ -161,13 +164,14 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
 
 
 def _bind_model(
-    model: "LoadedModel", layout: KVLayout, regions: tuple[Region, ...], threads: int
+    make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor]",
+    layout: KVLayout,
+    regions: tuple[Region, ...],
+    threads: int,
 ) -> tuple[Execute, Callable[[], None]]:
     import torch
 
-    from penstock.engine.executor import ModelExecutor
-
-    executor = ModelExecutor(model, tuple(_tensors(regions, layout)))
+    executor = make_executor(tuple(_tensors(regions, layout)))
 
     def prepare() -> None:
         # OpenMP keeps the number of threads per thread that asks, so the asking one sets it.

@@ -23,18 +23,7 @@ class LoadingGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or say that the model is loading."""
-        if scope["type"] == "lifespan":
-            await _live(receive, send)
-        elif self.app is not None:
+        if self.app is not None:
             await self.app(scope, receive, send)
         else:
             await respond(send, 503, http_error_body(503, self._describe()), RETRY_AFTER)
-
-
-async def _live(receive: Receive, send: Send) -> None:
-    """Say yes to the server's start and end: `serve.py` opens and closes everything itself."""
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

@@ -42,9 +42,17 @@ class RegionDescriptor(Struct, frozen=True, array_like=True):
     block_bytes: int
 
 
+class Endpoint(Struct, frozen=True, array_like=True):
+    """Where a worker serves reads of its regions, by their index; for the transport `kind` alone."""
+
+    kind: str
+    address: str
+
+
 class WorkerInfo(Struct, frozen=True, kw_only=True):
     """What a worker says of itself when it joins. `epoch` is new for every incarnation of a worker
-    id.
+    id. `regions` say how its memory is mapped on the same host, `endpoints` how it is read from
+    anywhere.
     """
 
     worker_id: WorkerId
@@ -57,6 +65,7 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int
     regions: tuple[RegionDescriptor, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
     engine: str = ""
 
     @property

@@ -95,7 +95,18 @@ class Architecture:
 
 
 _LLAMA = Architecture()
-_QWEN3 = replace(_LLAMA, query_norm="q_norm", key_norm="k_norm", window=WindowSource.ATTENTION)
+_WINDOWED = replace(_LLAMA, window=WindowSource.ATTENTION)
+_EXPERTS = replace(_LLAMA, experts="experts")
+_LAYER_NORM = replace(_LLAMA, norm_kind=NormKind.LAYER, norm_eps="eps")
+_QWEN3 = replace(_WINDOWED, query_norm="q_norm", key_norm="k_norm")
+_COHERE = replace(
+    _LLAMA,
+    is_parallel=True,
+    mlp_norm=None,
+    norm_kind=NormKind.LAYER,
+    rotary_table=RotaryTable.REPEATED,
+    logits_scale="logit_scale",
+)
 _GEMMA = replace(
     _LLAMA,
     norm_kind=NormKind.RMS,
@@ -121,6 +132,9 @@ _GRANITE = replace(
     embedding_multiplier="embedding_multiplier",
     logits_divisor="logits_scaling",
 )
+_HUNYUAN = replace(
+    _LLAMA, query_norm="query_layernorm", key_norm="key_layernorm", norm_after_rotary=True
+)
 _OLMO2 = replace(
     _LLAMA,
     attention_norm=None,
@@ -135,17 +149,13 @@ _OLMO2 = replace(
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
     "arcee": replace(_LLAMA, gate_up=("up_proj",), is_gated=False),
-    "cohere": replace(
-        _LLAMA,
-        is_parallel=True,
-        mlp_norm=None,
-        norm_kind=NormKind.LAYER,
-        query_norm="q_norm",
-        key_norm="k_norm",
-        rotary_table=RotaryTable.REPEATED,
-        logits_scale="logit_scale",
-    ),
+    "cohere": replace(_COHERE, query_norm="q_norm", key_norm="k_norm"),
+    "cohere2": replace(_COHERE, has_rotary="sliding_window", window=WindowSource.ATTENTION),
+    "cwm": _WINDOWED,
+    "dots1": replace(_QWEN3, experts="experts"),
     "ernie4_5": replace(_LLAMA, rotary_table=RotaryTable.ADJACENT),
+    "ernie4_5_moe": replace(_EXPERTS, rotary_table=RotaryTable.ADJACENT),
+    "flex_olmo": replace(_OLMO2, experts="experts"),
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, query_norm="q_norm", key_norm="k_norm"),
@@ -155,56 +165,66 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         attention_output_norm="post_self_attn_layernorm",
         mlp_output_norm="post_mlp_layernorm",
     ),
+    "glm4_moe": replace(_EXPERTS, query_norm="q_norm", key_norm="k_norm"),
     "gpt_oss": replace(
-        _LLAMA,
+        _EXPERTS,
         norm_kind=NormKind.RMS,
         rotary_table=RotaryTable.ONCE,
         window=WindowSource.ATTENTION,
         sinks="sinks",
-        experts="experts",
     ),
     "granite": _GRANITE,
     "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", experts="experts"),
-    "hunyuan_v1_dense": replace(
-        _LLAMA, query_norm="query_layernorm", key_norm="key_layernorm", norm_after_rotary=True
-    ),
+    "helium": replace(_LLAMA, rotary_table=RotaryTable.ADJACENT),
+    "hunyuan_v1_dense": _HUNYUAN,
+    "hunyuan_v1_moe": replace(_HUNYUAN, experts="experts"),
+    "jais2": replace(_LAYER_NORM, gate_up=("up_proj",), is_gated=False),
     "llama": _LLAMA,
-    "ministral": replace(_LLAMA, window=WindowSource.ATTENTION),
+    "minimax_m2": replace(_EXPERTS, query_norm="q_norm", key_norm="k_norm", norm_spans_heads=True),
+    "ministral": _WINDOWED,
     "mistral": replace(_LLAMA, window=WindowSource.CONFIG),
-    "mixtral": replace(_LLAMA, window=WindowSource.CONFIG, experts="experts"),
-    "nemotron": replace(
-        _LLAMA,
-        norm_kind=NormKind.LAYER,
-        norm_eps="eps",
-        norm_offset=1.0,
-        gate_up=("up_proj",),
-        is_gated=False,
-    ),
+    "mixtral": replace(_EXPERTS, window=WindowSource.CONFIG),
+    "nemotron": replace(_LAYER_NORM, norm_offset=1.0, gate_up=("up_proj",), is_gated=False),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, window=WindowSource.ATTENTION),
     "olmoe": replace(
-        _LLAMA,
+        _EXPERTS,
         query_norm="q_norm",
         key_norm="k_norm",
         norm_spans_heads=True,
-        experts="experts",
         required=(("clip_qkv", None),),
     ),
+    "phi": replace(
+        _LAYER_NORM,
+        is_parallel=True,
+        mlp_norm=None,
+        final_norm="final_layernorm",
+        attention_output="dense",
+        query_norm="q_layernorm",
+        key_norm="k_layernorm",
+        gate_up=("fc1",),
+        down="fc2",
+        is_gated=False,
+    ),
     "phi3": _PHI3,
-    "qwen2": replace(_LLAMA, window=WindowSource.ATTENTION),
-    "qwen2_moe": replace(_LLAMA, window=WindowSource.ATTENTION, experts="experts"),
+    "phimoe": replace(_LAYER_NORM, experts="experts"),
+    "qwen2": _WINDOWED,
+    "qwen2_moe": replace(_WINDOWED, experts="experts"),
     "qwen3": _QWEN3,
     "qwen3_moe": replace(_QWEN3, experts="experts"),
     "seed_oss": _LLAMA,
-    "smollm3": replace(_LLAMA, has_rotary="use_rope", window=WindowSource.ATTENTION),
+    "smollm3": replace(_WINDOWED, has_rotary="use_rope"),
+    "solar_open": _EXPERTS,
+    "stablelm": replace(
+        _LAYER_NORM, required=(("use_parallel_residual", False), ("qk_layernorm", False))
+    ),
     "starcoder2": replace(
-        _LLAMA,
-        norm_kind=NormKind.LAYER,
-        norm_eps="eps",
+        _LAYER_NORM,
         window=WindowSource.CONFIG,
         gate_up=("c_fc",),
         down="c_proj",
         is_gated=False,
     ),
+    "vaultgemma": replace(_GEMMA2, attention_output_norm=None, mlp_output_norm=None),
 }
 """By `model_type` of the text config."""

@@ -122,7 +122,7 @@ class LocalCluster:
             return
         self._is_started = False
         self.drain()
-        self._fail_requests("the server was stopped")
+        self.abandon("the server was stopped")
         for worker_id in self.controller.workers:
             self._messenger.send(worker_id, Stop())
         await asyncio.sleep(0)
@@ -146,6 +146,8 @@ class LocalCluster:
         if self._model is None:
             stage, fraction = self.stage
             raise WorkersUnavailable(f"the model is loading ({stage}, {fraction:.0%})")
+        if self.broken.done():
+            raise WorkersUnavailable(str(self.broken.result()))
         refusal = self.controller.refusal(request)
         if refusal is not None:
             raise refusal
@@ -165,6 +167,15 @@ class LocalCluster:
     def drain(self) -> None:
         """Take no new request from now on."""
         self._deliver(Drain())
+
+    def abandon(self, reason: str) -> None:
+        """Fail every request that is under way."""
+        for request_id, sink in list(self._sinks.items()):
+            if self.broken.done():
+                del self._sinks[request_id]  # there is nobody left to tell
+            else:
+                self.cancel(request_id)
+            sink(RequestFailed(request_id=request_id, reason=reason))
 
     # ------------------------------------------------------------------------------- what comes in
 
@@ -220,10 +231,6 @@ class LocalCluster:
         self._messenger.forget(worker_id, epoch)
         self._deliver(WorkerLost(worker_id=worker_id, epoch=epoch, reason=reason))
 
-    def _fail_requests(self, reason: str) -> None:
-        for request_id in list(self._sinks):
-            self._to_front(RequestFailed(request_id=request_id, reason=reason))
-
     def _fail(self, error: StartupFailed) -> None:
         if not self._ready.done():
             self._ready.set_exception(error)
@@ -231,7 +238,7 @@ class LocalCluster:
             self._ready.exception()
         if not self.broken.done():
             self.broken.set_result(error)
-        self._fail_requests(str(error))
+        self.abandon(str(error))
 
 
 class _FrontTransport:

@@ -4,15 +4,20 @@ A `Region` is memory of this process and is never sent; a `core.events.RegionDes
 peer may know of it. The transports make and use both; nothing here maps or copies.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
-from penstock.core.events import RegionDescriptor, Span
+from penstock.core.events import Endpoint, RegionDescriptor, Span
+from penstock.core.types import BlockId
+from penstock.transfer.plan import SpanArray
 
 Bytes2D = npt.NDArray[np.uint8]
+_FEW: Final = 16
+"""Up to so many spans a loop is faster than numpy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,23 +47,45 @@ class Region:
         return self.blocks.nbytes
 
 
+class PeerMemory(Struct, frozen=True):
+    """All that a peer may know of this process's memory; `epoch` is new for every incarnation."""
+
+    name: str
+    epoch: int
+    regions: tuple[RegionDescriptor, ...]
+    endpoints: tuple[Endpoint, ...] = ()
+
+
 def described_blocks(descriptor: RegionDescriptor) -> int:
     """Return how many whole blocks a descriptor covers."""
     return descriptor.capacity_bytes // descriptor.block_bytes if descriptor.block_bytes > 0 else 0
 
 
-def bounds_error(
-    spans: Sequence[Span], *, source_blocks: int, destination_blocks: int
-) -> str | None:
+def bounds_error(spans: SpanArray, *, source_blocks: int, destination_blocks: int) -> str | None:
     """Return what is wrong with the first bad span, or None when all lie inside both regions.
 
     Spans come from a peer's message: they are checked here, once, and trusted by the copy.
     """
-    for span in spans:
-        if span.num_blocks <= 0 or span.source < 0 or span.destination < 0:
+    rows = (
+        spans.tolist()
+        if len(spans) <= _FEW
+        else _suspects(spans, source_blocks, destination_blocks)
+    )
+    for source, destination, count in rows:
+        span = Span(BlockId(source), BlockId(destination), count)
+        if count <= 0 or source < 0 or destination < 0:
             return f"{span} is not a span"
-        if span.source + span.num_blocks > source_blocks:
+        if source + count > source_blocks:
             return f"{span} leaves the source, which has {source_blocks} blocks"
-        if span.destination + span.num_blocks > destination_blocks:
+        if destination + count > destination_blocks:
             return f"{span} leaves the destination, which has {destination_blocks} blocks"
     return None
+
+
+def _suspects(spans: SpanArray, source_blocks: int, destination_blocks: int) -> list[list[int]]:
+    """Return the first span that is not inside, if any; in an order in which nothing overflows."""
+    source, destination, count = spans.T
+    is_bad = (spans < 0).any(axis=1) | (count == 0)
+    is_bad |= (source > source_blocks - count) | (destination > destination_blocks - count)
+    found: list[list[int]] = spans[np.flatnonzero(is_bad)[:1]].tolist()
+    return found

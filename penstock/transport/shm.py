@@ -11,8 +11,8 @@ same, but dirty pages may go to the disk, and a killed owner leaves the file beh
 `multiprocessing.shared_memory`: its segments cannot be closed while an array looks at them, and
 before Python 3.13 whoever maps one also removes it when it ends.
 
-Knows bytes and blocks, no request and no layout. The runtime makes a worker's pools, `agent.py`
-maps those of peers.
+Knows bytes and blocks, no request and no layout. The runtime makes a worker's pools, `SharedMemory`
+is the way to those of peers.
 """
 
 import ctypes
@@ -23,7 +23,6 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -31,9 +30,10 @@ from typing import Final
 import numpy as np
 
 from penstock.core.errors import PeerLost, StartupFailed
-from penstock.core.events import RegionDescriptor, Span
-from penstock.transfer.plan import num_blocks
-from penstock.transfer.region import Bytes2D, Region, described_blocks
+from penstock.core.events import RegionDescriptor
+from penstock.transfer.plan import SpanArray
+from penstock.transfer.region import Bytes2D, PeerMemory, Region, described_blocks
+from penstock.transport.native.library import load_library
 
 MEMFD: Final = "memfd"
 FILE: Final = "file"
@@ -111,6 +111,8 @@ def open_peer(descriptor: RegionDescriptor) -> Region:
     """
     try:
         fd = _OPEN[descriptor.kind](descriptor.location)
+    except KeyError:
+        raise PeerLost(f"{descriptor.kind or 'private'} memory cannot be mapped") from None
     except (OSError, ValueError) as error:
         raise PeerLost(f"pool {descriptor.location} cannot be opened: {error}") from error
     try:
@@ -124,15 +126,57 @@ def open_peer(descriptor: RegionDescriptor) -> Region:
     return Region(np.frombuffer(memory, np.uint8).reshape(-1, descriptor.block_bytes))
 
 
-def copy_spans(source: Bytes2D, destination: Bytes2D, spans: Sequence[Span]) -> int:
-    """Copy spans that lie inside both regions; return the bytes.
+class SharedMemory:
+    """The way to pools on the same host: what opens is there, so nobody asks which host it is."""
 
-    One memory copy a span, without the interpreter lock: the worker's other threads go on.
+    kind: Final = "shm"
+
+    def open(self, peer: PeerMemory, index: int) -> "MappedPool":
+        """Map a peer's pool.
+
+        Raises: `PeerLost` when it cannot be mapped here, or is not there any more.
+        """
+        return MappedPool(open_peer(peer.regions[index]))
+
+    def forget(self, name: str, epoch: int) -> None:
+        """Leave it to the last reference: a mapping goes when nobody looks at it."""
+
+    def close(self) -> None:
+        """Leave it to the last reference."""
+
+
+class MappedPool:
+    """A peer's pool in our address space; it outlives its owner."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.num_blocks = region.num_blocks
+        self.block_bytes = region.block_bytes
+        self.name = "shm" if load_library() is not None else "shm (numpy)"
+
+    def pull(self, destination: Region, spans: SpanArray) -> None:
+        """Copy spans that lie inside both regions."""
+        copy_spans(self.region.blocks, destination.blocks, spans)
+
+
+def copy_spans(source: Bytes2D, destination: Bytes2D, spans: SpanArray) -> None:
+    """Copy spans that lie inside both regions, in one native call where there is a compiler.
+
+    Without the interpreter lock: the worker's other threads go on.
     """
-    for span in spans:
-        to, start, count = span.destination, span.source, span.num_blocks
+    library = load_library()
+    if library is not None:
+        assert spans.flags.c_contiguous, spans.strides
+        library.penstock_copy(
+            source.ctypes.data,
+            destination.ctypes.data,
+            source.shape[1],
+            spans.ctypes.data,
+            len(spans),
+        )
+        return
+    for start, to, count in spans.tolist():
         destination[to : to + count] = source[start : start + count]
-    return num_blocks(spans) * int(source.shape[1])
 
 
 # --- memfd

@@ -72,7 +72,7 @@ async def generate(
 
 
 async def balanced(cluster: LocalCluster, timeout_s: float = 10) -> None:
-    """Wait until no request is known anywhere and every block is free or cached, on every worker."""
+    """Wait until nobody knows of a request, and every block is free or cached on every worker."""
     async with asyncio.timeout(timeout_s):
         while not all(map(_is_balanced, cluster.status().workers)):
             await asyncio.sleep(0.01)

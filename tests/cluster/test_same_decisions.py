@@ -33,7 +33,7 @@ from penstock.runtime.messaging import Messenger
 from penstock.runtime.transport import LaneTransport
 from penstock.sim.executor import VOCAB_SIZE, ChainModel, expected_tokens
 from penstock.sim.run import ClusterSpec, SimCluster
-from penstock.transport.agent import BlockMover
+from penstock.transport.mover import BlockMover
 from penstock.transport.shm import SharedPool
 from penstock.transport.verify import digests_of, verified
 from penstock.worker.worker import Worker

@@ -29,6 +29,15 @@ _WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_SHARED_EXPERTS = {
+    **_EXPERTS,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -42,12 +51,25 @@ DECLARED: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {"use_qk_norm": True, "logit_scale": 0.25},
     "cohere-no-qk-norm": {"use_qk_norm": False},
+    "cohere2": _WINDOWS,
+    "cwm": _WINDOWS,
+    "dots1": _SHARED_EXPERTS,
     "ernie4_5": {"use_bias": True},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 3,
+        "moe_num_shared_experts": 1,
+    },
+    "flex_olmo": _EXPERTS,
     "gemma": {"tie_word_embeddings": True},
     "gemma2": {**_WINDOWS, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0},
     "gemma3_text": {**_WINDOWS, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "glm": {},
     "glm4": {},
+    "glm4_moe": {**_SHARED_EXPERTS, "use_qk_norm": True},
     "gpt_oss": {**_WINDOWS, **_EXPERTS},
     "granite": {
         "attention_multiplier": 0.3,
@@ -56,10 +78,14 @@ DECLARED: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "granitemoe": {**_EXPERTS, "attention_multiplier": 0.3, "residual_multiplier": 0.4},
+    "helium": {},
     "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2},
+    "jais2": {},
     "llama": {},
     "llama-tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "llama-llama3-rope": {"rope_parameters": _LLAMA3_ROPE},
+    "minimax_m2": _EXPERTS,
     "ministral": _WINDOWS,
     "mistral": {"sliding_window": 10},
     "mixtral": _EXPERTS,
@@ -67,6 +93,8 @@ DECLARED: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "olmo3": _WINDOWS,
     "olmoe": {**_EXPERTS, "head_dim": 16},
+    "phi": {},
+    "phi-qk-norm": {"qk_layernorm": True},
     "phi3": {"sliding_window": 10},
     "phi3-partial-rotary": {
         "rope_parameters": {
@@ -75,23 +103,26 @@ DECLARED: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "phimoe": _EXPERTS,
     "qwen2": {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     "qwen3": {},
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
     "seed_oss": {"attention_out_bias": False},
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "solar_open": {**_EXPERTS, "n_routed_experts": 4, "moe_intermediate_size": 32},
+    "stablelm": {},
     "starcoder2": {"sliding_window": 10},
+    "vaultgemma": {**_WINDOWS, "query_pre_attn_scalar": 32},
 }
 """Config values beyond the common ones; a name's first part is its `model_type`."""
 
 UNDECLARED: dict[str, dict[str, Any]] = {
-    "cohere2": _WINDOWS,
+    "apertus": {},
     "exaone4": {"sliding_window": 10, "sliding_window_pattern": 2},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256},
     "gpt_neox": {},
     "olmo": {"clip_qkv": 2.0},
-    "phi": {},
 }
 
 

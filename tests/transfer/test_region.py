@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from penstock.core.events import RegionDescriptor, Span
+from penstock.transfer.plan import span_array
 from penstock.transfer.region import Region, bounds_error, described_blocks
 
 
@@ -29,10 +30,10 @@ def test_a_region_whose_blocks_are_not_contiguous_is_a_bug():
     ],
 )
 def test_a_span_outside_either_region_is_told(span):
-    good = Span(9, 4, 1)
-
-    assert bounds_error([good], source_blocks=10, destination_blocks=5) is None
-    assert "Span" in bounds_error([good, span], source_blocks=10, destination_blocks=5)
+    sizes = {"source_blocks": 10, "destination_blocks": 5}
+    for good in ([Span(9, 4, 1)], [Span(9, 4, 1)] * 100):
+        assert bounds_error(span_array(good), **sizes) is None
+        assert "Span" in bounds_error(span_array([*good, span]), **sizes)
 
 
 def test_a_descriptor_covers_whole_blocks():

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from penstock.core.errors import PeerLost, StartupFailed
 from penstock.core.events import RegionDescriptor, Span
-from penstock.transport.shm import FILE, HOST_KIND, MEMFD, SharedPool, copy_spans, open_peer
+from penstock.transfer.plan import cut, span_array
+from penstock.transfer.region import PeerMemory, Region
+from penstock.transport.native.library import load_library
+from penstock.transport.shm import (
+    FILE,
+    HOST_KIND,
+    MEMFD,
+    SharedMemory,
+    SharedPool,
+    copy_spans,
+    open_peer,
+)
 
 KINDS = [
     pytest.param(MEMFD, marks=pytest.mark.skipif(HOST_KIND != MEMFD, reason="needs memfd")),
@@ -219,7 +230,43 @@ def test_spans_are_copied_and_nothing_else(spans):
         for i in range(span.num_blocks):
             expected[span.destination + i] = source[span.source + i]
 
-    num_bytes = copy_spans(source, destination, spans)
+    copy_spans(source, destination, span_array(spans))
 
     assert (destination == expected).all()
-    assert num_bytes == 24 * sum(span.num_blocks for span in spans)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 63, 64, 300, 4096, 65537])
+def test_a_big_move_goes_around_the_cache_and_copies_the_same(block_bytes):
+    rng = np.random.default_rng(block_bytes)
+    count = 6_000_000 // block_bytes
+    source = rng.integers(0, 256, (count + 3, block_bytes), np.uint8)
+    # An odd start: streamed stores want whole lines, and spans begin anywhere.
+    destination = np.zeros((count + 5) * block_bytes + 1, np.uint8)[1:].reshape(-1, block_bytes)
+    expected = destination.copy()
+    source_ids, destination_ids = rng.permutation(count + 3)[:count], rng.permutation(count)
+    expected[destination_ids] = source[source_ids]
+
+    copy_spans(source, destination, cut(source_ids, destination_ids))
+
+    assert (destination == expected).all()
+
+
+def test_without_a_compiler_numpy_copies_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    load_library.cache_clear()
+    try:
+        pool = SharedPool(8, 64)
+        pool.region.blocks[3] = 7
+        peer = PeerMemory("p", 1, (pool.descriptor,))
+        first, second = (SharedMemory().open(peer, 0) for _ in range(2))
+        into = Region(np.zeros((4, 64), np.uint8))
+
+        first.pull(into, span_array([Span(2, 0, 2)]))
+
+        assert (into.blocks[1] == 7).all()
+        assert into.blocks.sum() == 7 * 64
+        assert first.name == second.name == "shm (numpy)"
+        assert caplog.text.count("moved by Python") == 1
+        pool.close()
+    finally:
+        load_library.cache_clear()

@@ -15,12 +15,12 @@ namespace penstock {
 constexpr int PART_SLOTS_MIN = 256;  // a shorter part is not worth merging
 
 template <class T>
-static void attend_few(const Context& context, const Tile& tile, Scratch& scratch, Running* running,
+static void attend_few(const Context& context, const Tile& tile, uint32_t* query, Running* running,
                        float* sums) {
     switch (tile.count * context.group_size()) {
-#define CASE(R)                                                         \
-    case R:                                                             \
-        return attend_few_rows<T, R>(context, tile, scratch, running, sums);
+#define CASE(R)                                                                 \
+    case R:                                                                     \
+        return attend_few_rows<T, R>(context, tile, query, running, sums);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
@@ -29,12 +29,12 @@ static void attend_few(const Context& context, const Tile& tile, Scratch& scratc
 template <class T>
 static void write_rows(const Context& context, const Tile& tile, const Running* running,
                        const float* sums) {
-    const int head_dim = context.layer.head_dim;
-    for (int row = 0; row < tile.count * context.group_size(); row++) {
-        const float factor = running[row].sum > 0 ? 1.f / running[row].sum : 0.f;
-        T* to = context.output_row<T>(tile, row);
+    const int head_dim = context.layer.head_dim, rows = tile.count * context.group_size();
+    for (int i = 0; i < (tile.head_end - tile.head) * rows; i++) {
+        const float factor = running[i].sum > 0 ? 1.f / running[i].sum : 0.f;
+        T* to = context.output_row<T>(tile, tile.head + i / rows, i % rows);
         for (int d = 0; d < head_dim; d += LANES)
-            store(to + d, load(sums + row * head_dim + d) * factor);
+            store(to + d, load(sums + i * head_dim + d) * factor);
     }
 }
 
@@ -51,39 +51,49 @@ static void merge(int rows, int head_dim, Running* running, float* sums, const R
     }
 }
 
-// The work of one call, largest first where it matters: the parts of split tiles lie side by side.
+// The work of one call. Few-row tiles take all heads of a sequence at once, so that memory is read in
+// its own order; with more threads than that keeps busy they take fewer heads, and in the end a part
+// of the context each. The parts of one tile lie side by side.
 struct Plan {
     std::vector<Tile> tiles;
-    int parts = 1;  // of every few-row tile whose context is long enough
+    int heads_per_tile, parts = 1;
 
     Plan(const Context& context, int threads) {
-        const Batch& batch = context.batch;
+        const int64_t sequences = std::max<int64_t>(1, context.batch.num_sequences);
         const int heads = context.layer.num_kv_heads;
-        if (threads > 1 && batch.num_sequences * heads < 2 * threads)
-            parts = (2 * threads + batch.num_sequences * heads - 1) / (batch.num_sequences * heads);
-        for (int sequence = 0; sequence < batch.num_sequences; sequence++) add(context, sequence);
+        const int64_t wanted = threads > 1 ? 2 * threads : 1;
+        heads_per_tile = std::max<int64_t>(1, std::min<int64_t>(heads, heads * sequences / wanted));
+        if (heads * sequences < wanted) parts = (wanted + heads * sequences - 1) / (heads * sequences);
+        for (int sequence = 0; sequence < context.batch.num_sequences; sequence++)
+            add(context, sequence);
     }
 
     void add(const Context& context, int sequence) {
         const Batch& batch = context.batch;
         const int first = batch.query_start[sequence], last = batch.query_start[sequence + 1];
         const int position = batch.kv_len[sequence] - (last - first), group = context.group_size();
-        const int step = std::max(1, TILE_ROWS / group);
-        for (int token = first; token < last; token += step)
-            for (int head = 0; head < context.layer.num_kv_heads; head++) {
-                const int count = std::min(step, last - token);
-                Tile tile{sequence, head, token, count, position + token - first, 0, 0, -1};
+        const int heads = context.layer.num_kv_heads, step = std::max(1, TILE_ROWS / group);
+        for (int token = first; token < last; token += step) {
+            const int count = std::min(step, last - token);
+            const bool is_few = count * group <= FEW_ROWS;
+            const int heads_step = is_few ? heads_per_tile : 1;
+            for (int head = 0; head < heads; head += heads_step) {
+                const int head_end = std::min(heads, head + heads_step);
+                Tile tile{sequence, head, head_end, token, count, position + token - first, 0, 0, -1};
                 tile.begin = context.first(tile, 0);
                 tile.end = context.last(tile, count * group - 1) + 1;
-                if (count * group <= FEW_ROWS) split(tile);
-                else tiles.push_back(tile);
+                if (is_few)
+                    split(tile);
+                else
+                    tiles.push_back(tile);
             }
+        }
     }
 
     void split(Tile tile) {
         const int slots = tile.end - tile.begin, count = std::min(parts, slots / PART_SLOTS_MIN);
         if (count < 2) return tiles.push_back(tile);
-        const int begin = tile.begin, step = (slots / count + SPAN - 1) / SPAN * SPAN;
+        const int begin = tile.begin, step = (slots / count + SPAN_MAX - 1) / SPAN_MAX * SPAN_MAX;
         for (tile.part = 0; begin + tile.part * step < begin + slots; tile.part++) {
             Tile part = tile;
             part.begin = begin + tile.part * step;
@@ -93,7 +103,7 @@ struct Plan {
     }
 };
 
-// What the parts of split tiles leave behind, one entry per tile.
+// What the parts of split tiles leave behind, one entry per tile. A split tile has one KV head.
 struct Parts {
     std::vector<Running> running;
     std::vector<float> sums;
@@ -111,12 +121,16 @@ template <class T>
 static void attend_one(const Context& context, const Plan& plan, size_t i, Parts& parts) {
     static thread_local Scratch scratch;
     const Tile& tile = plan.tiles[i];
-    if (tile.count * context.group_size() > FEW_ROWS) return attend_tile<T>(context, tile, scratch);
+    const int rows = tile.count * context.group_size(), head_dim = context.layer.head_dim;
+    if (rows > FEW_ROWS) return attend_tile<T>(context, tile, scratch);
+    const size_t all = (size_t)rows * (tile.head_end - tile.head), padded = head_dim + LANES;
+    scratch.reserve(all * (2 * padded * 4 + sizeof(Running)) + 3 * 64);
+    uint32_t* query = scratch.take<uint32_t>(all * padded);
     if (tile.part >= 0)
-        return attend_few<T>(context, tile, scratch, parts.running_of(i), parts.sums_of(i));
-    Running running[FEW_ROWS];
-    alignas(64) float sums[FEW_ROWS * 256];
-    attend_few<T>(context, tile, scratch, running, sums);
+        return attend_few<T>(context, tile, query, parts.running_of(i), parts.sums_of(i));
+    float* sums = scratch.take<float>(all * head_dim);
+    Running* running = scratch.take<Running>(all);
+    attend_few<T>(context, tile, query, running, sums);
     write_rows<T>(context, tile, running, sums);
 }
 

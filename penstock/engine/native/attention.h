@@ -14,11 +14,12 @@
 
 namespace penstock {
 
-// The rows of one KV head's queries in `count` consecutive tokens of a sequence: token by token,
-// and within a token the query heads that share the KV head. Row r sees slots [first(r), last(r)].
+// Queries of `count` consecutive tokens of a sequence, for KV heads [head, head_end). The rows of one
+// KV head go token by token, and within a token over the query heads that share the KV head. Row r
+// sees slots [first(r), last(r)].
 struct Tile {
-    int32_t sequence, kv_head, first_token, count;
-    int32_t position;  // of the first token: the slot that it is stored in
+    int32_t sequence, head, head_end, first_token, count;
+    int32_t position;    // of the first token: the slot that it is stored in
     int32_t begin, end;  // slots that some row sees, within this tile's part of the context
     int32_t part;        // -1 when the tile has the whole context
 };
@@ -35,27 +36,24 @@ struct Context {
     int first(const Tile& tile, int row) const {
         return layer.window ? std::max(0, last(tile, row) - layer.window + 1) : 0;
     }
-    template <class T> const T* query_row(const Tile& tile, int row) const {
-        const int head = tile.kv_head * group_size() + row % group_size();
+    template <class T> const T* query_row(const Tile& tile, int kv_head, int row) const {
+        const int head = kv_head * group_size() + row % group_size();
         return (const T*)query + (tile.first_token + row / group_size()) * query_stride +
                (int64_t)head * layer.head_dim;
     }
-    template <class T> T* output_row(const Tile& tile, int row) const {
-        const int head = tile.kv_head * group_size() + row % group_size();
+    template <class T> T* output_row(const Tile& tile, int kv_head, int row) const {
+        const int head = kv_head * group_size() + row % group_size();
         return (T*)output +
                ((int64_t)(tile.first_token + row / group_size()) * layer.num_heads + head) *
                    layer.head_dim;
     }
-    float sink(const Tile& tile, int row) const {
-        return layer.sinks[tile.kv_head * group_size() + row % group_size()] * LOG2_E;
-    }
-    // Fills keys[i] and values[i] with the addresses of slots begin..end - 1 of the tile's head.
+    // Fills keys[i] and values[i] with the addresses of slots begin..end - 1 of the tile's first head.
     template <class T>
     void locate(const Tile& tile, int begin, int end, const T** keys, const T** values) const {
         const int32_t* table = batch.block_tables[layer.group] +
                                tile.sequence * batch.table_strides[layer.group];
-        const T* key_base = (const T*)layer.key_cache + tile.kv_head * layer.key_head_stride;
-        const T* value_base = (const T*)layer.value_cache + tile.kv_head * layer.value_head_stride;
+        const T* key_base = (const T*)layer.key_cache + tile.head * layer.key_head_stride;
+        const T* value_base = (const T*)layer.value_cache + tile.head * layer.value_head_stride;
         for (int slot = begin; slot < end;) {
             const int64_t block = table[slot / layer.block_size];
             int offset = slot % layer.block_size;
@@ -73,10 +71,11 @@ struct Running {
     float maximum, sum;
 };
 
-inline Running start_running(const Context& context, const Tile& tile, int row) {
+inline Running start_running(const Context& context, const Tile& tile, int kv_head, int row) {
     // Where the context is split, the sink is counted in its first part only.
-    if (context.layer.sinks && tile.part <= 0) return {context.sink(tile, row), 1.f};
-    return {-INFINITY, 0.f};
+    if (!context.layer.sinks || tile.part > 0) return {-INFINITY, 0.f};
+    const int group = context.group_size();
+    return {context.layer.sinks[kv_head * group + row % group] * LOG2_E, 1.f};
 }
 
 // Turns scores[0, columns) into probabilities of type T, 0 outside [from, to), and returns what the
@@ -108,7 +107,7 @@ inline float softmax_row(const Attention& layer, float* scores, int columns, int
         total += value;
         store(probabilities + i, value);
     }
-    const float rescale = exp2f(row.maximum - maximum);
+    const float rescale = exp2(splat(row.maximum - maximum))[0];
     row = {maximum, row.sum * rescale + sum(total)};
     return rescale;
 }
@@ -116,8 +115,7 @@ inline float softmax_row(const Attention& layer, float* scores, int columns, int
 // The values of UNIT neighbouring slots, element by element: a word each.
 inline Word pair_up(const float* first, const float*) { return (Word)load(first); }
 inline Word pair_up(const bf16* first, const bf16* second) {
-    const Word low = __builtin_convertvector(*(const Half*)first, Word);
-    return low | __builtin_convertvector(*(const Half*)second, Word) << 16;
+    return widen_halves(first) | widen_halves(second) << 16;
 }
 
 // Memory of one thread, kept from call to call and grown as needed.

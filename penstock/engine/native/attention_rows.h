@@ -7,10 +7,20 @@
 namespace penstock {
 
 constexpr int FEW_ROWS = 8;
-constexpr int SPAN = 64;  // slots per round of the online softmax
+constexpr int SPAN_MAX = 128;            // slots per round of the online softmax
+constexpr int64_t SPAN_BYTES = 128 << 10;  // keys and values of a span; the next span is cached beside it
+
+// The number of slots depends on the layer alone, so that results do not depend on the batch.
+static inline int span_slots(const Attention& layer) {
+    const int64_t slot_bytes =
+        2 * layer.num_kv_heads * layer.head_dim * (layer.dtype == BFLOAT16 ? 2 : 4);
+    int slots = SPAN_MAX;
+    while (slots > 32 && slots * slot_bytes > SPAN_BYTES) slots /= 2;
+    return slots;
+}
 
 // The `words` (at most LANES) of a row, and zeros.
-static inline Word load_some(const uint32_t* from, int words) {
+static inline Word load_words_some(const uint32_t* from, int words) {
 #if defined(__AVX512F__)
     return (Word)_mm512_maskz_loadu_epi32(words >= 16 ? 0xffff : (1u << words) - 1, from);
 #else
@@ -42,61 +52,117 @@ static inline Float sum_each(const Float* partial) {
 #endif
 }
 
-static inline void prefetch_row(const void* row, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 3);
+// Where one slot's key and value lie (of the tile's first head), for the slots of a span.
+template <class T> struct Addresses {
+    const T* keys[SPAN_MAX];
+    const T* values[SPAN_MAX];
+    int count = 0;  // of the slots that are there
+
+    // The span of `slots` slots from `base` on. Columns outside the tile's slots repeat ones inside, so that they
+    // can be read; their probability is 0.
+    void locate(const Context& context, const Tile& tile, int base, int slots) {
+        const int from = std::max(tile.begin - base, 0), to = std::min(tile.end - base, slots);
+        count = std::max(0, to);
+        if (to <= from) return;
+        context.locate(tile, base + from, base + to, keys + from, values + from);
+        for (int i = 0; i < from; i++) keys[i] = keys[from], values[i] = values[from];
+        for (int i = to; i < slots; i++) keys[i] = keys[to - 1], values[i] = values[to - 1];
+    }
+};
+
+// Brings the next span into the cache while this one is computed on: a piece per slot and head, in
+// the order of memory, whatever the order of the computation. A machine's own prefetching does not
+// see across blocks.
+template <class T> class Prefetcher {
+  public:
+    Prefetcher(const T* const* rows, int slots, int pieces, int64_t stride, int head_dim)
+        : rows_(rows), slots_(slots), pieces_(pieces), stride_(stride), bytes_(head_dim * sizeof(T)) {}
+    void step() {
+        if (slot_ >= slots_) return;
+        const char* from = (const char*)(rows_[slot_] + piece_ * stride_);
+        for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(from + i, 0, 2);
+        if (++piece_ == pieces_) piece_ = 0, slot_++;
+    }
+
+  private:
+    const T* const* rows_;
+    int slots_, pieces_;
+    int64_t stride_;
+    int bytes_, slot_ = 0, piece_ = 0;
+};
+
+// partial[r][i] = the products of query row r and key i, lane by lane, for N slots.
+template <class T, int R, int N>
+static inline void multiply_keys(const uint32_t* query, int words, int padded, const T* const* keys,
+                                 int64_t offset, Float (*partial)[LANES]) {
+    Float total[R][N] = {};
+    for (int word = 0; word < words; word += LANES) {
+        Word key[N];
+        const bool is_whole = LANES <= 8 || words - word >= LANES;
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) {
+            const uint32_t* from = (const uint32_t*)(keys[i] + offset) + word;
+            key[i] = is_whole ? load_words(from) : load_words_some(from, words - word);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const Word q = load_words(query + r * padded + word);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) total[r][i] = dot<T>(total[r][i], q, key[i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) partial[r][i] = total[r][i];
 }
 
-// scores[r][i] = query row r x keys[i], for i in [begin, end), whole vectors.
+// scores[r][i] = query row r x key i, for i in [begin, end), whole vectors.
 template <class T, int R>
-static void score_rows(const uint32_t* query, int words, const T* const* keys,
-                       const T* const* upcoming, int bytes, int begin, int end,
-                       float (*scores)[SPAN]) {
+static void score_rows(const uint32_t* query, int words, const T* const* keys, int64_t offset,
+                       Prefetcher<T>& prefetcher, int begin, int end, float (*scores)[SPAN_MAX]) {
+    // R x N accumulators, N keys and a query fit the register file.
+    constexpr int N = R <= 4 && LANES > 8 ? 4 : 2;
     const int padded = (words + LANES - 1) / LANES * LANES;
     for (int first = begin; first < end; first += LANES) {
         Float partial[R][LANES];
-        for (int i = 0; i < LANES; i += 2) {
-            const uint32_t* even = (const uint32_t*)keys[first + i];
-            const uint32_t* odd = (const uint32_t*)keys[first + i + 1];
-            prefetch_row(upcoming[first + i], bytes);
-            prefetch_row(upcoming[first + i + 1], bytes);
-            Float total[2][R] = {};
-            for (int word = 0; word < padded; word += LANES) {
-                const Word a = load_some(even + word, words - word);
-                const Word b = load_some(odd + word, words - word);
+        for (int i = 0; i < LANES; i += N) {
+            for (int j = 0; j < N; j++) prefetcher.step();
+            Float few[R][LANES];
+            multiply_keys<T, R, N>(query, words, padded, keys + first + i, offset, few);
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    const Word q = load_words(query + r * padded + word);
-                    total[0][r] = dot<T>(total[0][r], q, a);
-                    total[1][r] = dot<T>(total[1][r], q, b);
-                }
-            }
+            for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) partial[r][i] = total[0][r], partial[r][i + 1] = total[1][r];
+                for (int j = 0; j < N; j++) partial[r][i + j] = few[r][j];
         }
         for (int r = 0; r < R; r++) store(scores[r] + first, sum_each(partial[r]));
     }
 }
 
-// sums[r][d, d + V * LANES) = that * rescale[r] + probabilities[r] x values, over words [from, to).
+// sums[r][0, V * LANES) = that * rescale[r] + probabilities[r] x values, over words [from, to). The
+// elements of sums are in the order of `interleave`, save where V is 1.
 template <class T, int R, int V>
-static void add_values(const T (*probabilities)[SPAN], const T* const* values,
-                       const T* const* upcoming, int from, int to, const float* rescale, int d,
+static void add_values(const T (*probabilities)[SPAN_MAX], const T* const* values, int64_t offset,
+                       Prefetcher<T>& prefetcher, int from, int to, const float* rescale,
                        float* sums, int stride) {
     constexpr int UNIT = Element<T>::UNIT;
     Float total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++)
-            total[r][v] = load(sums + r * stride + d + v * LANES) * rescale[r];
+        for (int v = 0; v < V; v++) total[r][v] = load(sums + r * stride + v * LANES) * rescale[r];
     for (int word = from; word < to; word++) {
-        const T* first = values[word * UNIT] + d;
-        const T* second = values[word * UNIT + UNIT - 1] + d;
-        prefetch_row(upcoming[word * UNIT] + d, V * LANES * sizeof(T));
-        prefetch_row(upcoming[word * UNIT + UNIT - 1] + d, V * LANES * sizeof(T));
+        const T* first = values[word * UNIT] + offset;
+        const T* second = values[word * UNIT + UNIT - 1] + offset;
+        prefetcher.step();
         Word value[V];
+        if constexpr (V == 1) {
+            value[0] = pair_up(first, second);
+        } else {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) value[v] = pair_up(first + v * LANES, second + v * LANES);
+            for (int v = 0; v < V; v += 2)
+                interleave(first + v * LANES, second + v * LANES, value[v], value[v + 1]);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const Word weight = splat_word(((const uint32_t*)probabilities[r])[word]);
@@ -107,62 +173,24 @@ static void add_values(const T (*probabilities)[SPAN], const T* const* values,
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(sums + r * stride + d + v * LANES, total[r][v]);
+        for (int v = 0; v < V; v++) store(sums + r * stride + v * LANES, total[r][v]);
 }
 
-// Where one slot's key and value lie, for the slots of a span and one more: a pair's second half.
-template <class T> struct Addresses {
-    const T* keys[SPAN + 2];
-    const T* values[SPAN + 2];
-};
+// One span of one KV head; columns [from, to) are there.
+template <class T, int R> struct FewRows {
+    const Context& context;
+    const Tile& tile;
+    int words, padded, head_dim;
+    alignas(64) float scores[R][SPAN_MAX];
+    alignas(64) T probabilities[R][SPAN_MAX];
 
-// Fills in the addresses of the span from slot `base` on; columns outside the tile's slots repeat
-// ones inside, so that they are valid (their probability is 0).
-template <class T>
-static void locate_span(const Context& context, const Tile& tile, int base, Addresses<T>& span) {
-    const int from = std::max(tile.begin - base, 0), to = std::min(tile.end - base, SPAN);
-    context.locate(tile, base + from, base + to, span.keys + from, span.values + from);
-    for (int i = 0; i < from; i++) span.keys[i] = span.keys[from], span.values[i] = span.values[from];
-    for (int i = to; i < SPAN; i++) span.keys[i] = span.keys[to - 1], span.values[i] = span.values[to - 1];
-}
-
-template <class T, int R>
-static void add_span(const T (*probabilities)[SPAN], const Addresses<T>& span,
-                     const Addresses<T>& next, int from, int to, const float* rescale, int head_dim,
-                     float* sums) {
-    constexpr int UNIT = Element<T>::UNIT, V = R <= ROWS ? VECTORS : VECTORS / 2;
-    const int first = from / UNIT, last = (to + UNIT - 1) / UNIT;
-    int d = 0;
-    for (; d + V * LANES <= head_dim; d += V * LANES)
-        add_values<T, R, V>(probabilities, span.values, next.keys, first, last, rescale, d, sums, head_dim);
-    for (; d < head_dim; d += LANES)
-        add_values<T, R, 1>(probabilities, span.values, next.keys, first, last, rescale, d, sums, head_dim);
-}
-
-// Leaves the unnormalised sums [R, head_dim] and the state of the softmax.
-template <class T, int R>
-static void attend_few_rows(const Context& context, const Tile& tile, Scratch& scratch,
-                            Running* running, float* sums) {
-    const int head_dim = context.layer.head_dim, words = head_dim / Element<T>::UNIT;
-    const int padded = (words + LANES - 1) / LANES * LANES;
-    scratch.reserve((size_t)R * padded * 4 + 64);
-    uint32_t* query = scratch.take<uint32_t>((size_t)R * padded);
-    memset(query, 0, (size_t)R * padded * 4);
-    memset(sums, 0, sizeof(float) * R * head_dim);
-    for (int r = 0; r < R; r++) {
-        memcpy(query + r * padded, context.query_row<T>(tile, r), sizeof(T) * head_dim);
-        running[r] = start_running(context, tile, r);
-    }
-    alignas(64) float scores[R][SPAN];
-    alignas(64) T probabilities[R][SPAN];
-    Addresses<T> spans[2];
-    int base = tile.begin / SPAN * SPAN;
-    locate_span(context, tile, base, spans[0]);
-    for (int which = 0; base < tile.end; base += SPAN, which ^= 1) {
-        const Addresses<T>& span = spans[which];
-        const int from = std::max(tile.begin - base, 0), to = std::min(tile.end - base, SPAN);
+    void attend(int head, const uint32_t* query, const Addresses<T>& span, int base, int from, int to,
+                Prefetcher<T>& keys, Prefetcher<T>& values, Running* running, float* sums) {
+        constexpr int UNIT = Element<T>::UNIT, V = R <= ROWS ? VECTORS : 2;
         const int begin = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
-        score_rows<T, R>(query, words, span.keys, span.values, sizeof(T) * head_dim, begin, end, scores);
+        const int64_t key_offset = (head - tile.head) * context.layer.key_head_stride;
+        const int64_t value_offset = (head - tile.head) * context.layer.value_head_stride;
+        score_rows<T, R>(query, words, span.keys, key_offset, keys, begin, end, scores);
         float rescale[R];
         for (int r = 0; r < R; r++) {
             const int first = std::max(from, context.first(tile, r) - base);
@@ -170,11 +198,56 @@ static void attend_few_rows(const Context& context, const Tile& tile, Scratch& s
             rescale[r] = softmax_row(context.layer, scores[r] + begin, end - begin, first - begin,
                                      last - begin, running[r], probabilities[r] + begin);
         }
-        Addresses<T>& next = spans[which ^ 1];
-        if (base + SPAN < tile.end) locate_span(context, tile, base + SPAN, next);
-        else next = span;
-        add_span<T, R>(probabilities, span, next, from, to, rescale, head_dim, sums);
+        const int first = from / UNIT, last = (to + UNIT - 1) / UNIT;
+        int d = 0;
+        for (; d + V * LANES <= head_dim; d += V * LANES)
+            add_values<T, R, V>(probabilities, span.values, value_offset + d, values, first, last,
+                                rescale, sums + d, head_dim);
+        for (; d + 2 * LANES <= head_dim; d += 2 * LANES)
+            add_values<T, R, 2>(probabilities, span.values, value_offset + d, values, first, last,
+                                rescale, sums + d, head_dim);
+        for (; d < head_dim; d += LANES)
+            add_values<T, R, 1>(probabilities, span.values, value_offset + d, values, first, last,
+                                rescale, sums + d, head_dim);
     }
+};
+
+// Puts the elements of each row's sums in their natural order.
+template <class T> static void restore_rows(float* sums, int rows, int head_dim) {
+    for (int row = 0; row < rows; row++, sums += head_dim)
+        for (int d = 0; d + 2 * LANES <= head_dim; d += 2 * LANES) restore<T>(sums + d);
+}
+
+// Leaves, for each KV head of the tile, the unnormalised sums [R, head_dim] and the softmax's state.
+template <class T, int R>
+static void attend_few_rows(const Context& context, const Tile& tile, uint32_t* query,
+                            Running* running, float* sums) {
+    const Attention& layer = context.layer;
+    const int head_dim = layer.head_dim, words = head_dim / Element<T>::UNIT;
+    const int padded = (words + LANES - 1) / LANES * LANES, heads = tile.head_end - tile.head;
+    const int slots = span_slots(layer);
+    memset(query, 0, sizeof(uint32_t) * heads * R * padded);
+    memset(sums, 0, sizeof(float) * heads * R * head_dim);
+    for (int i = 0; i < heads * R; i++) {
+        const int head = tile.head + i / R;
+        memcpy(query + i * padded, context.query_row<T>(tile, head, i % R), sizeof(T) * head_dim);
+        running[i] = start_running(context, tile, head, i % R);
+    }
+    FewRows<T, R> rows{context, tile, words, padded, head_dim, {}, {}};
+    Addresses<T> spans[2];
+    int base = tile.begin / slots * slots;
+    spans[0].locate(context, tile, base, slots);
+    for (int which = 0; base < tile.end; base += slots, which ^= 1) {
+        const Addresses<T>&span = spans[which], &next = spans[which ^ 1];
+        spans[which ^ 1].locate(context, tile, base + slots, slots);
+        Prefetcher<T> keys(next.keys, next.count, heads, layer.key_head_stride, head_dim);
+        Prefetcher<T> values(next.values, next.count, heads, layer.value_head_stride, head_dim);
+        const int from = std::max(tile.begin - base, 0);
+        for (int i = 0; i < heads; i++)
+            rows.attend(tile.head + i, query + i * R * padded, span, base, from, span.count, keys, values,
+                        running + i * R, sums + i * R * head_dim);
+    }
+    restore_rows<T>(sums, heads * R, head_dim);
 }
 
 }  // namespace penstock

@@ -108,9 +108,9 @@ static void attend_tile(const Context& context, const Tile& tile, Scratch& scrat
     TileMemory<T> memory(scratch, rows, head_dim);
     memset(memory.sums, 0, sizeof(float) * rows * memory.padded);
     for (int row = 0; row < rows; row++) {
-        memcpy(memory.query + (size_t)row * head_dim, context.query_row<T>(tile, row),
+        memcpy(memory.query + (size_t)row * head_dim, context.query_row<T>(tile, tile.head, row),
                sizeof(T) * head_dim);
-        memory.running[row] = start_running(context, tile, row);
+        memory.running[row] = start_running(context, tile, tile.head, row);
     }
     for (int base = tile.begin / CHUNK * CHUNK; base < tile.end; base += CHUNK) {
         const int from = std::max(tile.begin - base, 0), to = std::min(tile.end - base, CHUNK);
@@ -122,7 +122,7 @@ static void attend_tile(const Context& context, const Tile& tile, Scratch& scrat
     }
     for (int row = 0; row < rows; row++) {
         const float factor = memory.running[row].sum > 0 ? 1.f / memory.running[row].sum : 0.f;
-        T* to = context.output_row<T>(tile, row);
+        T* to = context.output_row<T>(tile, tile.head, row);
         for (int d = 0; d < head_dim; d += LANES)
             store(to + d, load(memory.sums + (size_t)row * memory.padded + d) * factor);
     }

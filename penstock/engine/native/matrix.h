@@ -57,6 +57,13 @@ inline void multiply_rows(int count, Start start, const uint32_t* rows, int64_t 
     }
 }
 
+// How many of `rows` rows to multiply next: as even a division as possible into tiles of up to ROWS,
+// because a tile of one or two rows waits for its own sums.
+inline int next_rows(int64_t rows) {
+    const int64_t tiles = (rows + ROWS - 1) / ROWS;
+    return (rows + tiles - 1) / tiles;
+}
+
 // As `multiply`, for any number of rows up to ROWS and of columns up to PANEL. Writes whole vectors.
 template <class T>
 void multiply_panel(int count, int columns, Start start, const uint32_t* rows, int64_t stride,

@@ -67,9 +67,14 @@ inline float widen(bf16 value) {
 }
 
 inline Float load(const float* from) { return *(const Float*)from; }
-inline Float load(const bf16* from) {
-    return (Float)(__builtin_convertvector(*(const Half*)from, Word) << 16);
+inline Word widen_halves(const void* from) {
+#if defined(__AVX512F__)
+    return (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
+    return __builtin_convertvector(*(const Half*)from, Word);
+#endif
 }
+inline Float load(const bf16* from) { return (Float)(widen_halves(from) << 16); }
 inline Word load_words(const uint32_t* from) { return *(const Word*)from; }
 
 // The first `count` elements, and zeros where they are fewer than LANES.
@@ -165,6 +170,35 @@ inline Float exp(Float x) {
 // Absolute error 1e-7.
 inline Float tanh(Float x) {
     return 1.f - 2.f / (exp(2.f * x) + 1.f);
+}
+
+// The elements of two neighbouring slots, 2 * LANES of each, as words (for float: of the first alone).
+// They come in an order of the machine's choosing, which `restore` undoes for what was summed in it.
+inline void interleave(const float* first, const float*, Word& low, Word& high) {
+    low = (Word)load(first), high = (Word)load(first + LANES);
+}
+inline void interleave(const bf16* first, const bf16* second, Word& low, Word& high) {
+#if defined(__AVX512BW__)
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    low = (Word)_mm512_unpacklo_epi16(a, b), high = (Word)_mm512_unpackhi_epi16(a, b);
+#else
+    low = widen_halves(first) | widen_halves(second) << 16;
+    high = widen_halves(first + LANES) | widen_halves(second + LANES) << 16;
+#endif
+}
+template <class T> inline void restore(float* sums) {
+#if defined(__AVX512BW__)
+    if constexpr (Element<T>::UNIT == 2) {
+        const __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + 16);
+        const __m512i first =
+            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        _mm512_storeu_ps(sums, _mm512_permutex2var_ps(low, first, high));
+        _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(low, second, high));
+    }
+#else
+    (void)sums;
+#endif
 }
 
 // to[word * stride + i] = row i's word, for LANES rows of `words` words each (at most LANES).

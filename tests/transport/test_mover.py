@@ -8,7 +8,7 @@ from penstock.core.block import KVGroup, KVLayout
 from penstock.core.events import Move, MoveClass, RegionDescriptor, Span, WorkerInfo
 from penstock.core.types import Role, WorkerId
 from penstock.transfer.region import Region
-from penstock.transport.agent import BlockMover
+from penstock.transport.mover import BlockMover
 from penstock.transport.shm import HOST_KIND, MEMFD, SharedPool
 
 LAYOUT = KVLayout("test", (KVGroup((0, 1)), KVGroup((2,), window=8)), 1, 4, 4, "float32")

@@ -1,0 +1,49 @@
+// What Python may call, and the words of the wire. All functions keep their hands off the interpreter.
+//
+// A span is three int64: source block, destination block, number of blocks. Callers have checked
+// spans against both sides; the server checks again what comes over a wire.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// Copies spans between two pools in this process's memory; returns the bytes.
+int64_t penstock_copy(const uint8_t* source, uint8_t* destination, int64_t block_bytes,
+                      const int64_t* spans, int64_t num_spans);
+
+// One read of a peer's region. Mirrored by `library.Reading`.
+struct penstock_reading {
+    const int32_t* streams;  // connected, authenticated sockets
+    int64_t num_streams;
+    uint64_t epoch;  // of the peer, as its descriptor says
+    int64_t region;
+    uint8_t* destination;
+    int64_t block_bytes;
+    const int64_t* spans;
+    int64_t num_spans;
+    int64_t silence_ms;   // the longest wait without a byte
+    int64_t deadline_ms;  // the longest wait in all
+};
+
+// Returns the bytes that landed, or one of the negative outcomes below; then the streams are of no
+// use any more, except after a refusal on every one of them.
+int64_t penstock_read(const penstock_reading* reading);
+
+// Sends one notification and waits for the peer's word; outcomes as above, 0 when it was taken.
+int64_t penstock_notify(int32_t stream, uint64_t epoch, const uint8_t* text, int64_t num_bytes,
+                        int64_t silence_ms);
+
+// The owner's side: threads of its own serve reads from the regions.
+void* penstock_server_new(uint64_t epoch, int64_t silence_ms, int64_t connections_max);
+int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blocks,
+                            int64_t block_bytes);
+// Takes the socket over; returns 0, or -1 and leaves it alone when there are too many.
+int64_t penstock_server_serve(void* server, int32_t socket);
+// Takes one notification out: its bytes, or -1 when there is none. `text` has room for the longest.
+int64_t penstock_server_heard(void* server, uint8_t* text);
+// Fills `counts`: reads, bytes, notifications, then refusals by status 1..5.
+void penstock_server_counts(void* server, int64_t* counts);
+// Ends every connection and waits until no thread reads a region any more.
+void penstock_server_delete(void* server);
+}

@@ -1,0 +1,138 @@
+// The reader's side of TCP: asks for runs of blocks and receives them where they belong, over
+// several streams at once, in one call.
+//
+// What adjoins at the source is one run of the request, what adjoins at the destination one vector
+// of the receive, each on its own: a scattered copy of a contiguous source asks for one run.
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+#include "wire.h"
+
+namespace penstock {
+namespace {
+
+// A thread costs some ten microseconds, and so does a second stream's wake-up.
+constexpr int64_t kBytesPerStreamMin = 1 << 20;
+
+struct Part {
+    std::vector<Run> runs;
+    std::vector<iovec> vectors;
+    int64_t num_bytes = 0;
+
+    void add(const penstock_reading& reading, int64_t source, int64_t destination, int64_t count) {
+        const auto size = static_cast<size_t>(count * reading.block_bytes);
+        uint8_t* to = reading.destination + destination * reading.block_bytes;
+        if (!runs.empty() && runs.back().first_block + runs.back().num_blocks ==
+                                 static_cast<uint64_t>(source))
+            runs.back().num_blocks += count;
+        else
+            runs.push_back({static_cast<uint64_t>(source), static_cast<uint64_t>(count)});
+        if (!vectors.empty() &&
+            static_cast<uint8_t*>(vectors.back().iov_base) + vectors.back().iov_len == to)
+            vectors.back().iov_len += size;
+        else
+            vectors.push_back({to, size});
+        num_bytes += static_cast<int64_t>(size);
+    }
+};
+
+int64_t exchange(int stream, RequestHeader request, iovec body, ReplyHeader& reply,
+                 Clock::time_point deadline) {
+    iovec out[2] = {{&request, sizeof request}, body};
+    if (const int64_t wrong = send_all(stream, out, 2, deadline)) return wrong;
+    if (const int64_t wrong = receive_bytes(stream, &reply, sizeof reply, deadline)) return wrong;
+    if (reply.magic != kMagic || reply.id != request.id || reply.status >= kStatuses)
+        return kNonsense;
+    return reply.status == kOk ? 0 : kRefused - static_cast<int64_t>(reply.status);
+}
+
+int64_t read_part(int stream, const penstock_reading& reading, Part& part, uint64_t id,
+                  Clock::time_point deadline) {
+    RequestHeader request{kMagic, kRead, 0, reading.epoch, static_cast<uint32_t>(reading.region),
+                          static_cast<uint32_t>(part.runs.size()), id};
+    ReplyHeader reply;
+    iovec body{part.runs.data(), part.runs.size() * sizeof(Run)};
+    if (const int64_t wrong = exchange(stream, request, body, reply, deadline)) return wrong;
+    if (reply.num_bytes != static_cast<uint64_t>(part.num_bytes)) return kNonsense;
+    return receive_all(stream, part.vectors.data(), part.vectors.size(), deadline);
+}
+
+// Cuts the spans into parts: for each stream its share of the bytes, in requests of bounded size.
+std::vector<std::vector<Part>> share_out(const penstock_reading& reading, int64_t num_blocks,
+                                         int64_t num_streams) {
+    std::vector<std::vector<Part>> shares(num_streams);
+    int64_t stream = 0, done = 0;
+    int64_t until = num_blocks / num_streams;
+    shares[0].emplace_back();
+    for (int64_t i = 0; i < reading.num_spans; ++i) {
+        int64_t source = reading.spans[3 * i], destination = reading.spans[3 * i + 1];
+        int64_t left = reading.spans[3 * i + 2];
+        while (left) {
+            if (done == until) {
+                ++stream;
+                until = stream + 1 == num_streams ? num_blocks
+                                                  : num_blocks * (stream + 1) / num_streams;
+                shares[stream].emplace_back();
+            }
+            if (shares[stream].back().runs.size() == kRunsMax) shares[stream].emplace_back();
+            const int64_t count = std::min(left, until - done);
+            shares[stream].back().add(reading, source, destination, count);
+            source += count, destination += count, left -= count, done += count;
+        }
+    }
+    return shares;
+}
+
+int64_t read_share(int stream, const penstock_reading& reading, std::vector<Part>& share,
+                   Clock::time_point deadline) {
+    uint64_t id = 0;
+    for (Part& part : share)
+        if (const int64_t wrong = read_part(stream, reading, part, id++, deadline)) return wrong;
+    return 0;
+}
+
+int64_t read(const penstock_reading& reading) {
+    int64_t num_blocks = 0;
+    for (int64_t i = 0; i < reading.num_spans; ++i) num_blocks += reading.spans[3 * i + 2];
+    const int64_t num_bytes = num_blocks * reading.block_bytes;
+    if (!num_bytes) return 0;
+    const int64_t num_streams = std::clamp<int64_t>(
+        std::min(num_bytes / kBytesPerStreamMin, num_blocks), 1, reading.num_streams);
+    const auto deadline = Clock::now() + std::chrono::milliseconds(reading.deadline_ms);
+    auto shares = share_out(reading, num_blocks, num_streams);
+    std::vector<int64_t> outcomes(num_streams, 0);
+    auto work = [&](int64_t i) {
+        const int stream = reading.streams[i];
+        set_timeout(stream, SO_RCVTIMEO, reading.silence_ms);
+        set_timeout(stream, SO_SNDTIMEO, reading.silence_ms);
+        outcomes[i] = read_share(stream, reading, shares[i], deadline);
+        // One that failed fails all: the others need not wait for their end.
+        if (outcomes[i] < 0 && outcomes[i] > kRefused)
+            for (int64_t j = 0; j < num_streams; ++j) shutdown(reading.streams[j], SHUT_RDWR);
+    };
+    std::vector<std::thread> threads;
+    for (int64_t i = 1; i < num_streams; ++i) threads.emplace_back(work, i);
+    work(0);
+    for (std::thread& thread : threads) thread.join();
+    // A refusal says more than the lost streams that it or another failure caused.
+    const int64_t worst = *std::min_element(outcomes.begin(), outcomes.end());
+    return worst ? worst : num_bytes;
+}
+
+}  // namespace
+}  // namespace penstock
+
+int64_t penstock_read(const penstock_reading* reading) { return penstock::read(*reading); }
+
+int64_t penstock_notify(int32_t stream, uint64_t epoch, const uint8_t* text, int64_t num_bytes,
+                        int64_t silence_ms) {
+    using namespace penstock;
+    set_timeout(stream, SO_RCVTIMEO, silence_ms);
+    set_timeout(stream, SO_SNDTIMEO, silence_ms);
+    const RequestHeader request{kMagic, kNotify, 0, epoch, 0, static_cast<uint32_t>(num_bytes), 0};
+    ReplyHeader reply;
+    return exchange(stream, request, {const_cast<uint8_t*>(text), static_cast<size_t>(num_bytes)},
+                    reply, Clock::now() + std::chrono::milliseconds(2 * silence_ms));
+}

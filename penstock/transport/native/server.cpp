@@ -1,0 +1,268 @@
+// The owner's side of TCP: one thread for each connection, which sends blocks straight out of the
+// regions and never takes Python's interpreter lock: an owner that computes serves all the same.
+//
+// A thread for each connection and no epoll: a peer has a few streams, an idle thread costs its
+// stack alone, and a blocking send of many vectors is what the kernel does best. Python has accepted
+// and authenticated a socket before it comes here. Nothing of a request is believed: its size, its
+// epoch and every run are checked before the first byte leaves.
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <list>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+#include "wire.h"
+
+namespace penstock {
+namespace {
+
+constexpr size_t kHeardMax = 4096;
+constexpr auto kRequestLimit = std::chrono::seconds(60);  // from header to last byte, per MAX bytes
+constexpr uint64_t kBytesPerReadMax = uint64_t{1} << 36;
+
+struct Region {
+    const uint8_t* blocks;
+    uint64_t num_blocks;
+    uint64_t block_bytes;
+};
+
+struct Connection {
+    int socket;
+    std::thread thread;
+    std::atomic<bool> is_over{false};
+};
+
+class Server {
+   public:
+    Server(uint64_t epoch, int64_t silence_ms, int64_t connections_max)
+        : epoch_(epoch), silence_ms_(silence_ms), connections_max_(connections_max) {}
+    ~Server();
+    int64_t add(Region region);
+    int64_t serve(int socket);
+    int64_t heard(uint8_t* text);
+    void counts(int64_t* counts) const;
+
+   private:
+    void run(Connection* connection);
+    bool answer(int socket, std::vector<Run>& runs, std::vector<iovec>& vectors);
+    bool answer_read(int socket, const RequestHeader& request, std::vector<Run>& runs,
+                     std::vector<iovec>& vectors);
+    bool answer_notify(int socket, const RequestHeader& request);
+    Status check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
+                 uint64_t& num_bytes) const;
+    bool refuse(int socket, const RequestHeader& request, Status status);
+    bool reply(int socket, const RequestHeader& request, Status status);
+    void reap();
+
+    const uint64_t epoch_;
+    const int64_t silence_ms_;
+    const int64_t connections_max_;
+    mutable std::shared_mutex regions_lock_;
+    std::vector<Region> regions_;
+    std::mutex connections_lock_;
+    std::list<Connection> connections_;
+    std::mutex heard_lock_;
+    std::deque<std::string> heard_;
+    std::atomic<int64_t> reads_{0}, bytes_{0}, notifications_{0};
+    std::array<std::atomic<int64_t>, kStatuses> refusals_{};
+};
+
+Server::~Server() {
+    {
+        std::lock_guard lock(connections_lock_);
+        for (Connection& connection : connections_)
+            if (!connection.is_over) shutdown(connection.socket, SHUT_RDWR);
+    }
+    for (Connection& connection : connections_) {
+        connection.thread.join();
+        close(connection.socket);
+    }
+}
+
+int64_t Server::add(Region region) {
+    std::unique_lock lock(regions_lock_);
+    regions_.push_back(region);
+    return static_cast<int64_t>(regions_.size()) - 1;
+}
+
+int64_t Server::serve(int socket) {
+    std::lock_guard lock(connections_lock_);
+    reap();
+    if (static_cast<int64_t>(connections_.size()) >= connections_max_) return -1;
+    set_timeout(socket, SO_RCVTIMEO, silence_ms_);
+    set_timeout(socket, SO_SNDTIMEO, silence_ms_);
+    Connection& connection = connections_.emplace_back();
+    connection.socket = socket;
+    try {
+        connection.thread = std::thread([this, &connection] { run(&connection); });
+    } catch (const std::system_error&) {
+        connections_.pop_back();
+        return -1;
+    }
+    return 0;
+}
+
+// Sockets are closed here and nowhere else, so that none is shut down after its number is reused.
+void Server::reap() {
+    for (auto it = connections_.begin(); it != connections_.end();) {
+        if (!it->is_over) {
+            ++it;
+            continue;
+        }
+        it->thread.join();
+        close(it->socket);
+        it = connections_.erase(it);
+    }
+}
+
+void Server::run(Connection* connection) {
+    std::vector<Run> runs;
+    std::vector<iovec> vectors;
+    pollfd waiting{connection->socket, POLLIN, 0};
+    // Between requests a peer may be silent for as long as it lives; keepalive finds out.
+    while (true) {
+        const int ready = poll(&waiting, 1, -1);
+        if (ready < 0 && errno == EINTR) continue;
+        if (ready < 0 || !answer(connection->socket, runs, vectors)) break;
+    }
+    shutdown(connection->socket, SHUT_RDWR);
+    connection->is_over = true;
+}
+
+// Answers one request; false when the connection is to end.
+bool Server::answer(int socket, std::vector<Run>& runs, std::vector<iovec>& vectors) {
+    RequestHeader request;
+    if (receive_bytes(socket, &request, sizeof request, Clock::now() + kRequestLimit) != 0)
+        return false;
+    if (request.magic != kMagic || request.zero != 0) return refuse(socket, request, kMalformed);
+    if (request.op == kRead) return answer_read(socket, request, runs, vectors);
+    if (request.op == kNotify) return answer_notify(socket, request);
+    return refuse(socket, request, kMalformed);
+}
+
+bool Server::answer_read(int socket, const RequestHeader& request, std::vector<Run>& runs,
+                         std::vector<iovec>& vectors) {
+    if (request.count == 0 || request.count > kRunsMax) return refuse(socket, request, kMalformed);
+    const auto deadline = Clock::now() + kRequestLimit;
+    runs.resize(request.count);
+    if (receive_bytes(socket, runs.data(), runs.size() * sizeof(Run), deadline) != 0) return false;
+    Region region{};
+    uint64_t num_bytes = 0;
+    const Status status = check(request, runs, region, num_bytes);
+    if (status != kOk) return refuse(socket, request, status);
+    ReplyHeader header{kMagic, kOk, request.id, num_bytes};
+    vectors.clear();
+    vectors.push_back({&header, sizeof header});
+    for (const Run& run : runs)
+        vectors.push_back({const_cast<uint8_t*>(region.blocks + run.first_block * region.block_bytes),
+                           run.num_blocks * region.block_bytes});
+    // A slow link may take long for much: 1 s more for each 4 MiB.
+    const auto limit = deadline + std::chrono::seconds(num_bytes >> 22);
+    if (send_all(socket, vectors.data(), vectors.size(), limit) != 0) return false;
+    ++reads_;
+    bytes_ += static_cast<int64_t>(num_bytes);
+    return true;
+}
+
+Status Server::check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
+                     uint64_t& num_bytes) const {
+    if (request.epoch != epoch_) return kWrongEpoch;
+    {
+        std::shared_lock lock(regions_lock_);
+        if (request.region >= regions_.size()) return kNoRegion;
+        region = regions_[request.region];
+    }
+    uint64_t num_blocks = 0;
+    for (const Run& run : runs) {
+        // In this order nothing overflows.
+        if (run.num_blocks == 0 || run.num_blocks > region.num_blocks ||
+            run.first_block > region.num_blocks - run.num_blocks)
+            return kOutOfBounds;
+        num_blocks += run.num_blocks;
+    }
+    if (num_blocks > kBytesPerReadMax / region.block_bytes) return kOutOfBounds;
+    num_bytes = num_blocks * region.block_bytes;
+    return kOk;
+}
+
+bool Server::answer_notify(int socket, const RequestHeader& request) {
+    if (request.count == 0 || request.count > kTextMax) return refuse(socket, request, kMalformed);
+    std::string text(request.count, '\0');
+    if (receive_bytes(socket, text.data(), text.size(), Clock::now() + kRequestLimit) != 0)
+        return false;
+    if (request.epoch != epoch_) return refuse(socket, request, kWrongEpoch);
+    {
+        std::lock_guard lock(heard_lock_);
+        if (heard_.size() < kHeardMax) {
+            heard_.push_back(std::move(text));
+            ++notifications_;
+            text.clear();
+        }
+    }
+    return text.empty() ? reply(socket, request, kOk) : refuse(socket, request, kBusy);
+}
+
+bool Server::refuse(int socket, const RequestHeader& request, Status status) {
+    ++refusals_[status];
+    // After junk nobody knows where the next request begins.
+    return reply(socket, request, status) && status != kMalformed;
+}
+
+bool Server::reply(int socket, const RequestHeader& request, Status status) {
+    ReplyHeader header{kMagic, status, request.id, 0};
+    iovec vector{&header, sizeof header};
+    return send_all(socket, &vector, 1, Clock::now() + kRequestLimit) == 0;
+}
+
+int64_t Server::heard(uint8_t* text) {
+    std::lock_guard lock(heard_lock_);
+    if (heard_.empty()) return -1;
+    const auto size = static_cast<int64_t>(heard_.front().size());
+    std::memcpy(text, heard_.front().data(), size);
+    heard_.pop_front();
+    return size;
+}
+
+void Server::counts(int64_t* counts) const {
+    counts[0] = reads_;
+    counts[1] = bytes_;
+    counts[2] = notifications_;
+    for (uint32_t status = 1; status < kStatuses; ++status) counts[2 + status] = refusals_[status];
+}
+
+}  // namespace
+}  // namespace penstock
+
+using penstock::Server;
+
+void* penstock_server_new(uint64_t epoch, int64_t silence_ms, int64_t connections_max) {
+    return new Server(epoch, silence_ms, connections_max);
+}
+int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blocks,
+                            int64_t block_bytes) {
+    return static_cast<Server*>(server)->add(
+        {blocks, static_cast<uint64_t>(num_blocks), static_cast<uint64_t>(block_bytes)});
+}
+int64_t penstock_server_serve(void* server, int32_t socket) {
+    return static_cast<Server*>(server)->serve(socket);
+}
+int64_t penstock_server_heard(void* server, uint8_t* text) {
+    return static_cast<Server*>(server)->heard(text);
+}
+void penstock_server_counts(void* server, int64_t* counts) {
+    static_cast<Server*>(server)->counts(counts);
+}
+void penstock_server_delete(void* server) { delete static_cast<Server*>(server); }

@@ -1,0 +1,96 @@
+// The wire after the handshake: little-endian headers of fixed size, then spans or bytes. Mirrored
+// by `wire.py`, which also has the handshake.
+//
+//   read    RequestHeader(op 1, count = runs), count x Run      -> ReplyHeader, num_bytes of blocks
+//   notify  RequestHeader(op 2, count = bytes), count bytes     -> ReplyHeader
+#pragma once
+
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+
+namespace penstock {
+
+constexpr uint32_t kMagic = 0x31534e50;  // "PNS1"
+constexpr uint32_t kRunsMax = 1 << 16;
+constexpr uint32_t kTextMax = 1 << 16;
+constexpr int kVectorsMax = 1024;  // IOV_MAX of Linux
+
+enum Op : uint16_t { kRead = 1, kNotify = 2 };
+enum Status : uint32_t { kOk, kWrongEpoch, kNoRegion, kOutOfBounds, kMalformed, kBusy, kStatuses };
+enum Outcome : int64_t { kLost = -1, kLate = -2, kNonsense = -3, kRefused = -100 };
+
+struct RequestHeader {
+    uint32_t magic;
+    uint16_t op;
+    uint16_t zero;
+    uint64_t epoch;
+    uint32_t region;
+    uint32_t count;
+    uint64_t id;
+};
+struct Run {
+    uint64_t first_block;
+    uint64_t num_blocks;
+};
+struct ReplyHeader {
+    uint32_t magic;
+    uint32_t status;
+    uint64_t id;
+    uint64_t num_bytes;
+};
+static_assert(sizeof(RequestHeader) == 32 && sizeof(Run) == 16 && sizeof(ReplyHeader) == 24);
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-endian");
+
+using Clock = std::chrono::steady_clock;
+
+inline void set_timeout(int socket, int option, int64_t milliseconds) {
+    timeval limit{milliseconds / 1000, (milliseconds % 1000) * 1000};
+    setsockopt(socket, SOL_SOCKET, option, &limit, sizeof limit);
+}
+
+// Sends or receives everything that `vectors` describe, which it uses up. Returns 0 or an outcome.
+// The socket blocks, with time-outs that bound each silence; `deadline` bounds the sum.
+template <typename Transfer>
+int64_t move_all(Transfer transfer, iovec* vectors, size_t count, Clock::time_point deadline) {
+    while (count && !vectors->iov_len) ++vectors, --count;
+    while (count) {
+        msghdr message{};
+        message.msg_iov = vectors;
+        message.msg_iovlen = count < kVectorsMax ? count : kVectorsMax;
+        const ssize_t moved = transfer(&message);
+        if (moved == 0) return kLost;
+        if (moved < 0) {
+            if (errno == EINTR) continue;
+            return errno == EAGAIN || errno == EWOULDBLOCK ? kLate : kLost;
+        }
+        size_t left = moved;
+        while (count && left >= vectors->iov_len) left -= vectors->iov_len, ++vectors, --count;
+        if (!count) break;
+        vectors->iov_base = static_cast<uint8_t*>(vectors->iov_base) + left;
+        vectors->iov_len -= left;
+        if (Clock::now() > deadline) return kLate;
+    }
+    return 0;
+}
+
+inline int64_t send_all(int socket, iovec* vectors, size_t count, Clock::time_point deadline) {
+    return move_all([&](msghdr* m) { return sendmsg(socket, m, MSG_NOSIGNAL); }, vectors, count,
+                    deadline);
+}
+
+inline int64_t receive_all(int socket, iovec* vectors, size_t count, Clock::time_point deadline) {
+    return move_all([&](msghdr* m) { return recvmsg(socket, m, MSG_WAITALL); }, vectors, count,
+                    deadline);
+}
+
+inline int64_t receive_bytes(int socket, void* bytes, size_t count, Clock::time_point deadline) {
+    iovec vector{bytes, count};
+    return receive_all(socket, &vector, 1, deadline);
+}
+
+}  // namespace penstock

@@ -1,0 +1,77 @@
+"""From options to settings."""
+
+import pytest
+
+from penstock.cli.arguments import make_parser
+from penstock.cli.cluster import BUILTIN_MODEL, cluster_settings, model_name
+from penstock.core.errors import StartupFailed
+from penstock.runtime.settings import ClusterSettings
+
+
+def settings_for(*arguments: str) -> ClusterSettings:
+    return cluster_settings(make_parser().parse_args(["serve", *arguments]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        ("", (1, 1, 0)),
+        ("--decode 3", (1, 3, 0)),
+        ("--prefill 2", (2, 1, 0)),
+        ("--mixed 1", (0, 0, 1)),
+        ("--mixed 2 --prefill 1", (1, 1, 2)),
+        ("--prefill 0 --decode 0 --mixed 1", (0, 0, 1)),
+        ("--prefill 0 --mixed 1", (0, 0, 1)),
+    ],
+)
+def test_workers_that_are_not_named_are_what_makes_sense(
+    arguments: str, counts: tuple[int, int, int]
+):
+    settings = settings_for(*arguments.split())
+    assert (settings.prefill, settings.decode, settings.mixed) == counts
+
+
+def test_workers_are_named_by_role():
+    names = list(settings_for("--prefill", "2", "--decode", "1", "--mixed", "1").workers())
+    assert names == ["prefill-0", "prefill-1", "decode-0", "mixed-0"]
+
+
+@pytest.mark.parametrize("arguments", ["--prefill 0", "--decode 0", "--prefill 0 --decode 0"])
+def test_a_cluster_that_cannot_serve_is_refused(arguments: str):
+    with pytest.raises(StartupFailed, match="--mixed 1"):
+        settings_for(*arguments.split())
+
+
+def test_every_option_arrives():
+    arguments = (
+        "some/model --dtype float32 --load-format dummy --model-impl transformers --revision r1 "
+        "--trust-remote-code --block-size 16 --kv-cache-memory 1MiB --max-model-len 77 --seed 5 "
+        "--max-num-seqs 3 --max-num-batched-tokens 9 --no-prefix-caching --threads 2 --pin-cores "
+        "--decision-log log --executor instant"
+    )
+    settings = settings_for(*arguments.split())
+    engine = settings.engine
+    assert engine.model == "some/model"
+    assert (engine.dtype, engine.load_format, engine.model_impl) == (
+        "float32",
+        "dummy",
+        "transformers",
+    )
+    assert (engine.revision, engine.trust_remote_code, engine.seed) == ("r1", True, 5)
+    assert (engine.block_size, engine.kv_cache_bytes, engine.max_model_len) == (16, 1 << 20, 77)
+    assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (3, 9)
+    assert (settings.is_prefix_caching, settings.threads, settings.is_pinned) == (False, 2, True)
+    assert (settings.decision_log, settings.executor) == ("log", "instant")
+
+
+def test_without_a_model_the_built_in_one_is_served():
+    assert settings_for().engine.model == str(BUILTIN_MODEL)
+    assert (BUILTIN_MODEL / "config.json").is_file()
+
+
+def test_a_model_is_called_by_the_last_part_of_its_name(tmp_path, monkeypatch):
+    assert model_name("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert model_name(".") == "mine"
+    assert model_name(f"{tmp_path}/mine/") == "mine"

@@ -1,0 +1,153 @@
+"""The Python API on the built-in model."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from penstock import LLM, SamplingParams
+from penstock.core.errors import BadRequest, PromptTooLong, StartupFailed, WorkersUnavailable
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(dtype="float32") as llm:
+        yield llm
+
+
+def test_texts_and_token_ids_in_the_order_of_the_prompts(llm: LLM):
+    prompts = ["Once upon a time", "def main():", "The"]
+    as_texts = llm.generate(prompts, GREEDY)
+    as_tokens = llm.generate([llm.tokenizer.encode(prompt) for prompt in prompts], GREEDY)
+    for prompt, one, other in zip(prompts, as_texts, as_tokens, strict=True):
+        assert one.prompt == prompt
+        assert other.prompt is None
+        assert one.token_ids == other.token_ids
+        assert len(one.token_ids) == 12
+        assert one.text == llm.tokenizer.decode(one.token_ids)
+        assert one.finish_reason == "length"
+        assert 0 < one.ttft_s <= one.latency_s
+        parts = dict(one.ledger)
+        assert sum(parts.values()) == pytest.approx(2 * parts["ttft"])
+    assert llm.generate(prompts[0], GREEDY)[0].token_ids == as_texts[0].token_ids
+
+
+def test_params_for_each_prompt(llm: LLM):
+    each = [SamplingParams(max_tokens=n, ignore_eos=True, seed=n) for n in (1, 2, 3)]
+    outputs = llm.generate(["a", "b", "c"], each)
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3]
+    assert llm.generate("c", each[2])[0].token_ids == outputs[2].token_ids
+    with pytest.raises(BadRequest, match="2 sampling params for 1 prompts"):
+        llm.generate("a", each[:2])
+
+
+def test_without_a_seed_every_answer_is_another(llm: LLM):
+    params = SamplingParams(max_tokens=30, temperature=1.5, ignore_eos=True)
+    assert len({output.token_ids for output in llm.generate(["The"] * 5, params)}) == 5
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM):
+    whole = llm.generate("Once upon a time", GREEDY)[0]
+    stop = whole.text[3:5]
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, stop=(stop,))
+    output = llm.generate("Once upon a time", params)[0]
+    assert output.text == whole.text[: whole.text.index(stop)]
+    assert output.finish_reason == "stop"
+    assert output.token_ids == whole.token_ids[: len(output.token_ids)]
+
+
+def test_log_probabilities_when_asked_for(llm: LLM):
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=2)
+    (output,) = llm.generate("The", params)
+    assert len(output.logprobs) == len(output.token_ids) == 5
+    for token_id, entry in zip(output.token_ids, output.logprobs, strict=True):
+        assert len(entry.top) == 2
+        assert entry.top[0] == (token_id, entry.logprob)  # greedy: the most likely one
+
+
+def test_conversations(llm: LLM):
+    one = [{"role": "user", "content": "Hello!"}]
+    answers = llm.chat([one, one], GREEDY)
+    assert len(answers) == 2
+    assert answers[0].token_ids == llm.chat(one, GREEDY)[0].token_ids == answers[1].token_ids
+    assert "Hello!" in (answers[0].prompt or "")
+
+
+def test_what_does_not_fit_is_cut_or_refused(llm: LLM):
+    window = llm.model.max_model_len
+    (output,) = llm.generate([[7] * (window - 3)], GREEDY)
+    assert len(output.token_ids) == 3
+    with pytest.raises(PromptTooLong, match=f"the context window is {window} tokens"):
+        llm.generate([[7] * window], GREEDY)
+    with pytest.raises(BadRequest, match="empty"):
+        llm.generate([[]], GREEDY)
+    with pytest.raises(BadRequest, match="token ids are from 0 to 4095"):
+        llm.generate([[4096]], GREEDY)
+    assert llm.status().decoding == 0
+
+
+def test_more_prompts_than_run_at_once(llm: LLM):
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    outputs = llm.generate([[10 + n % 50] for n in range(3000)], params, progress=False)
+    by_prompt: dict[int, set[tuple[int, ...]]] = {}
+    for output in outputs:
+        by_prompt.setdefault(output.prompt_token_ids[0], set()).add(output.token_ids)
+    assert all(len(tokens) == 1 for tokens in by_prompt.values())
+
+
+def test_it_works_inside_a_running_loop_and_from_several_threads(llm: LLM):
+    results: list[tuple[int, ...]] = []
+
+    async def ask() -> None:
+        results.append(llm.generate("The", GREEDY)[0].token_ids)
+
+    threads = [threading.Thread(target=asyncio.run, args=(ask(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 4
+    assert len(set(results)) == 1
+
+
+def test_a_model_that_is_missing_is_explained():
+    with pytest.raises(StartupFailed, match="no such folder"):
+        LLM("/no/such/model")
+
+
+def test_a_closed_one_says_so_and_its_processes_are_gone():
+    llm = LLM(cluster_options={"executor": "instant"})
+    workers = [worker.info.pid for worker in llm.status().workers]
+    assert all(map(psutil.pid_exists, workers))
+    llm.close()
+    llm.close()
+    assert not any(map(psutil.pid_exists, workers))
+    with pytest.raises(WorkersUnavailable, match="closed"):
+        llm.generate("x")
+
+
+def test_the_end_of_the_program_is_the_end_of_its_cluster():
+    code = (
+        "from penstock import LLM\n"
+        "llm = LLM(cluster_options={'executor': 'instant'})\n"
+        "print(*(worker.info.pid for worker in llm.status().workers))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""
+    assert not any(psutil.pid_exists(int(pid)) for pid in done.stdout.split())
+
+
+def test_importing_penstock_is_light():
+    code = "import sys, penstock; print({'numpy', 'torch', 'asyncio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "set()\n", done.stderr
