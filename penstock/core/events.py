@@ -43,7 +43,7 @@ class RegionDescriptor(Struct, frozen=True, array_like=True):
 
 
 class Endpoint(Struct, frozen=True, array_like=True):
-    """Where a worker serves reads of its regions, by their index; for the transport `kind` alone."""
+    """Where a worker serves reads of its regions, by their index; for transport `kind` alone."""
 
     kind: str
     address: str
