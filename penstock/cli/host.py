@@ -29,6 +29,7 @@ from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
 from penstock.transfer.region import Region
 from penstock.transport.mover import BlockMover
 from penstock.transport.shm import SharedPool
+from penstock.transport.verify import digests_of, no_digests, verified
 from penstock.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _work(
     if settings.is_pinned:
         _pin(spec.index, threads)
     layout = facts.layout
+    is_instant = settings.executor == INSTANT_EXECUTOR
     pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
     regions = tuple(pool.region for pool in pools)
     execute, prepare = make_execute(regions, threads)
@@ -90,8 +92,10 @@ def _work(
     parts = WorkerParts(
         core=Worker(config),
         execute=execute,
+        # What the instant executor leaves in its blocks means nothing: there is nothing to verify.
+        digest=no_digests if is_instant else partial(digests_of, regions=regions),
         prepare=prepare,
-        move=mover.execute,
+        move=verified(mover.execute, regions),
         introduce=mover.add_peer,
         forget=mover.forget,
         regions=tuple(pool.descriptor for pool in pools),

@@ -21,6 +21,7 @@ from penstock.core.events import (
     Command,
     Drain,
     Event,
+    Expired,
     Hello,
     Load,
     Offered,
@@ -102,14 +103,16 @@ class Controller:
                 return self._submit(request, now_ns)
             case Cancel(request_id=request_id):
                 return self._cancel(request_id)
-            case Offered(request_id=wire_id, worker_id=worker_id):
-                return self._note_offered(wire_id, worker_id)
+            case Offered(request_id=wire_id):
+                return self._note_offered(wire_id)
             case Load(worker_id=worker_id):
                 if worker_id in self.workers:
                     self.workers[worker_id].load = event
                 return []
             case RequestFailed():
                 return self._take_failure(event, now_ns)
+            case Expired():
+                return self._take_expired(event, now_ns)
             case Hello(info=info):
                 return self._welcome(info, now_ns)
             case WorkerLost():
@@ -144,7 +147,7 @@ class Controller:
             return [WakeAt(now_ns + self.config.queue_timeout_ns, _QUEUE_KEY)]
         self._queue.pop(record.request_id, None)
         prefill_worker, decode_worker = pair
-        request = record.begin_attempt(prefill_worker, decode_worker)
+        request = record.begin_attempt(self.workers[prefill_worker], self.workers[decode_worker])
         self._by_wire_id[record.wire_id] = record
         is_alone = prefill_worker == decode_worker
         record.move_to(RequestState.DECODING if is_alone else RequestState.PREFILLING)
@@ -163,8 +166,7 @@ class Controller:
         Prefill work is on the books while the state is PREFILLING; KV space on the decode worker
         from assignment on, with the output that may still come.
         """
-        prefill = self.workers.get(record.prefill_worker or WorkerId(""))
-        decode = self.workers.get(record.decode_worker or WorkerId(""))
+        prefill, decode = record.prefill, record.decode
         if prefill is not None and record.state is RequestState.PREFILLING:
             prefill.prefill_tokens += sign * record.request.num_tokens
         if decode is not None:
@@ -174,10 +176,11 @@ class Controller:
         if prefill is not None and prefill is not decode:
             prefill.num_requests += sign
 
-    def _note_offered(self, wire_id: RequestId, worker_id: WorkerId) -> list[Command]:
+    def _note_offered(self, wire_id: RequestId) -> list[Command]:
         record = self._by_wire_id.get(wire_id)
         if record is not None and record.state is RequestState.PREFILLING:
-            self.workers[worker_id].prefill_tokens -= record.request.num_tokens
+            assert record.prefill is not None, wire_id
+            record.prefill.prefill_tokens -= record.request.num_tokens
             record.move_to(RequestState.HANDING_OFF)
         return []
 
@@ -205,8 +208,7 @@ class Controller:
     def _start_decoding(self, record: RequestRecord) -> None:
         """The first token may overtake the prefill worker's word that it has offered."""
         if record.state is RequestState.PREFILLING:
-            assert record.prefill_worker is not None
-            self._note_offered(record.wire_id, record.prefill_worker)
+            self._note_offered(record.wire_id)
         record.move_to(RequestState.DECODING)
 
     def _cancel(self, request_id: RequestId) -> list[Command]:
@@ -257,9 +259,7 @@ class Controller:
         reason = f"worker {event.worker_id} was lost ({event.reason})"
         for record in list(self.requests.values()):
             is_past_prefill = record.state is RequestState.DECODING
-            if event.worker_id == record.decode_worker or (
-                event.worker_id == record.prefill_worker and not is_past_prefill
-            ):
+            if worker is record.decode or (worker is record.prefill and not is_past_prefill):
                 commands += self._retry(record, reason, now_ns)
         return commands
 
@@ -271,6 +271,14 @@ class Controller:
             return self._retry(record, event.reason, now_ns)
         return self._call_off(record) + self._fail(record, event.reason)
 
+    def _take_expired(self, event: Expired, now_ns: int) -> list[Command]:
+        """Begin anew unless somebody decodes it: then only the word of it was lost."""
+        record = self._by_wire_id.get(event.request_id)
+        if record is None or record.state is RequestState.DECODING:
+            return []
+        reason = f"the offer of {event.worker_id} was not claimed within its lease"
+        return self._retry(record, reason, now_ns)
+
     def _retry(self, record: RequestRecord, reason: str, now_ns: int) -> list[Command]:
         """Begin another attempt with the output so far, or fail when all are used up."""
         commands = self._call_off(record)
@@ -279,7 +287,7 @@ class Controller:
         self._totals["retried"] += 1
         self._count(record, -1)
         self._by_wire_id.pop(record.wire_id, None)
-        record.prefill_worker = record.decode_worker = None
+        record.prefill = record.decode = None
         record.move_to(RequestState.QUEUED)
         return commands + self._place(record, now_ns)
 

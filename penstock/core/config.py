@@ -56,6 +56,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     is_prefix_caching: bool = True
     load_interval_ns: int = NS_PER_S
+    lease_ns: int = 5 * NS_PER_S
+    """How long offered blocks are kept for a decode worker that says nothing."""
 
 
 class ControllerConfig(Struct, frozen=True, kw_only=True):

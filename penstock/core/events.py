@@ -9,9 +9,9 @@ who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, PeerUp, PeerDown, Stop            worker
 controller              Tokens, RequestFailed                             front
-worker                  Hello, Load, Tokens, Offered, RequestFailed       controller
+worker                  Hello, Load, Tokens, Offered, Expired, RequestFailed  controller
 prefill worker          Offer, Withdraw                                   decode worker
-decode worker           Release                                           prefill worker
+decode worker           Renew, Release                                    prefill worker
 """
 
 from enum import Enum
@@ -23,7 +23,7 @@ from msgspec.msgpack import Decoder, Encoder
 from penstock.core.block import KVLayout
 from penstock.core.request import Request, Timeline
 from penstock.core.step import Sampled, Step, TokenLogprobs
-from penstock.core.types import BlockId, FinishReason, RequestId, Role, WorkerId
+from penstock.core.types import BlockId, Digest, FinishReason, RequestId, Role, WorkerId
 
 # ---------------------------------------------------------------------------------- what they carry
 
@@ -43,7 +43,7 @@ class RegionDescriptor(Struct, frozen=True, array_like=True):
 
 
 class Endpoint(Struct, frozen=True, array_like=True):
-    """Where a worker serves reads of its regions, by their index; for the transport `kind` alone."""
+    """Where a worker serves reads of its regions, by their index; for transport `kind` alone."""
 
     kind: str
     address: str
@@ -77,10 +77,14 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
 
 
 class GroupBlocks(Struct, frozen=True, array_like=True):
-    """Blocks of a request in one group: `block_ids[i]` is entry `first + i` of its block table."""
+    """Blocks of a request in one group: `block_ids[i]` is entry `first + i` of its block table.
+
+    `digests[i]` is over the content of block i as offered; there are none, or one for each block.
+    """
 
     first: int
     block_ids: tuple[BlockId, ...]
+    digests: tuple[Digest, ...] = ()
 
 
 class TokenOutput(Struct, frozen=True, array_like=True):
@@ -147,8 +151,10 @@ class Load(Tagged, frozen=True):
     """How full a worker is. Counts of requests by state, free and cached blocks per group, and
     totals since its start.
 
-    `preemptions` and the prefix figures are totals; `prefix_queries` and `prefix_hits` count prompt
-    tokens.
+    `preemptions` and what follows are totals. `prefix_queries` and `prefix_hits` count prompt
+    tokens; `pulls_corrupt` pulls whose content was not what was offered, `pulls_recomputed`
+    requests whose KV was computed again because it could not be pulled, `leases_expired` offers
+    nobody claimed.
     """
 
     worker_id: WorkerId
@@ -161,6 +167,9 @@ class Load(Tagged, frozen=True):
     prefix_queries: int = 0
     prefix_hits: int = 0
     steps: int = 0
+    pulls_corrupt: int = 0
+    pulls_recomputed: int = 0
+    leases_expired: int = 0
 
 
 class Tokens(Tagged, frozen=True):
@@ -172,6 +181,13 @@ class Tokens(Tagged, frozen=True):
 
 class Offered(Tagged, frozen=True):
     """The request's prefill is done and its blocks are offered to the decode worker."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+class Expired(Tagged, frozen=True):
+    """Nobody claimed the offered blocks within their lease; they are free again."""
 
     request_id: RequestId
     worker_id: WorkerId
@@ -191,7 +207,7 @@ class Offer(Tagged, frozen=True):
     then release.
 
     `num_tokens` is one less than the request's tokens: the decode worker computes the last one and
-    samples.
+    samples. The blocks are kept for `lease_ns` from when this is sent, and from every `Renew` on.
     """
 
     request: Request
@@ -200,6 +216,14 @@ class Offer(Tagged, frozen=True):
     num_tokens: int
     groups: tuple[GroupBlocks, ...]
     timeline: Timeline
+    lease_ns: int
+
+
+class Renew(Tagged, frozen=True):
+    """The offers of these requests are still wanted: keep their blocks for another lease."""
+
+    request_ids: tuple[RequestId, ...]
+    worker_id: WorkerId
 
 
 class Withdraw(Tagged, frozen=True):
@@ -227,8 +251,10 @@ Message = (
     | Load
     | Tokens
     | Offered
+    | Expired
     | RequestFailed
     | Offer
+    | Renew
     | Withdraw
     | Release
 )
@@ -249,19 +275,23 @@ class Drain(Struct, frozen=True, tag=True):
 
 
 class StepDone(Struct, frozen=True, tag=True, kw_only=True):
-    """The executor finished a step; `sampled[i]` belongs to `samples[i]`. `error` is set when it
-    failed as a whole.
+    """The executor finished a step; `sampled[i]` belongs to `samples[i]`, `digests` to `digests_of`
+    (empty when this executor takes none). `error` is set when it failed as a whole.
     """
 
     step_id: int
     sampled: tuple[Sampled, ...]
     started_ns: int
     finished_ns: int
+    digests: tuple[tuple[Digest, ...], ...] = ()
     error: str | None = None
 
 
 class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
-    """A move landed, or failed with `error`; then the destination blocks hold nothing of use."""
+    """A move landed, or failed with `error`; then the destination blocks hold nothing of use.
+
+    `is_corrupt`: it landed, but a digest is not that of the offer.
+    """
 
     move_id: int
     num_bytes: int
@@ -270,6 +300,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     started_ns: int
     finished_ns: int
     error: str | None = None
+    is_corrupt: bool = False
 
 
 class Woken(Struct, frozen=True, tag=True):
@@ -299,7 +330,11 @@ class Span(Struct, frozen=True, array_like=True):
 
 
 class Move(Struct, frozen=True, kw_only=True):
-    """Copy blocks of a peer into our own pool: `spans[g]` are those of group g."""
+    """Copy blocks of a peer into our own pool: `spans[g]` are those of group g.
+
+    `digests[g]` are what the copied blocks of group g must have, in the order of the spans; empty
+    where the offer had none.
+    """
 
     move_id: int
     kind: MoveClass
@@ -307,6 +342,7 @@ class Move(Struct, frozen=True, kw_only=True):
     source: WorkerId
     epoch: int
     spans: tuple[tuple[Span, ...], ...]
+    digests: tuple[tuple[Digest, ...], ...] = ()
 
 
 class Send(Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from penstock.core.request import SamplingParams
+from penstock.core.types import BlockId
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -39,6 +40,8 @@ class Step(Struct, frozen=True):
                  block_size). Entries behind a sliding window or beyond the sequence are 0 and are
                  never read.
     samples      the sequences whose last new token is their last known one
+    digests_of   per group, the blocks whose content is complete with this step: a digest is
+                 taken of each when the step is over
     """
 
     step_id: int
@@ -47,6 +50,7 @@ class Step(Struct, frozen=True):
     num_computed: Int32
     block_tables: tuple[Int32, ...]
     samples: tuple[SampleRow, ...]
+    digests_of: tuple[tuple[BlockId, ...], ...] = ()
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

@@ -22,6 +22,10 @@ CONTROLLER: Final = WorkerId("controller")
 
 NS_PER_S: Final = 1_000_000_000
 NS_PER_MS: Final = 1_000_000
+Digest = NewType("Digest", int)
+"""64 bits over the bytes of a block (xxh3); 0 where none was taken."""
+NO_DIGEST: Final = Digest(0)
+
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB

@@ -19,7 +19,7 @@ from typing import Final
 from penstock.core.block import KVLayout
 from penstock.core.events import GroupBlocks
 from penstock.core.step import Int32
-from penstock.core.types import BlockHash, BlockId, RequestId
+from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.allocator import run_lengths
 from penstock.kv.group import GroupCache, Held, Pull
 from penstock.kv.table import BlockTables
@@ -152,7 +152,7 @@ class KVCache:
             first = group.first_needed(num_tokens)
             assert held.start <= first, f"{request_id} let go of entry {first} already"
             assert end <= len(held.block_ids), f"{request_id} has {held}, not {end} blocks"
-            offered.append(GroupBlocks(first, tuple(held.block_ids[first:end])))
+            offered.append(group.offer(held, first, end))
         return tuple(offered)
 
     def adopt(
@@ -181,6 +181,11 @@ class KVCache:
         pulled = (i for _, offer, hits in plan for i in entries[offer.first :] if i not in hits)
         cached = min(pulled, default=len(entries))
         return Adoption(min(cached * self._block_size, num_tokens), pulls)
+
+    def note_digests(self, group: int, digests: Iterable[tuple[BlockId, Digest]]) -> None:
+        """Remember the digests of blocks of one group whose content is complete."""
+        for block_id, digest in digests:
+            self.groups[group].pool.note_digest(block_id, digest)
 
     # --- queries
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from penstock.core.block import KVGroup
 from penstock.core.events import GroupBlocks
-from penstock.core.types import BlockHash, BlockId
+from penstock.core.types import BlockHash, BlockId, Digest
 from penstock.kv.allocator import run_lengths
 from penstock.kv.pool import BlockPool
 
@@ -22,10 +22,13 @@ NO_BLOCK: Final = BlockId(0)
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Blocks still to be copied: the peer's `source_ids[i]` into our `destination_ids[i]`."""
+    """Blocks still to be copied: the peer's `source_ids[i]` into our `destination_ids[i]`, where
+    `digests[i]` must come out, if the offer has digests.
+    """
 
     source_ids: tuple[BlockId, ...]
     destination_ids: tuple[BlockId, ...]
+    digests: tuple[Digest, ...] = ()
 
 
 @dataclass(slots=True)
@@ -98,13 +101,22 @@ class GroupCache:
         """Hold the hits, and new blocks in runs like the offer's for everything else."""
         self.pool.hold(hits.values())
         source_of = dict(enumerate(offer.block_ids, offer.first))
+        digest_of = dict(enumerate(offer.digests, offer.first))
         missing = [i for i in source_of if i not in hits]
         source_ids = [source_of[i] for i in missing]
         destination_ids = self.pool.allocate_like(run_lengths(source_ids))
         assert destination_ids is not None, f"room for {len(missing)} blocks vanished"
         block_of = {**hits, **dict(zip(missing, destination_ids, strict=True))}
         block_ids = [NO_BLOCK] * offer.first + [block_of[i] for i in source_of]
-        return Held(offer.first, block_ids), Pull(tuple(source_ids), tuple(destination_ids))
+        digests = tuple(digest_of[i] for i in missing) if digest_of else ()
+        pull = Pull(tuple(source_ids), tuple(destination_ids), digests)
+        return Held(offer.first, block_ids), pull
+
+    def offer(self, held: Held, first: int, end: int) -> GroupBlocks:
+        """Return entries `[first, end)` as they are offered; with digests if all have one."""
+        block_ids = tuple(held.block_ids[first:end])
+        digests = tuple(map(self.pool.digest, block_ids))
+        return GroupBlocks(first, block_ids, digests if all(digests) else ())
 
     def extend(self, held: Held, count: int) -> list[BlockId]:
         """Append `count` blocks, adjacent to the last where possible; the caller saw the room."""

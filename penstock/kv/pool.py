@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from penstock.core.block import BlockState
-from penstock.core.types import BlockHash, BlockId
+from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
 from penstock.kv.prefix_cache import PrefixCache
 
@@ -37,6 +37,7 @@ class BlockPool:
         self.prefix_cache = PrefixCache()
         self._num_holders = [0] * num_blocks
         self._generations = [0] * num_blocks
+        self._digests = [NO_DIGEST] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -71,6 +72,14 @@ class BlockPool:
     def generation(self, block_id: BlockId) -> int:
         """Return how often the block was handed out; an older number means other contents."""
         return self._generations[block_id]
+
+    def digest(self, block_id: BlockId) -> Digest:
+        """Return the digest of the block's content, or `NO_DIGEST`."""
+        return self._digests[block_id]
+
+    def note_digest(self, block_id: BlockId, digest: Digest) -> None:
+        """Remember the digest of a block whose content is complete, until it is handed out anew."""
+        self._digests[block_id] = digest
 
     def allocate(self, count: int, *, after: BlockId | None = None) -> list[BlockId] | None:
         """Hold `count` new blocks, right behind `after` if possible; None changes nothing."""
@@ -153,4 +162,5 @@ class BlockPool:
             assert not self._num_holders[block_id], f"block {block_id} was handed out while held"
             self._num_holders[block_id] = 1
             self._generations[block_id] += 1
+            self._digests[block_id] = NO_DIGEST
         return block_ids

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 from penstock.core.events import StepDone
 from penstock.core.step import Sampled, Step
+from penstock.core.types import Digest
 from penstock.runtime.lane import Lane
 
 
 class ThreadExecutor:
-    """Runs `execute` for one step at a time.
+    """Runs `execute` for one step at a time, and then `digest` of the blocks that it completed.
 
     A step that raises is answered with `error` set, and its traceback is on stderr; what then
     becomes of the worker is for its core and its process to say.
@@ -19,9 +20,11 @@ class ThreadExecutor:
         self,
         execute: Callable[[Step], tuple[Sampled, ...]],
         *,
+        digest: Callable[[Step], tuple[tuple[Digest, ...], ...]] = lambda _step: (),
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._execute = execute
+        self._digest = digest
         self._lane: Lane[StepDone] = Lane("steps", on_crash=self._crash, prepare=prepare)
         self._done: Callable[[StepDone], None] | None = None
         self._step_id = 0
@@ -47,6 +50,7 @@ class ThreadExecutor:
         return StepDone(
             step_id=step.step_id,
             sampled=sampled,
+            digests=self._digest(step),
             started_ns=started_ns,
             finished_ns=time.monotonic_ns(),
         )

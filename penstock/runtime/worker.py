@@ -27,7 +27,7 @@ from penstock.core.events import (
 from penstock.core.node import Node
 from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step
-from penstock.core.types import CONTROLLER, WorkerId
+from penstock.core.types import CONTROLLER, Digest, WorkerId
 from penstock.runtime.clock import LoopClock
 from penstock.runtime.executor import ThreadExecutor
 from penstock.runtime.journal import open_journal
@@ -47,6 +47,7 @@ class WorkerParts:
 
     core: Core
     execute: Callable[[Step], tuple[Sampled, ...]]
+    digest: Callable[[Step], tuple[tuple[Digest, ...], ...]]
     prepare: Callable[[], None]
     move: Callable[[Move], MoveDone]
     introduce: Callable[[WorkerInfo], None]
@@ -88,7 +89,9 @@ class _WorkerProcess:
         self._messenger = Messenger(
             config.worker_id, config.epoch, self._place.folder, self._receive
         )
-        executor = ThreadExecutor(self._parts.execute, prepare=self._parts.prepare)
+        executor = ThreadExecutor(
+            self._parts.execute, digest=self._parts.digest, prepare=self._parts.prepare
+        )
         transport = LaneTransport(self._messenger, self._parts.move)
         log = open_journal(self._place.decision_log, f".{config.worker_id}.{config.epoch}")
         self._node = Node(

@@ -19,10 +19,17 @@ from penstock.core.events import StepDone
 from penstock.core.request import Request
 from penstock.core.step import Sampled, Step
 from penstock.sim.clock import SimClock
+from penstock.transfer.digest import take_digests
+from penstock.transfer.region import Bytes2D
 
 VOCAB_SIZE = 1000
 _MASK = (1 << 64) - 1
 Pool = npt.NDArray[np.uint64]
+
+
+def as_bytes(pool: Pool) -> Bytes2D:
+    """View a pool's blocks as the bytes that digests are taken of."""
+    return pool.view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +50,14 @@ class SimExecutor:
     """The executor port: calls `model` and answers after the time `cost` says."""
 
     def __init__(
-        self, clock: SimClock, cost: StepCost, model: Callable[[Step], tuple[Sampled, ...]]
+        self,
+        clock: SimClock,
+        cost: StepCost,
+        model: Callable[[Step], tuple[Sampled, ...]],
+        pools: tuple[Pool, ...],
     ) -> None:
         self._clock = clock
+        self._pools = pools
         self._cost = cost
         self._model = model
 
@@ -58,10 +70,12 @@ class SimExecutor:
             # KV is written when the step ends, so a block freed too early is caught with another's
             # content in it.
             sampled = self._model(step)
+            digests = zip(self._pools, step.digests_of, strict=True)
             done(
                 StepDone(
                     step_id=step.step_id,
                     sampled=sampled,
+                    digests=tuple(take_digests(as_bytes(pool), ids) for pool, ids in digests),
                     started_ns=started_ns,
                     finished_ns=finished_ns,
                 )

@@ -10,10 +10,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from penstock.core.events import Message, Move, MoveDone
-from penstock.core.types import WorkerId
+from penstock.core.types import CONTROLLER, FRONT, WorkerId
 from penstock.sim.clock import SimClock
-from penstock.sim.executor import Pool
+from penstock.sim.executor import Pool, as_bytes
+from penstock.transfer.digest import is_corrupt
 
 Deliver = Callable[[Message], None]
 
@@ -22,12 +25,22 @@ Deliver = Callable[[Message], None]
 class LinkCost:
     """A message takes `latency_ns` and up to `jitter_ns` more; a move `latency_ns + spans * span_ns
     + bytes / rate`.
+
+    The rest is what goes wrong between workers, as probabilities: a message is lost, comes twice,
+    or is overtaken by later ones for up to `late_ns`; a move fails, or lands with a flipped bit.
+    What the controller says and hears is never lost: that link breaks as a whole, with the worker.
     """
 
     latency_ns: int = 50_000
     jitter_ns: int = 0
     span_ns: int = 2_000
     bytes_per_s: int = 10_000_000_000
+    loss: float = 0.0
+    duplication: float = 0.0
+    lateness: float = 0.0
+    late_ns: int = 0
+    move_failure: float = 0.0
+    corruption: float = 0.0
 
 
 class SimNetwork:
@@ -72,7 +85,18 @@ class SimNetwork:
             if self._nodes.get(to) == receiver:
                 receiver[1](message)
 
-        self.clock.call_at(at_ns, arrive)
+        is_between_workers = not {sender, to} & {CONTROLLER, FRONT}
+        for copy_at_ns in self._misfortunes(at_ns) if is_between_workers else [at_ns]:
+            self.clock.call_at(copy_at_ns, arrive)
+
+    def _misfortunes(self, at_ns: int) -> list[int]:
+        """Return when a message arrives: never, once or twice, in time or late."""
+        cost, rng = self.cost, self.rng
+        copies = 1 + (rng.random() < cost.duplication) if rng.random() >= cost.loss else 0
+        return [
+            at_ns + (rng.randint(0, cost.late_ns) if rng.random() < cost.lateness else 0)
+            for _ in range(copies)
+        ]
 
     def submit(
         self,
@@ -101,9 +125,13 @@ class SimNetwork:
             if not is_alive():
                 return
             source = self._pools.get((move.source, move.epoch))
-            error = None if source is not None else f"{move.source} is gone"
-            if source is not None:
+            error = None
+            if source is None or self.rng.random() < self.cost.move_failure:
+                error = f"{move.source} is gone"
+            else:
                 _copy(source, own, move)
+                if num_bytes and self.rng.random() < self.cost.corruption:
+                    _flip_a_bit(own, move, self.rng)
             done(
                 MoveDone(
                     move_id=move.move_id,
@@ -113,6 +141,7 @@ class SimNetwork:
                     started_ns=started_ns,
                     finished_ns=self.clock.now_ns(),
                     error=error,
+                    is_corrupt=error is None and is_corrupt(move, [as_bytes(pool) for pool in own]),
                 )
             )
 
@@ -142,6 +171,12 @@ class SimTransport:
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
         """Pull blocks."""
         self._network.submit(self._pools, move, self._is_alive, done)
+
+
+def _flip_a_bit(pools: tuple[Pool, ...], move: Move, rng: random.Random) -> None:
+    group = rng.choice([g for g, spans in enumerate(move.spans) if spans])
+    span = rng.choice(move.spans[group])
+    pools[group][span.destination + rng.randrange(span.num_blocks), 0] ^= np.uint64(1)
 
 
 def _copy(source: tuple[Pool, ...], destination: tuple[Pool, ...], move: Move) -> None:

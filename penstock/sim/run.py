@@ -75,9 +75,10 @@ class SimWorker:
         self.log = DecisionLog()
         transport = SimTransport(network, self.config.worker_id, self.pools, lambda: self.is_alive)
         model = ChainModel(spec.layout, self.pools)
-        executor = SimExecutor(network.clock, spec.step_cost, model.execute)
+        executor = SimExecutor(network.clock, spec.step_cost, model.execute, self.pools)
+        self._clock = network.clock
         self._node = Node(
-            self.core, clock=network.clock, transport=transport, executor=executor, log=self.log
+            self.core, clock=self, transport=transport, executor=executor, log=self.log
         )
         network.join(self.config.worker_id, self.deliver)
         network.register(self.config.worker_id, epoch, self.pools)
@@ -87,6 +88,19 @@ class SimWorker:
         """Take an event in, unless dead."""
         if self.is_alive:
             self._node.deliver(event)
+
+    def now_ns(self) -> int:
+        """Return the simulated time."""
+        return self._clock.now_ns()
+
+    def call_at(self, at_ns: int, callback: Callable[[], None]) -> None:
+        """Call back, unless dead by then: a process takes its timers with it."""
+
+        def ring() -> None:
+            if self.is_alive:
+                callback()
+
+        self._clock.call_at(at_ns, ring)
 
     def _info(self) -> WorkerInfo:
         config = self.config

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.core.config import WorkerConfig
-from penstock.core.step import SampleRow, Step
+from penstock.core.step import Int32, SampleRow, Step
+from penstock.core.types import BlockId
 from penstock.kv.cache import KVCache
 from penstock.worker.sequence import Sequence, SequenceState
 
@@ -47,6 +48,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the line."""
         self.waiting.append(sequence)
+
+    def add_first(self, sequence: Sequence) -> None:
+        """Put a sequence whose KV has to be computed again at the front of the line."""
+        self.waiting.appendleft(sequence)
 
     def start(self, sequence: Sequence) -> None:
         """Let a sequence that already has its blocks take part from the next step on. Keeps arrival
@@ -129,7 +134,7 @@ class Scheduler:
         victim.num_computed = victim.capacity_tokens = 0
         victim.is_preempted = True
         victim.move_to(SequenceState.WAITING)
-        self.waiting.appendleft(victim)
+        self.add_first(victim)
 
     def _admit(self, parts: list[tuple[Sequence, int]], budget_tokens: int) -> None:
         """Start waiting sequences while budget, seats and blocks last; strictly in line."""
@@ -180,18 +185,40 @@ class Scheduler:
         num_computed = [sequence.num_computed for sequence, _ in parts]
         num_new_tokens = [num_new for _, num_new in parts]
         self.num_steps += 1
+        block_tables = self._kv.tables(
+            [sequence.request_id for sequence, _ in parts],
+            max(map(int.__add__, num_computed, num_new_tokens)),
+        )
         step = Step(
             step_id=self.num_steps,
             token_ids=np.array(token_ids, dtype=np.int64),
             num_new=np.array(num_new_tokens, dtype=np.int32),
             num_computed=np.array(num_computed, dtype=np.int32),
-            block_tables=self._kv.tables(
-                [sequence.request_id for sequence, _ in parts],
-                max(map(int.__add__, num_computed, num_new_tokens)),
-            ),
+            block_tables=block_tables,
             samples=tuple(samples),
+            digests_of=self._completed(parts, block_tables),
         )
         return Plan(step, tuple(parts))
+
+    def _completed(
+        self, parts: list[tuple[Sequence, int]], block_tables: tuple[Int32, ...]
+    ) -> tuple[tuple[BlockId, ...], ...]:
+        """Return the blocks, per group, that are complete after the step: full ones, and the last
+        one of a sequence that is handed off then.
+        """
+        size = self._config.layout.block_size
+        entries: list[tuple[int, int]] = []
+        for row, (sequence, num_new) in enumerate(parts):
+            begin, end = sequence.num_computed, sequence.num_computed + num_new
+            first, stop = begin // size, end // size
+            if sequence.num_left_over and end == sequence.target_tokens:
+                stop = -(-end // size)
+            if first < stop:
+                entries += [(row, entry) for entry in range(first, stop)]
+        if not entries:
+            return ((),) * len(block_tables)
+        rows, columns = zip(*entries, strict=True)
+        return tuple(tuple(table[rows, columns].tolist()) for table in block_tables)
 
 
 def _arrival(sequence: Sequence) -> int:

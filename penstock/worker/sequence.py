@@ -1,12 +1,12 @@
 """`Sequence`: a worker's own mutable record of one request, and the states it may be in.
 
-state      holds blocks   means
-WAITING    no             wants its KV computed; the first in line runs when there is room
-RUNNING    yes            takes part in steps until its computed tokens catch up with its tokens
-OFFERED    yes            prefill is done, the blocks are another worker's to pull
-PULLING    yes            blocks are reserved and being filled from a peer
-CLOSING    yes            nobody wants it any more, but a step or a copy still touches its blocks
-GONE       no             forgotten
+state         holds blocks   means
+WAITING       no             wants its KV computed; the first in line runs when there is room
+RUNNING       yes            takes part in steps until its computed tokens catch up with its tokens
+HANDING_OFF   yes            a peer reads its blocks, or they are being filled from a peer's; its
+                             session says how far that is (`transfer/session.py`)
+CLOSING       yes            nobody wants it any more, but a step still writes its blocks
+GONE          no             forgotten
 
 Whoever moves a sequence calls `move_to`, which knows the table.
 """
@@ -25,19 +25,17 @@ class SequenceState(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
-    OFFERED = "offered"
-    PULLING = "pulling"
+    HANDING_OFF = "handing_off"
     CLOSING = "closing"
     GONE = "gone"
 
 
 _S = SequenceState
 SEQUENCE_TRANSITIONS: Final[dict[SequenceState, frozenset[SequenceState]]] = {
-    # A prompt whose KV is all cached is offered without running.
-    _S.WAITING: frozenset({_S.RUNNING, _S.OFFERED, _S.GONE}),
-    _S.RUNNING: frozenset({_S.WAITING, _S.OFFERED, _S.CLOSING, _S.GONE}),
-    _S.OFFERED: frozenset({_S.CLOSING, _S.GONE}),
-    _S.PULLING: frozenset({_S.RUNNING, _S.CLOSING, _S.GONE}),
+    _S.WAITING: frozenset({_S.RUNNING, _S.GONE}),
+    _S.RUNNING: frozenset({_S.WAITING, _S.HANDING_OFF, _S.CLOSING, _S.GONE}),
+    # Back to the line: what could not be pulled is computed here.
+    _S.HANDING_OFF: frozenset({_S.RUNNING, _S.WAITING, _S.GONE}),
     _S.CLOSING: frozenset({_S.GONE}),
     _S.GONE: frozenset(),
 }
@@ -98,7 +96,7 @@ class Sequence:
         self.num_computed = 0
         self.capacity_tokens = 0
         self.hashes: list[BlockHash] = []
-        self.state = SequenceState.PULLING if prefill_worker else SequenceState.WAITING
+        self.state = SequenceState.HANDING_OFF if prefill_worker else SequenceState.WAITING
         self.is_preempted = False
         self.is_first_token_out = bool(request.output_token_ids)
 

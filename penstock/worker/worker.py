@@ -21,19 +21,22 @@ from penstock.core.events import (
     PeerDown,
     PeerUp,
     Release,
+    Renew,
     RequestFailed,
     RunStep,
     Send,
     StepDone,
+    SubmitMove,
     TokenOutput,
     Tokens,
     Withdraw,
+    Woken,
 )
 from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
-from penstock.worker.decode import PullDesk
-from penstock.worker.prefill import OfferDesk
+from penstock.worker.decode import RENEW_KEY, PullDesk
+from penstock.worker.prefill import LEASE_KEY, OfferDesk
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 
@@ -76,14 +79,18 @@ class Worker:
             case Assign():
                 return self._assign(event)
             case Offer():
-                self.pulls.receive(event, now_ns)
-                return []
+                return self._receive(event, now_ns)
             case MoveDone():
                 return self._land(event, now_ns)
             case Release(request_id=request_id):
                 if self.offers.release(request_id):
                     del self.sequences[request_id]
                 return []
+            case Renew(request_ids=request_ids):
+                self.offers.renew(request_ids, now_ns)
+                return []
+            case Woken(key=key):
+                return self._wake(key, now_ns)
             case Cancel(request_id=request_id):
                 return self._cancel(request_id)
             case Withdraw(request_id=request_id, source=source):
@@ -95,7 +102,8 @@ class Worker:
                 self._peers.discard(worker_id)
                 for sequence in self.offers.release_all_of(worker_id):
                     del self.sequences[sequence.request_id]
-                return self.pulls.drop_all_of(worker_id)
+                self.pulls.drop_all_of(worker_id)
+                return []
             case _:
                 return []  # Stop concerns the runtime alone
 
@@ -115,11 +123,32 @@ class Worker:
         self.scheduler.add(sequence)
         return []
 
+    def _receive(self, offer: Offer, now_ns: int) -> list[Command]:
+        """Queue an offer. One that is known already came twice, or its `Release` was lost."""
+        sequence = self.sequences.get(offer.request.request_id)
+        if sequence is None:
+            return self.pulls.receive(offer, now_ns)
+        if sequence.state is SequenceState.HANDING_OFF:
+            return []
+        return [self._release_to(offer.source, sequence.request_id)]
+
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
         sequence, commands = self.pulls.land(event, now_ns)
-        if sequence.state is SequenceState.PULLING:
-            self.scheduler.start(sequence)
-        else:
+        match sequence.state:
+            case SequenceState.WAITING:
+                self.scheduler.add_first(sequence)
+            case SequenceState.GONE:
+                self._drop(sequence)
+            case _ if not any(isinstance(command, SubmitMove) for command in commands):
+                self.scheduler.start(sequence)
+        return commands
+
+    def _wake(self, key: str, now_ns: int) -> list[Command]:
+        if key == RENEW_KEY:
+            return self.pulls.renew(now_ns)
+        assert key == LEASE_KEY, key
+        expired, commands = self.offers.expire(now_ns)
+        for sequence in expired:
             del self.sequences[sequence.request_id]
         return commands
 
@@ -129,12 +158,12 @@ class Worker:
         if sequence is None:
             return self.pulls.drop(request_id)
         match sequence.state:
-            case SequenceState.OFFERED | SequenceState.CLOSING if request_id in self.offers.offered:
+            case SequenceState.HANDING_OFF if request_id in self.offers.offered:
                 return self.offers.withdraw(sequence)
+            case SequenceState.HANDING_OFF:
+                self.pulls.cancel(sequence)
             case SequenceState.CLOSING:
                 return []
-            case SequenceState.PULLING:
-                sequence.move_to(SequenceState.CLOSING)
             case _:
                 self.scheduler.remove(sequence)
                 if self._is_in_step(sequence):
@@ -150,18 +179,25 @@ class Worker:
         has released before.
         """
         sequence = self.sequences.get(request_id)
-        if sequence is not None:
+        if sequence is not None and sequence.state is SequenceState.HANDING_OFF:
             return self._cancel(request_id)
-        return self.pulls.drop(request_id) or [
-            Send(source, Release(request_id=request_id, worker_id=self.config.worker_id))
-        ]
+        if sequence is not None:
+            return [*self._cancel(request_id), self._release_to(source, request_id)]
+        return self.pulls.drop(request_id) or [self._release_to(source, request_id)]
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back whatever blocks a sequence holds and drop it."""
         if sequence.state is not SequenceState.WAITING:
             self.kv.close(sequence.request_id)
         sequence.move_to(SequenceState.GONE)
+        self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
         del self.sequences[sequence.request_id]
+        self.pulls.bury(sequence.request_id)
+
+    def _release_to(self, source: WorkerId, request_id: RequestId) -> Command:
+        return Send(source, Release(request_id=request_id, worker_id=self.config.worker_id))
 
     def _is_in_step(self, sequence: Sequence) -> bool:
         return self._plan is not None and any(part is sequence for part, _ in self._plan.parts)
@@ -234,6 +270,10 @@ class Worker:
         # elsewhere.
         assert event.error is None, event.error
         commands: list[Command] = []
+        if event.digests:
+            taken = zip(plan.step.digests_of, event.digests, strict=True)
+            for group, (block_ids, digests) in enumerate(taken):
+                self.kv.note_digests(group, zip(block_ids, digests, strict=True))
         for sequence, num_new in plan.parts:
             if sequence.state is SequenceState.CLOSING:
                 self._forget(sequence)
@@ -309,6 +349,9 @@ class Worker:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             steps=scheduler.num_steps,
+            pulls_corrupt=self.pulls.num_corrupt,
+            pulls_recomputed=self.pulls.num_recomputed,
+            leases_expired=self.offers.num_expired,
         )
 
     def check(self) -> None:

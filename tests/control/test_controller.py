@@ -222,6 +222,16 @@ def test_requests_wait_for_a_first_worker_but_not_for_ever() -> None:
     assert story.wakes
 
 
+def test_what_a_dead_worker_had_is_not_booked_on_its_successor() -> None:
+    story = Story("p0", "d0")
+    story.submit("r")
+    story.tokens("d0", "r", 5)
+    story.lose("p0")
+    story.join("p0", epoch=2)
+    story.tokens("d0", "r", 6, is_last=True)
+    assert [w.assigned for w in story.controller.status().workers] == [0, 0]
+
+
 def test_a_death_that_is_reported_late_does_not_hit_the_successor() -> None:
     story = Story("m0")
     story.lose("m0")

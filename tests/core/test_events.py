@@ -22,7 +22,7 @@ from penstock.core.events import (
 )
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.step import TokenLogprobs
-from penstock.core.types import BlockId, FinishReason, RequestId, Role, WorkerId
+from penstock.core.types import BlockId, Digest, FinishReason, RequestId, Role, WorkerId
 
 REQUEST = Request(
     request_id=RequestId("r"),
@@ -38,8 +38,9 @@ MESSAGES: list[Message] = [
         source=WorkerId("p"),
         epoch=3,
         num_tokens=3,
-        groups=(GroupBlocks(0, (BlockId(4), BlockId(5))),),
+        groups=(GroupBlocks(0, (BlockId(4), BlockId(5)), (Digest(2**64 - 1), Digest(1))),),
         timeline=Timeline(offered_ns=1, prefill_worker="p"),
+        lease_ns=5,
     ),
     Tokens(
         worker_id=WorkerId("d"),

@@ -1,0 +1,29 @@
+"""Digests of blocks: what makes a wrong byte visible.
+
+Taken by the owner when a block's content is complete, and by the reader of what it has copied. 64
+bits of xxh3: an accident goes unnoticed once in 2^64; it is no defence against an author of bytes.
+
+Source: XXH3 (Yann Collet), by the xxhash package.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from xxhash import xxh3_64_intdigest
+
+from penstock.core.events import Move
+from penstock.core.types import NO_DIGEST, BlockId, Digest
+from penstock.transfer.region import Bytes2D
+
+
+def take_digests(blocks: Bytes2D, block_ids: Iterable[BlockId]) -> tuple[Digest, ...]:
+    """Return the digest of each block; `blocks` is [num_blocks, block_bytes] uint8, contiguous."""
+    return tuple(Digest(xxh3_64_intdigest(blocks[i].data) or ~NO_DIGEST) for i in block_ids)
+
+
+def is_corrupt(move: Move, pools: Sequence[Bytes2D]) -> bool:
+    """Tell whether what a move has put into our `pools` is not what its digests say."""
+    for blocks, spans, digests in zip(pools, move.spans, move.digests, strict=False):
+        landed = (BlockId(s.destination + i) for s in spans for i in range(s.num_blocks))
+        if digests and take_digests(blocks, landed) != digests:
+            return True
+    return False

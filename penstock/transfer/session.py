@@ -1,0 +1,75 @@
+"""The hand-off session: where one request's crossing stands, on the side that offers and on the
+side that pulls.
+
+source    OFFERED ──Release──► RELEASED            the decode worker has it, or wants it not
+             │──Cancel──► ABORTED ──Release──► RELEASED
+             └──lease over──► EXPIRED               also from ABORTED: nobody answers any more
+sink      OFFERED ──room──► IN_FLIGHT ──copied──► LANDED ──digests agree──► VERIFIED ──► RELEASED
+             │                 │ ▲                   │
+             │                 │ └────once more──────┤ a digest is wrong
+             └──cancel──► ABORTED ◄──────────────────┘ wrong again, or not to be had: recompute
+
+A source keeps its blocks while the lease runs. The sink renews it from the moment an offer is
+queued there, so a dead sink costs them for one lease and no longer. A sink that was too late reads
+what is no longer the offer's, which the digests show. Both sides take every message any number of
+times and in any order: what does not fit the state is answered or ignored, never acted upon.
+
+Pure; `worker/prefill.py` and `worker/decode.py` hold the sessions.
+"""
+
+from enum import Enum
+from typing import Final
+
+from penstock.core.types import RequestId, WorkerId
+
+
+class SessionState(Enum):
+    """See the module's table."""
+
+    OFFERED = "offered"
+    IN_FLIGHT = "in_flight"
+    LANDED = "landed"
+    VERIFIED = "verified"
+    RELEASED = "released"
+    ABORTED = "aborted"
+    EXPIRED = "expired"
+
+
+_S = SessionState
+SOURCE: Final[dict[SessionState, frozenset[SessionState]]] = {
+    _S.OFFERED: frozenset({_S.RELEASED, _S.ABORTED, _S.EXPIRED}),
+    _S.ABORTED: frozenset({_S.RELEASED, _S.EXPIRED}),
+}
+SINK: Final[dict[SessionState, frozenset[SessionState]]] = {
+    _S.OFFERED: frozenset({_S.IN_FLIGHT, _S.ABORTED}),
+    _S.IN_FLIGHT: frozenset({_S.LANDED, _S.ABORTED}),
+    _S.LANDED: frozenset({_S.VERIFIED, _S.IN_FLIGHT, _S.ABORTED}),
+    _S.VERIFIED: frozenset({_S.RELEASED}),
+    _S.ABORTED: frozenset({_S.RELEASED}),
+}
+
+
+class Session:
+    """One side of one crossing. `table` is `SOURCE` or `SINK`; `peer` is the other side."""
+
+    __slots__ = ("expires_ns", "num_pulls", "peer", "request_id", "state", "table")
+
+    def __init__(
+        self,
+        request_id: RequestId,
+        peer: WorkerId,
+        table: dict[SessionState, frozenset[SessionState]],
+        expires_ns: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.peer = peer
+        self.table = table
+        self.expires_ns = expires_ns
+        self.state = SessionState.OFFERED
+        self.num_pulls = 0
+
+    def move_to(self, state: SessionState) -> None:
+        """Change state along the table."""
+        following = self.table.get(self.state, frozenset())
+        assert state in following, (self.request_id, self.state, state)
+        self.state = state

@@ -1,0 +1,158 @@
+"""The decode worker's half of the hand-off, as stories."""
+
+import pytest
+
+from penstock.core.events import (
+    Cancel,
+    PeerDown,
+    Release,
+    Renew,
+    Tokens,
+    Withdraw,
+    Woken,
+)
+from penstock.core.types import RequestId
+from tests.worker.story import D0, P0, Story, offer_of
+
+
+def test_an_offer_is_pulled_released_and_continued() -> None:
+    story = Story(D0)
+    offer = offer_of("r", 40, max_tokens=1)
+    story.tell(offer)
+    (span,) = story.moves[0].move.spans[0]
+    assert span.num_blocks == 3
+    assert not story.steps
+    story.land()
+    (release,) = story.heard(Release)
+    assert release.request_id == "r"
+    step = story.step()
+    assert (step.num_new.tolist(), step.num_computed.tolist()) == ([1], [39])
+    (tokens,) = story.heard(Tokens)
+    parts = tokens.outputs[0].timeline.ledger(delivered_ns=story.now_ns)
+    assert sum(v for k, v in parts.items() if k != "ttft") == pytest.approx(parts["ttft"])
+    story.assert_empty()
+
+
+def test_blocks_that_are_here_already_are_not_pulled_again() -> None:
+    story = Story(D0)
+    for name in ("r", "again"):
+        story.tell(offer_of(name, 40, max_tokens=1))
+        sizes = [span.num_blocks for span in story.moves[0].move.spans[0]]
+        story.land()
+        story.step()
+    assert sum(sizes) == 1  # the tail alone: two full blocks were cached by the first
+
+
+def test_an_offer_waits_for_room_and_then_comes_in() -> None:
+    story = Story(D0, num_blocks=4)
+    story.tell(offer_of("first", 40, max_tokens=2))
+    story.tell(offer_of("second", 41, max_tokens=1))
+    assert len(story.moves) == 1
+    story.land()
+    story.step()
+    story.step()
+    assert len(story.moves) == 1
+    assert story.worker.load().waiting == 0
+
+
+def test_what_cannot_be_pulled_is_computed_here() -> None:
+    story = Story(D0)
+    story.tell(offer_of("r", 40, max_tokens=1))
+    story.land(error="link cut")
+    assert story.heard(Release)
+    assert story.step().num_new.tolist() == [40]
+    assert story.heard(Tokens)
+    assert story.worker.load().pulls_recomputed == 1
+    story.assert_empty()
+
+
+def test_what_is_corrupt_is_pulled_once_more_and_then_computed_here() -> None:
+    for num_corrupt in (1, 2):
+        story = Story(D0)
+        story.tell(offer_of("r", 40, max_tokens=1))
+        for _ in range(num_corrupt):
+            story.land(is_corrupt=True)
+        if num_corrupt == 1:
+            story.land()
+        assert len(story.heard(Release)) == 1
+        assert story.step().num_new.tolist() == [1 if num_corrupt == 1 else 40]
+        load = story.worker.load()
+        assert (load.pulls_corrupt, load.pulls_recomputed) == (num_corrupt, num_corrupt - 1)
+        story.assert_empty()
+
+
+def test_leases_are_renewed_while_offers_wait_or_are_pulled_and_no_longer() -> None:
+    story = Story(D0, num_blocks=4)
+    story.tell(offer_of("pulled", 40, max_tokens=1))
+    story.tell(offer_of("waits", 41, max_tokens=1))
+    story.tell(Woken("renew"))
+    (renew,) = story.heard(Renew)
+    assert set(renew.request_ids) == {"pulled", "waits"}
+    story.land()
+    story.step()
+    story.land()
+    story.step()
+    story.tell(Woken("renew"))
+    assert not story.heard(Renew)
+    story.assert_empty()
+
+
+def test_an_offer_that_comes_twice_or_too_late_is_released_and_not_run_again() -> None:
+    story = Story(D0)
+    offer = offer_of("r", 40, max_tokens=2)
+    story.tell(offer)
+    story.tell(offer)
+    assert len(story.moves) == 1
+    story.land()
+    story.heard(Release)
+    story.tell(offer)
+    assert story.heard(Release)
+    story.step()
+    story.step()
+    story.heard(Tokens)
+    story.tell(offer)
+    assert story.heard(Release)
+    assert not story.steps
+    story.assert_empty()
+
+
+@pytest.mark.parametrize("moment", ["pending", "pulling", "in_step", "unknown"])
+@pytest.mark.parametrize("by", ["controller", "prefill_worker"])
+def test_cancel_on_the_decode_worker(moment: str, by: str) -> None:
+    story = Story(D0, num_blocks=3)
+    if moment == "pending":
+        story.tell(offer_of("other", 41, max_tokens=1))
+    if moment != "unknown":
+        story.tell(offer_of("r", 40))
+    if moment == "in_step":
+        story.land()
+        story.heard(Release)
+    cancel = (
+        Cancel(request_id=RequestId("r"))
+        if by == "controller"
+        else Withdraw(request_id=RequestId("r"), source=P0)
+    )
+    story.tell(cancel)
+    if moment in ("pending", "pulling"):
+        story.land()
+    if moment in ("pending", "in_step"):
+        story.step()
+    released = [r for r in story.heard(Release) if r.request_id == "r"]
+    is_owed = moment in ("pending", "pulling") or by == "prefill_worker"
+    assert bool(released) == is_owed
+    assert not [t for t in story.heard(Tokens) for o in t.outputs if o.request_id == "r"]
+    story.assert_empty()
+
+
+def test_a_dead_prefill_worker_s_offers_are_forgotten_and_its_pulls_finished() -> None:
+    story = Story(D0, num_blocks=4)
+    story.tell(offer_of("pulled", 40, max_tokens=1))
+    late = offer_of("waits", 41)
+    story.tell(late)
+    story.tell(PeerDown(worker_id=P0, epoch=1))
+    story.tell(late)
+    assert not story.worker.pulls.pending
+    story.land()
+    story.step()
+    assert story.heard(Tokens)
+    story.assert_empty()
