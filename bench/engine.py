@@ -157,8 +157,8 @@ def measure_shape(report: Report, shape: str, folder: Path, options: argparse.Na
             # One after the other: starting together, they would fight for the machine.
             if is_up(sides[-1]):
                 up.append(sides[-1])
-        for num_seqs in (1, 8, 32):
-            load = Load("decode", num_seqs, 100 if is_tiny else 12)
+        for num_seqs, steps in {1: 100, 8: 60, 32: 30}.items():
+            load = Load("decode", num_seqs, steps if is_tiny else max(4, steps // 8))
             compare(report, f"decode_{{}}_{shape}_n{num_seqs}", load, up, options.runs)
         load = Load("prefill", 4, 512) if is_tiny else Load("prefill", 1, 512)
         compare(report, f"prefill_{{}}_{shape}", load, up, options.runs)
@@ -304,7 +304,7 @@ def _seconds(function: object) -> float:
 def decode(engine: Engine, num_seqs: int, steps: int) -> float:
     """Return milliseconds per step with `num_seqs` sequences decoding."""
     for _ in range(num_seqs):
-        engine.add(CONTEXT, steps + 10)
+        engine.add(CONTEXT, steps + 4)
     while engine.step() < num_seqs:
         pass
     engine.step()

@@ -59,7 +59,7 @@ class Peer:
     def decode(self, num_seqs: int, steps: int) -> float:
         """Return milliseconds per step with `num_seqs` sequences decoding."""
         for _ in range(num_seqs):
-            self.add(CONTEXT, steps + 10)
+            self.add(CONTEXT, steps + 4)
         for _ in range(3):
             outputs = self.engine.step()
         assert len(outputs) == num_seqs
