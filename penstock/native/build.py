@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -159,16 +160,26 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(command: list[str], recipe: Recipe, target: Path) -> None:
-    """Compile into a temporary file beside the target and rename it: all of it or nothing."""
-    sources = [str(path) for path in sorted(recipe.folder.glob("*.cpp"))]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        output = Path(folder) / target.name
-        result = _run([*command, *sources, "-o", str(output)])
-        if result.returncode != 0:
-            raise BackendUnavailable(
-                f"{command[0]} could not compile {recipe.title}: {_ADVICE}. It said: "
-                f"{result.stderr.strip()[-2000:]}"
-            )
+    """Compile all files at once into a temporary folder, link, and rename: all of it or nothing."""
+    to_object = [part for part in command if part != "-shared"] + ["-c"]
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        folder = Path(name)
+        sources = sorted(recipe.folder.glob("*.cpp"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        commands = [
+            [*to_object, str(source), "-o", compiled]
+            for source, compiled in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            results = list(pool.map(_run, commands))
+        output = folder / target.name
+        results.append(_run([*command, *objects, "-o", str(output)]))
+        for result in results:
+            if result.returncode != 0:
+                raise BackendUnavailable(
+                    f"{command[0]} could not compile {recipe.title}: {_ADVICE}. It said: "
+                    f"{result.stderr.strip()[-2000:]}"
+                )
         output.replace(target)
 
 

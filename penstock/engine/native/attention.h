@@ -1,6 +1,8 @@
 // What the two ways of computing attention share: one query tile's view of a sequence's KV, the
 // online softmax, and scratch memory.
 //
+// Source: online softmax as in FlashAttention (Dao 2022).
+//
 // Scores are kept in base 2 (the scale includes log2 e), so that a probability is one exp2.
 #pragma once
 
@@ -65,6 +67,9 @@ struct Context {
         }
     }
 };
+
+// attention_plan.h, compiled in attention_bf16.cpp and attention_float.cpp.
+template <class T> void attend_all(const Context& context);
 
 // Per-row state of the online softmax.
 struct Running {
