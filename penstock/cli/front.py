@@ -109,6 +109,8 @@ class Front:
             [infos[name] for name in self._cluster.settings.workers() if name in infos],
             time.monotonic() - self._started_s,
         )
+        if self._listener.is_open_to_others and not self._api_keys():
+            self._console.say("anyone who can reach this address may use it: see --api-key")
         return True
 
     async def _load_tokenizer(self, folder: Path) -> Tokenizer:
@@ -144,12 +146,15 @@ class Front:
             created=int(time.time()),
         )
 
-    def _server_settings(self) -> ServerSettings:
+    def _api_keys(self) -> tuple[str, ...]:
         keys = tuple(self._options.api_key or ())
         if not keys and (key := os.environ.get("PENSTOCK_API_KEY")):
             keys = (key,)
+        return keys
+
+    def _server_settings(self) -> ServerSettings:
         return ServerSettings(
-            api_keys=keys,
+            api_keys=self._api_keys(),
             version=VERSION,
             is_logging_requests=self._options.log_requests,
         )

@@ -123,6 +123,8 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     from penstock.engine.weights import find_folder
 
     engine = settings.engine
+    if not Path(engine.model).expanduser().is_dir():
+        progress("fetching the model", 0.0)
     folder = find_folder(engine)
     model = load_model(engine, progress)
     facts = ModelFacts(

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 from penstock.core.errors import StartupFailed
@@ -20,6 +21,13 @@ class Listener:
         self.socket = listening
         self.address = address
         self._path = path
+
+    @property
+    def is_open_to_others(self) -> bool:
+        """True when other machines may be able to connect."""
+        if self._path is not None:
+            return False
+        return not ip_address(self.socket.getsockname()[0]).is_loopback
 
     @classmethod
     def tcp(cls, host: str, port: int) -> "Listener":

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from penstock.core.errors import StartupFailed
+from penstock.core.errors import PenstockError, StartupFailed
 from penstock.core.types import WorkerId
 from penstock.runtime.link import (
     Exited,
@@ -130,6 +130,8 @@ class Host:
             faulthandler.enable()
             self._run_worker(spec)
             code = 0
+        except PenstockError as error:
+            sys.stderr.write(f"{error}\n")
         finally:
             if sys.exception() is not None:
                 sys.excepthook(*sys.exc_info())

@@ -118,6 +118,7 @@ class LocalCluster:
     async def stop(self) -> None:
         """End everything now. Requests under way fail; drain before to let them finish."""
         if not self._is_started:
+            self._host.abort()
             self._folder.remove()
             return
         self._is_started = False

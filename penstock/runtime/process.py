@@ -109,6 +109,15 @@ class HostProcess:
             self._popen.kill()
             await self._exited
 
+    def abort(self) -> None:
+        """Kill a host that has never been watched, and wait for it."""
+        self._link.close()
+        os.close(self._life_fd)
+        self._popen.kill()
+        self._popen.wait()
+        os.close(self._pid_fd)
+        self._output.close()
+
     def _hear(self) -> None:
         message = self._link.receive()
         if message is None:

@@ -19,7 +19,8 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
     `threads` is per worker, None shares the cores out. `executor` "instant" runs no model (see
     `instant.py`). `decision_log` is a file for the controller's decisions; each worker's go to that
-    name with its own behind it. `start_timeout_s` bounds each silence while the model loads.
+    name with its own behind it. `start_timeout_s` bounds each silence while the model loads, by
+    default ten minutes, or a day where it has to be fetched.
     """
 
     engine: EngineConfig
@@ -33,7 +34,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     threads: int | None = None
     is_pinned: bool = False
     decision_log: str | None = None
-    start_timeout_s: float = 600.0
+    start_timeout_s: float | None = None
     join_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

@@ -33,6 +33,8 @@ RESTARTS_PER_WINDOW = 3
 RESTART_WINDOW_S = 60.0
 RESTART_PAUSES_S = (0.0, 1.0, 5.0)
 END_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 600.0
+FETCH_TIMEOUT_S = 86400.0
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +154,9 @@ class Supervisor:
         """Give the host `start_timeout_s` from now to say that it has come further."""
         if self._silence_timer is not None:
             self._silence_timer.cancel()
-        timeout_s = self._settings.start_timeout_s
+        is_local = Path(self._settings.engine.model).expanduser().is_dir()
+        default_s = LOAD_TIMEOUT_S if is_local else FETCH_TIMEOUT_S
+        timeout_s = self._settings.start_timeout_s or default_s
         self._silence_timer = self._loop.call_later(
             timeout_s,
             lambda: self._fail(f"nothing came of '{self._stage}' within {timeout_s:.0f} s"),
@@ -206,6 +210,11 @@ class Supervisor:
         if not self._is_stopping:
             self._callbacks.failed(StartupFailed(text.strip()))
 
+    def _give_up_waiting(self, slot: WorkerSlot, epoch: int) -> None:
+        timeout_s = self._settings.join_timeout_s
+        _log.error("worker %s has not come up within %.0f s: killed", slot.worker_id, timeout_s)
+        self._host.send(Kill(slot.worker_id, epoch))
+
     def _fork(self, slot: WorkerSlot) -> None:
         slot.epoch += 1
         spec = WorkerSpec(
@@ -213,7 +222,7 @@ class Supervisor:
         )
         self._host.send(Fork(spec))
         slot.join_timer = self._loop.call_later(
-            self._settings.join_timeout_s, lambda: self._host.send(Kill(spec.worker_id, spec.epoch))
+            self._settings.join_timeout_s, self._give_up_waiting, slot, slot.epoch
         )
 
     def _replace(self, slot: WorkerSlot) -> None:

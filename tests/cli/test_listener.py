@@ -15,7 +15,26 @@ def test_port_0_takes_a_free_one_and_says_which():
     port = listener.socket.getsockname()[1]
     assert listener.address == f"http://127.0.0.1:{port}"
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    assert not listener.is_open_to_others
     listener.close()
+
+
+class BoundTo:
+    """A socket bound to an address at which a test must not listen."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def getsockname(self) -> tuple[str, int]:
+        return self._address, 80
+
+
+@pytest.mark.parametrize(
+    ("address", "is_open"),
+    [("0.0.0.0", True), ("::", True), ("10.1.2.3", True), ("127.0.0.2", False), ("::1", False)],
+)
+def test_an_address_that_others_can_reach_is_known_as_such(address: str, is_open: bool):
+    assert Listener(BoundTo(address), "").is_open_to_others is is_open
 
 
 def test_an_ipv6_address_is_written_as_urls_want_it():
@@ -33,9 +52,7 @@ def test_what_is_wrong_is_said(free_port: int):
         pytest.raises(StartupFailed, match=rf"port {free_port} is taken.*--port 0"),
     ):
         Listener.tcp("127.0.0.1", free_port)
-    with pytest.raises(
-        StartupFailed, match=r"192\.0\.2\.1: this machine has no such"
-    ):
+    with pytest.raises(StartupFailed, match=r"192\.0\.2\.1: this machine has no such"):
         Listener.tcp("192.0.2.1", 0)
     with pytest.raises(StartupFailed, match=r"--host no\.such\.host\.invalid"):
         Listener.tcp("no.such.host.invalid", 0)

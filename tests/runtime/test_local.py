@@ -243,6 +243,48 @@ def test_every_decision_is_logged(tmp_path: Path):
     assert '"type":"RunStep"' in (tmp_path / "decisions.decode-0.1").read_text()
 
 
+def test_pinned_workers_share_the_cores_out():
+    async def story(cluster: LocalCluster) -> None:
+        cores = [
+            set(psutil.Process(pid_of(cluster, name)).cpu_affinity())
+            for name in ("prefill-0", "decode-0")
+        ]
+        assert all(len(each) == 1 for each in cores)
+        assert cores[0] != cores[1] or len(os.sched_getaffinity(0)) == 1
+
+    run(story, instant(is_pinned=True, threads=1))
+
+
+def fails_to_start(settings: ClusterSettings, words: str, parent: Path) -> None:
+    async def story() -> None:
+        cluster = LocalCluster.launch(settings, parent=parent)
+        with pytest.raises(StartupFailed, match=words):
+            async with asyncio.timeout(30), cluster:
+                pass
+        assert list(parent.iterdir()) == []
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_cannot_start_says_why_in_words(tmp_path: Path):
+    engine = EngineConfig(model=str(BUILTIN_MODEL), kv_cache_bytes=1 << 62)
+    settings = ClusterSettings(engine=engine, executor="instant")
+    with tempfile.TemporaryDirectory(prefix="pt-") as parent:
+        fails_to_start(
+            settings, r"worker prefill-0 ended .*\nno shared memory of \d+ bytes", Path(parent)
+        )
+
+
+def test_a_folder_with_too_long_a_name_is_explained(tmp_path: Path):
+    parent = tmp_path / ("x" * 100)
+    parent.mkdir()
+    fails_to_start(instant(), "TMPDIR", parent)
+
+
+def test_a_decision_log_that_cannot_be_written_is_explained(tmp_path: Path):
+    fails_to_start(instant(decision_log="/no/such/folder/log"), "--decision-log", tmp_path)
+
+
 FRONT = """
 import asyncio, sys
 from pathlib import Path
