@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from penstock.core.errors import StartupFailed
 from penstock.engine.attention import AttentionSpec
 from penstock.engine.decoder import cache_views, group_layers, place_layers, windows_below
+from penstock.engine.packed import pack_linears
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,7 @@ class HuggingFaceModel:
 
         Raises: `StartupFailed` when a layer keeps anything but plain keys and values.
         """
+        pack_linears(model)
         attention, router = _probe(model)
         windows = [0 if spec.window >= max_model_len else spec.window for spec in attention]
         places = place_layers(group_layers(windows))

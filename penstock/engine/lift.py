@@ -27,6 +27,7 @@ from penstock.engine.decoder import (
 from penstock.engine.hugging_face import HfModule
 from penstock.engine.kernels import Activation, HeadsSpec, Norm, NormKind
 from penstock.engine.linear import Linear
+from penstock.engine.packed import pack_linears
 from penstock.engine.rotary import RotaryTables
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ class _Lift:
     def _mlp(self, mlp: nn.Module) -> DenseMlp | OpaqueMlp:
         row = self.row
         if row.experts is not None and hasattr(mlp, row.experts):
+            pack_linears(mlp)
             return OpaqueMlp(_rows_function(mlp))
         # The activation is taken from the config by name; its module has no weights.
         _check_covered(mlp, {*row.gate_up, row.down})

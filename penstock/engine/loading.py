@@ -66,6 +66,8 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     Raises: `StartupFailed` when there is no such model, or it is not supported or computes wrongly.
     """
     with _one_thread():
+        if config.device != "cpu":
+            raise StartupFailed(f"--device {config.device}: only cpu is supported")
         folder = find_folder(config)
         hf_config = read_config(folder, config)
         text: Any = hf_config.get_text_config()

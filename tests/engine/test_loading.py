@@ -102,6 +102,11 @@ def test_a_missing_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupFailed, match="--device tpu: only cpu"):
+        load(tmp_path, device="tpu")
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     config = json.loads((tmp_path / "config.json").read_text())
