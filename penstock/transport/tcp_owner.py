@@ -98,6 +98,7 @@ class NativeServer:
 class TcpOwner:
     """Lets peers that know the cluster key read `regions`, from construction to `close`.
 
+    `advertised` is the host that peers call when it is not the one listened on.
     Raises: `StartupFailed` when the address cannot be listened on.
     """
 
@@ -108,11 +109,13 @@ class TcpOwner:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        advertised: str | None = None,
         silence_s: float = SILENCE_S,
     ) -> None:
         self.num_strangers = 0
         """Connections that were refused before they were authenticated."""
         self._key = key
+        self._advertised = advertised
         self._warned_at = -math.inf
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -136,6 +139,7 @@ class TcpOwner:
     def endpoint(self) -> Endpoint:
         """Where peers find it."""
         host, port = self._listener.getsockname()[:2]
+        host = self._advertised or host
         return Endpoint(TCP, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
     def add(self, region: Region) -> int:
