@@ -84,23 +84,20 @@ class _Lift:
         places = place_layers(group_layers(windows))
         rotary = RotaryTables(base, row.rotary_table, self.max_model_len, model.dtype)
         layers = []
-        for index in range(len(windows)):
-            places_and_window = (*places[index], windows[index])
-            layers.append(self._layer(base.layers[index], rotary, *places_and_window))
+        for index, window in enumerate(windows):
+            layers.append(self._layer(base.layers[index], rotary, *places[index], window))
             base.layers[index] = nn.Identity()
             progress((index + 1) / len(windows))
         embedding, head_module = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head_module.weight is embedding.weight
         head = Linear(head_module.weight.detach(), _bias(head_module), out_dtype=torch.float32)
-        final_norm = self._norm(_part(base, row.final_norm))
-        assert final_norm is not None
         return Decoder(
             embedding=head if is_tied else embedding.weight.detach(),
             embedding_scale=self._rounded(
                 _number(row.embedding_multiplier, 1.0, config, embedding)
             ),
             layers=tuple(layers),
-            final_norm=final_norm,
+            final_norm=self._norm(_part(base, row.final_norm)),
             head=head,
             logits_scale=_number(row.logits_scale, 1.0, config)
             / _number(row.logits_divisor, 1.0, config),

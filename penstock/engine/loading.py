@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -35,6 +34,7 @@ from penstock.engine.weights import (
     choose_dtype,
     find_folder,
     identify,
+    is_local,
     load_weights,
     read_config,
     read_eos_token_ids,
@@ -79,10 +79,9 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
             progress=progress,
         )
         forward, description = loading.choose()
-        identity = identify(folder, config)
         return LoadedModel(
-            name=config.model if not Path(config.model).is_dir() else folder.resolve().name,
-            identity=identity,
+            name=folder.resolve().name if is_local(config) else config.model,
+            identity=identify(folder, config),
             dtype=loading.dtype_name,
             vocab_size=text.vocab_size,
             max_model_len=loading.max_model_len,
@@ -150,7 +149,7 @@ class _Loading:
         model, probes = self._load(), self._probes()
         exact: HfModule = model
         dtype = self.dtype
-        if model.num_parameters() <= _EXACT_CHECK_PARAMETERS:
+        if dtype is not torch.float32 and model.num_parameters() <= _EXACT_CHECK_PARAMETERS:
             dtype = torch.float32
             exact = deepcopy(exact).to(dtype)
         self.progress("checking", 0.0)
@@ -172,7 +171,8 @@ class _Loading:
     def _lift(self, row: Architecture, model: PreTrainedModel) -> Forward:
         try:
             return lift(model, row, self.max_model_len, partial(self.progress, "packing"))
-        except LiftFailed as difference:
+        # Hugging Face renames attributes now and then.
+        except (LiftFailed, AttributeError) as difference:
             raise _NotAsDeclared(str(difference)) from difference
 
     @property

@@ -38,7 +38,7 @@ def find_folder(config: EngineConfig) -> Path:
 
     Raises: `StartupFailed` when there is no such model.
     """
-    if _is_local(config):
+    if is_local(config):
         folder = Path(config.model).expanduser()
         if not (folder / "config.json").is_file():
             raise StartupFailed(f"{folder} has no config.json: it is not a model folder")
@@ -55,7 +55,8 @@ def find_folder(config: EngineConfig) -> Path:
     return Path(found).parent
 
 
-def _is_local(config: EngineConfig) -> bool:
+def is_local(config: EngineConfig) -> bool:
+    """Return whether the model is a folder, not a name on the hub."""
     return Path(config.model).expanduser().is_dir()
 
 
@@ -120,7 +121,7 @@ def load_weights(
             with _no_progress_bar():
                 # By name, not by folder: on the hub, only the config has been fetched so far.
                 model, info = auto.from_pretrained(
-                    Path(config.model).expanduser() if _is_local(config) else config.model,
+                    Path(config.model).expanduser() if is_local(config) else config.model,
                     revision=config.revision,
                     config=hf_config,
                     output_loading_info=True,

@@ -41,6 +41,7 @@ WRONG = [
     ("olmo2", {"norm_spans_heads": False}),
     ("phi3", {"gate_up": ("up_gate_proj",)}),
     ("llama", {"norm_eps": "epsilon"}),
+    ("gpt_oss", {"sinks": "drains"}),
 ]
 
 
