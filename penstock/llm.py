@@ -18,7 +18,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from penstock.background import Background
-from penstock.cli.cluster import BUILTIN_MODEL
+from penstock.cli.cluster import find_model
 from penstock.core.config import EngineConfig
 from penstock.core.errors import BadRequest, PeerLost, PromptTooLong, WorkersUnavailable
 from penstock.core.events import RequestFailed, TokenOutput
@@ -84,7 +84,7 @@ class LLM:
         **engine_options: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         settings = ClusterSettings(
-            engine=EngineConfig(model=model or str(BUILTIN_MODEL), **engine_options),
+            engine=EngineConfig(model=find_model(model), **engine_options),
             prefill=prefill,
             decode=decode,
             mixed=mixed,

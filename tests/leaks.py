@@ -77,7 +77,9 @@ def live_descendants() -> list[psutil.Process]:
 
 
 def _segments() -> set[str]:
-    return {entry.name for entry in SHARED_MEMORY.iterdir()}
+    # Any program that loads LLVM's OpenMP keeps a mark there, and keeps it unmapped.
+    names = {entry.name for entry in SHARED_MEMORY.iterdir()}
+    return {name for name in names if not name.startswith("__KMP_REGISTERED_LIB_")}
 
 
 def _segments_of_strangers() -> set[str]:

@@ -18,7 +18,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
     is_split = not options.mixed
     return ClusterSettings(
         engine=EngineConfig(
-            model=options.model or str(BUILTIN_MODEL),
+            model=find_model(options.model),
             dtype=options.dtype,
             load_format=options.load_format,
             model_impl=options.model_impl,
@@ -40,6 +40,15 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         is_pinned=options.pin_cores,
         decision_log=options.decision_log,
     )
+
+
+def find_model(model: str | None) -> str:
+    """Return the folder or hub name that `model` stands for: the built-in one by name or default.
+
+    A folder of the same name in the working directory is meant before the built-in model.
+    """
+    is_builtin = model is None or (model == BUILTIN_MODEL.name and not Path(model).is_dir())
+    return str(BUILTIN_MODEL) if is_builtin else str(model)
 
 
 def _or_default(count: int | None, is_wanted: object) -> int:

@@ -3,6 +3,7 @@ what the terminal shows.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -101,6 +102,9 @@ class Front:
         app = create_app(self._cluster, served, self._server_settings())
         await stack.enter_async_context(app.router.lifespan_context(app))
         self._gate.app = app
+        # What is here now stays: the collector need not look at it again between two tokens.
+        gc.collect()
+        gc.freeze()
         infos = {worker.info.worker_id: worker.info for worker in self._cluster.status().workers}
         self._console.show_cluster(
             self._listener.address,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 KV_SHARE = 0.5
 """Part of the free memory that the KV caches of all workers may take when nobody says."""
 KV_BYTES_MIN = 64 * MIB
+POPULATED_BYTES = 256 * MIB
+"""Part of a KV cache whose pages are taken at once; more would keep a core from serving."""
 
 Execute = Callable[[Step], tuple[Sampled, ...]]
 Progress = Callable[[str, float], None]
@@ -75,6 +78,7 @@ def _work(
     is_instant = settings.executor == INSTANT_EXECUTOR
     pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
     regions = tuple(pool.region for pool in pools)
+    Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     execute, prepare = make_execute(regions, threads)
     mover = BlockMover(layout, regions)
     config = WorkerConfig(
@@ -102,6 +106,12 @@ def _work(
         engine=facts.description,
     )
     run_worker(config, parts, place)
+
+
+def _populate(pools: tuple[SharedPool, ...]) -> None:
+    """Take the pages that the first requests will use, beside whatever else starts up."""
+    for pool in pools:
+        pool.populate(POPULATED_BYTES // len(pools) // pool.region.block_bytes)
 
 
 def _pin(index: int, threads: int) -> None:

@@ -75,3 +75,10 @@ def test_a_model_is_called_by_the_last_part_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "mine")
     assert model_name(".") == "mine"
     assert model_name(f"{tmp_path}/mine/") == "mine"
+
+
+def test_the_built_in_model_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_for("penstock-tiny").engine.model == str(BUILTIN_MODEL)
+    (tmp_path / "penstock-tiny").mkdir()
+    assert settings_for("penstock-tiny").engine.model == "penstock-tiny"
