@@ -52,7 +52,13 @@ SOURCE_RULES = [
 def _files() -> list[Path]:
     below = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
     below += [*ROOT.glob("*"), *(ROOT / ".ci").glob("*")]
-    return sorted(p for p in below if p.is_file() and p.suffix != ".pyc")
+    return sorted(p for p in below if p.is_file() and p.suffix != ".pyc" and not _is_hidden(p))
+
+
+def _is_hidden(path: Path) -> bool:
+    """True for what tools keep beside the code, such as caches."""
+    parts = set(path.relative_to(ROOT).parts) - {".ci", ".gitignore"}
+    return any(part.startswith(".") for part in parts)
 
 
 FILES = {path.relative_to(ROOT).as_posix(): path for path in _files()}
