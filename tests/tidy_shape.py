@@ -21,7 +21,7 @@ VAGUE_CLASS_ENDINGS = ("Manager", "Helper", "Helpers", "Util", "Utils", "Base", 
 OUTERMOST_LOOPS: frozenset[str] = frozenset()
 
 # Tests of several modules together, in folders that mirror nothing.
-FREE_TEST_FOLDERS = {"cluster", "faults", "bench"}
+FREE_TEST_FOLDERS = {"cluster", "faults", "bench", "builtin"}
 # Top-level tests that are not about a module of the same name.
 FREE_TEST_FILES = {"tests/test_tidy.py", "tests/test_leaks.py"}
 
