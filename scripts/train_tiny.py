@@ -30,7 +30,16 @@ from numpy.typing import NDArray
 from tiny_card import Run, write_card
 from tiny_chats import make_chats
 from tiny_corpus import Corpus, read_corpus
-from tiny_tokenizer import END_OF_TEXT, build_tokenizer, render_chat, write_tokenizer
+from tiny_tokenizer import (
+    END,
+    END_OF_TEXT,
+    SPECIAL_TOKENS,
+    SYSTEM,
+    USER,
+    build_tokenizer,
+    render_chat,
+    write_tokenizer,
+)
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -39,14 +48,15 @@ LOG = logging.getLogger("train_tiny")
 TOKENS_PER_STEP = 4096
 # (from this fraction of the time, window): short windows first, for they are the cheapest; whole
 # ones last, so that every position below 2048 has been trained.
-WINDOWS = ((0.0, 256), (0.45, 512), (0.85, 2048))
+WINDOWS = ((0.0, 256), (0.4, 512), (0.6, 1024), (0.78, 2048))
 WARMUP_STEPS, DECAY_FROM = 60, 0.4
 MATRIX_RATE, OTHER_RATE = 0.02, 0.003
 CHAT_SHARE = 0.3
 CHECKPOINT_EVERY_S, EVALUATE_EVERY_S = 120.0, 300.0
 CONTEXT = 4096
 
-Tokens = NDArray[np.uint16]
+# In a stream to learn from, a token that is only read and not learnt is stored as ~token.
+Tokens = NDArray[np.int32]
 
 
 @dataclass
@@ -146,10 +156,12 @@ class Trainer:
         return loss.item(), width
 
     def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        ids = torch.where(batch < 0, ~batch, batch)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.model.model(batch[:, :-1]).last_hidden_state
+            hidden = self.model.model(ids[:, :-1]).last_hidden_state
             logits = self.model.lm_head(hidden)
-        return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        targets = torch.where(batch < 0, -100, batch)[:, 1:]
+        return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _report(self, loss: float, width: int) -> None:
         progress = self.progress
@@ -254,7 +266,23 @@ def encode_files(tokenizer: Tokenizer, corpus: Corpus) -> list[HeldOut]:
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> Tokens:
     encodings = tokenizer.encode_batch([END_OF_TEXT + text for text in texts])
-    return np.concatenate([np.asarray(e.ids, dtype=np.uint16) for e in encodings])
+    return np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
+
+
+def read_only_questions(stream: Tokens) -> Tokens:
+    """Mark what system and user say as read, not learnt.
+
+    A question quotes the head of a function and stops; a model that learnt questions would stop
+    there as well when it is given such a head to complete.
+    """
+    marks = np.flatnonzero(stream <= SPECIAL_TOKENS.index(END))
+    # The mark that governs each token is the last one before it.
+    governing = np.searchsorted(marks, np.arange(len(stream)), side="left") - 1
+    speaker = stream[marks[np.maximum(governing, 0)]]
+    is_question = (governing >= 0) & np.isin(
+        speaker, [SPECIAL_TOKENS.index(t) for t in (SYSTEM, USER)]
+    )
+    return np.where(is_question, ~stream, stream)
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -280,7 +308,7 @@ def main() -> None:
     random.Random(options.seed).shuffle(code)
     # Chats repeat the functions of the code; a third of them teaches their wording well enough.
     tokenizer = build_tokenizer(code + chats[::3])
-    streams = (_encode(tokenizer, code), _encode(tokenizer, chats))
+    streams = (_encode(tokenizer, code), read_only_questions(_encode(tokenizer, chats)))
     LOG.info("train: %d code and %d chat tokens", *map(len, streams))
     held_out = encode_files(tokenizer, corpus)
     trainer = Trainer(options, streams)
