@@ -4,7 +4,7 @@ A `Region` is memory of this process and is never sent; a `core.events.RegionDes
 peer may know of it. The transports make and use both; nothing here maps or copies.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -25,11 +25,14 @@ class Region:
     """One group's pool in this process: `blocks` is [num_blocks, block_bytes] uint8, contiguous."""
 
     blocks: Bytes2D
+    address: int = field(init=False)
+    """Where the first block lies in this process."""
 
     def __post_init__(self) -> None:
         """Assert that a block is one contiguous span."""
         assert self.blocks.ndim == 2, self.blocks.shape
         assert self.blocks.flags.c_contiguous, self.blocks.strides
+        object.__setattr__(self, "address", address_of(self.blocks))
 
     @property
     def num_blocks(self) -> int:
@@ -45,6 +48,12 @@ class Region:
     def capacity_bytes(self) -> int:
         """Bytes of all blocks."""
         return self.blocks.nbytes
+
+
+def address_of(array: npt.NDArray[np.uint8] | SpanArray) -> int:
+    """Return where an array's first element lies; quicker than `array.ctypes.data`."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class PeerMemory(Struct, frozen=True):

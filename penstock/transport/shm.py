@@ -32,7 +32,7 @@ import numpy as np
 from penstock.core.errors import PeerLost, StartupFailed
 from penstock.core.events import RegionDescriptor
 from penstock.transfer.plan import SpanArray
-from penstock.transfer.region import Bytes2D, PeerMemory, Region, described_blocks
+from penstock.transfer.region import PeerMemory, Region, address_of, described_blocks
 from penstock.transport.native.library import load_library
 
 MEMFD: Final = "memfd"
@@ -156,10 +156,10 @@ class MappedPool:
 
     def pull(self, destination: Region, spans: SpanArray) -> None:
         """Copy spans that lie inside both regions."""
-        copy_spans(self.region.blocks, destination.blocks, spans)
+        copy_spans(self.region, destination, spans)
 
 
-def copy_spans(source: Bytes2D, destination: Bytes2D, spans: SpanArray) -> None:
+def copy_spans(source: Region, destination: Region, spans: SpanArray) -> None:
     """Copy spans that lie inside both regions, in one native call where there is a compiler.
 
     Without the interpreter lock: the worker's other threads go on.
@@ -168,15 +168,11 @@ def copy_spans(source: Bytes2D, destination: Bytes2D, spans: SpanArray) -> None:
     if library is not None:
         assert spans.flags.c_contiguous, spans.strides
         library.penstock_copy(
-            source.ctypes.data,
-            destination.ctypes.data,
-            source.shape[1],
-            spans.ctypes.data,
-            len(spans),
+            source.address, destination.address, source.block_bytes, address_of(spans), len(spans)
         )
         return
     for start, to, count in spans.tolist():
-        destination[to : to + count] = source[start : start + count]
+        destination.blocks[to : to + count] = source.blocks[start : start + count]
 
 
 # --- memfd

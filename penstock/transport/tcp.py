@@ -6,13 +6,14 @@ opened anew, once: a read can be repeated. `tcp_owner.py` is the other end.
 """
 
 import socket
+import struct
 import threading
 from contextlib import suppress
 from typing import Final
 
 from penstock.core.errors import DeadlineExceeded, PeerLost
 from penstock.transfer.plan import SpanArray
-from penstock.transfer.region import PeerMemory, Region, described_blocks
+from penstock.transfer.region import PeerMemory, Region, address_of, described_blocks
 from penstock.transport import tcp_python, wire
 from penstock.transport.handshake import prove
 from penstock.transport.native.library import Reading, load_library, read
@@ -166,11 +167,10 @@ class Connection:
                 num_streams=len(numbers),
                 epoch=self._epoch,
                 region=index,
-                destination=destination.blocks.ctypes.data,
+                destination=destination.address,
                 block_bytes=destination.block_bytes,
-                spans=spans.ctypes.data,
+                spans=address_of(spans),
                 num_spans=len(spans),
-                silence_ms=round(self.silence_s * 1000),
                 deadline_ms=round(deadline_s * 1000),
             ),
         )
@@ -180,9 +180,9 @@ class Connection:
         stream = self._streams[0]
         if library is None:
             return tcp_python.notify(stream, self._epoch, text, self.silence_s)
-        silence_ms = round(self.silence_s * 1000)
+        deadline_ms = round(2 * self.silence_s * 1000)
         return int(
-            library.penstock_notify(stream.fileno(), self._epoch, text, len(text), silence_ms)
+            library.penstock_notify(stream.fileno(), self._epoch, text, len(text), deadline_ms)
         )
 
     def _dial(self) -> None:
@@ -213,7 +213,7 @@ class Connection:
 
 
 def call(address: str, key: bytes, timeout_s: float) -> socket.socket:
-    """Connect with an owner and authenticate both sides; return a blocking socket.
+    """Connect with an owner and authenticate both sides; return a socket whose every wait ends.
 
     Raises: `PeerLost`, `DeadlineExceeded`.
     """
@@ -231,6 +231,9 @@ def call(address: str, key: bytes, timeout_s: float) -> socket.socket:
         stream.close()
         raise
     stream.settimeout(None)
+    limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        stream.setsockopt(socket.SOL_SOCKET, option, limit)
     return stream
 
 

@@ -65,7 +65,7 @@ class NativeServer:
         self._regions.append(region)
         return int(
             self._library.penstock_server_add(
-                self._server, region.blocks.ctypes.data, region.num_blocks, region.block_bytes
+                self._server, region.address, region.num_blocks, region.block_bytes
             )
         )
 

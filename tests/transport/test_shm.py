@@ -230,7 +230,7 @@ def test_spans_are_copied_and_nothing_else(spans):
         for i in range(span.num_blocks):
             expected[span.destination + i] = source[span.source + i]
 
-    copy_spans(source, destination, span_array(spans))
+    copy_spans(Region(source), Region(destination), span_array(spans))
 
     assert (destination == expected).all()
 
@@ -246,7 +246,7 @@ def test_a_big_move_goes_around_the_cache_and_copies_the_same(block_bytes):
     source_ids, destination_ids = rng.permutation(count + 3)[:count], rng.permutation(count)
     expected[destination_ids] = source[source_ids]
 
-    copy_spans(source, destination, cut(source_ids, destination_ids))
+    copy_spans(Region(source), Region(destination), cut(source_ids, destination_ids))
 
     assert (destination == expected).all()
 

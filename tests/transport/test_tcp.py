@@ -78,7 +78,7 @@ def test_scattered_blocks_arrive_where_they_belong(owner, tcp, pool, count, impl
 
     assert (into.blocks == expected.blocks).all()
     assert source.name == {"native": "tcp", "python": "tcp (python)"}[implementation]
-    assert owner.server.counts[1] == count * BLOCK_BYTES
+    wait_until(lambda: owner.server.counts[1] == count * BLOCK_BYTES)
 
 
 def test_a_whole_pool_is_one_run_however_scattered_it_lands(owner, tcp, pool):

@@ -22,8 +22,7 @@ struct penstock_reading {
     int64_t block_bytes;
     const int64_t* spans;
     int64_t num_spans;
-    int64_t silence_ms;   // the longest wait without a byte
-    int64_t deadline_ms;  // the longest wait in all
+    int64_t deadline_ms;  // the longest wait in all; the sockets' time-outs bound each silence
 };
 
 // Returns the bytes that landed, or one of the negative outcomes below; then the streams are of no
@@ -32,7 +31,7 @@ int64_t penstock_read(const penstock_reading* reading);
 
 // Sends one notification and waits for the peer's word; outcomes as above, 0 when it was taken.
 int64_t penstock_notify(int32_t stream, uint64_t epoch, const uint8_t* text, int64_t num_bytes,
-                        int64_t silence_ms);
+                        int64_t deadline_ms);
 
 // The owner's side: threads of its own serve reads from the regions.
 void* penstock_server_new(uint64_t epoch, int64_t silence_ms, int64_t connections_max);

@@ -30,7 +30,6 @@ class Reading(Structure):
         ("block_bytes", c_int64),
         ("spans", c_void_p),
         ("num_spans", c_int64),
-        ("silence_ms", c_int64),
         ("deadline_ms", c_int64),
     ]
 

@@ -19,7 +19,7 @@ constexpr int64_t kBytesPerStreamMin = 1 << 20;
 
 struct Part {
     std::vector<Run> runs;
-    std::vector<iovec> vectors;
+    std::vector<iovec> vectors{iovec{}};  // the first is for the reply's header
     int64_t num_bytes = 0;
 
     void add(const penstock_reading& reading, int64_t source, int64_t destination, int64_t count) {
@@ -30,7 +30,7 @@ struct Part {
             runs.back().num_blocks += count;
         else
             runs.push_back({static_cast<uint64_t>(source), static_cast<uint64_t>(count)});
-        if (!vectors.empty() &&
+        if (vectors.size() > 1 &&
             static_cast<uint8_t*>(vectors.back().iov_base) + vectors.back().iov_len == to)
             vectors.back().iov_len += size;
         else
@@ -39,25 +39,35 @@ struct Part {
     }
 };
 
-int64_t exchange(int stream, RequestHeader request, iovec body, ReplyHeader& reply,
-                 Clock::time_point deadline) {
-    iovec out[2] = {{&request, sizeof request}, body};
-    if (const int64_t wrong = send_all(stream, out, 2, deadline)) return wrong;
-    if (const int64_t wrong = receive_bytes(stream, &reply, sizeof reply, deadline)) return wrong;
+int64_t judge(const ReplyHeader& reply, const RequestHeader& request, uint64_t expected) {
     if (reply.magic != kMagic || reply.id != request.id || reply.status >= kStatuses)
         return kNonsense;
-    return reply.status == kOk ? 0 : kRefused - static_cast<int64_t>(reply.status);
+    if (reply.status != kOk) return kRefused - static_cast<int64_t>(reply.status);
+    return reply.num_bytes == expected ? 0 : kNonsense;
 }
 
 int64_t read_part(int stream, const penstock_reading& reading, Part& part, uint64_t id,
                   Clock::time_point deadline) {
     RequestHeader request{kMagic, kRead, 0, reading.epoch, static_cast<uint32_t>(reading.region),
                           static_cast<uint32_t>(part.runs.size()), id};
+    iovec out[2] = {{&request, sizeof request},
+                    {part.runs.data(), part.runs.size() * sizeof(Run)}};
+    if (const int64_t wrong = send_all(stream, out, 2, deadline)) return wrong;
     ReplyHeader reply;
-    iovec body{part.runs.data(), part.runs.size() * sizeof(Run)};
-    if (const int64_t wrong = exchange(stream, request, body, reply, deadline)) return wrong;
-    if (reply.num_bytes != static_cast<uint64_t>(part.num_bytes)) return kNonsense;
-    return receive_all(stream, part.vectors.data(), part.vectors.size(), deadline);
+    part.vectors[0] = {&reply, sizeof reply};
+    const int64_t received =
+        receive_some(stream, part.vectors.data(), part.vectors.size(), sizeof reply);
+    if (received < 0) return received;
+    if (const int64_t wrong = judge(reply, request, static_cast<uint64_t>(part.num_bytes)))
+        return wrong;
+    // The header may have come in two halves, which moved its vector: what is left of it is nothing.
+    size_t left = static_cast<size_t>(received) - sizeof reply;
+    size_t i = 1;
+    for (; left && left >= part.vectors[i].iov_len; ++i) left -= part.vectors[i].iov_len;
+    if (i == part.vectors.size()) return 0;
+    part.vectors[i].iov_base = static_cast<uint8_t*>(part.vectors[i].iov_base) + left;
+    part.vectors[i].iov_len -= left;
+    return receive_all(stream, part.vectors.data() + i, part.vectors.size() - i, deadline);
 }
 
 // Cuts the spans into parts: for each stream its share of the bytes, in requests of bounded size.
@@ -106,8 +116,6 @@ int64_t read(const penstock_reading& reading) {
     std::vector<int64_t> outcomes(num_streams, 0);
     auto work = [&](int64_t i) {
         const int stream = reading.streams[i];
-        set_timeout(stream, SO_RCVTIMEO, reading.silence_ms);
-        set_timeout(stream, SO_SNDTIMEO, reading.silence_ms);
         outcomes[i] = read_share(stream, reading, shares[i], deadline);
         // One that failed fails all: the others need not wait for their end.
         if (outcomes[i] < 0 && outcomes[i] > kRefused)
@@ -134,12 +142,14 @@ int64_t read(const penstock_reading& reading) {
 int64_t penstock_read(const penstock_reading* reading) { return penstock::read(*reading); }
 
 int64_t penstock_notify(int32_t stream, uint64_t epoch, const uint8_t* text, int64_t num_bytes,
-                        int64_t silence_ms) {
+                        int64_t deadline_ms) {
     using namespace penstock;
-    set_timeout(stream, SO_RCVTIMEO, silence_ms);
-    set_timeout(stream, SO_SNDTIMEO, silence_ms);
     const RequestHeader request{kMagic, kNotify, 0, epoch, 0, static_cast<uint32_t>(num_bytes), 0};
+    iovec out[2] = {{const_cast<RequestHeader*>(&request), sizeof request},
+                    {const_cast<uint8_t*>(text), static_cast<size_t>(num_bytes)}};
+    const auto deadline = Clock::now() + std::chrono::milliseconds(deadline_ms);
+    if (const int64_t wrong = send_all(stream, out, 2, deadline)) return wrong;
     ReplyHeader reply;
-    return exchange(stream, request, {const_cast<uint8_t*>(text), static_cast<size_t>(num_bytes)},
-                    reply, Clock::now() + std::chrono::milliseconds(2 * silence_ms));
+    if (const int64_t wrong = receive_bytes(stream, &reply, sizeof reply, deadline)) return wrong;
+    return judge(reply, request, 0);
 }

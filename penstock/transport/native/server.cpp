@@ -7,10 +7,8 @@
 // epoch and every run are checked before the first byte leaves.
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -45,6 +43,15 @@ struct Connection {
     std::atomic<bool> is_over{false};
 };
 
+// What one connection's thread works with; vectors keep their room from request to request.
+struct Exchange {
+    int socket;
+    uint8_t body[4096 - sizeof(RequestHeader)];
+    size_t num_received = 0;
+    std::vector<Run> runs;
+    std::vector<iovec> vectors;
+};
+
 class Server {
    public:
     Server(uint64_t epoch, int64_t silence_ms, int64_t connections_max)
@@ -57,10 +64,10 @@ class Server {
 
    private:
     void run(Connection* connection);
-    bool answer(int socket, std::vector<Run>& runs, std::vector<iovec>& vectors);
-    bool answer_read(int socket, const RequestHeader& request, std::vector<Run>& runs,
-                     std::vector<iovec>& vectors);
-    bool answer_notify(int socket, const RequestHeader& request);
+    bool answer(Exchange& exchange);
+    bool answer_read(Exchange& exchange, const RequestHeader& request);
+    bool answer_notify(Exchange& exchange, const RequestHeader& request);
+    static int64_t receive_body(const Exchange& exchange, void* body, size_t size);
     Status check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
                  uint64_t& num_bytes) const;
     bool refuse(int socket, const RequestHeader& request, Status status);
@@ -129,48 +136,63 @@ void Server::reap() {
 }
 
 void Server::run(Connection* connection) {
-    std::vector<Run> runs;
-    std::vector<iovec> vectors;
-    pollfd waiting{connection->socket, POLLIN, 0};
-    // Between requests a peer may be silent for as long as it lives; keepalive finds out.
-    while (true) {
-        const int ready = poll(&waiting, 1, -1);
-        if (ready < 0 && errno == EINTR) continue;
-        if (ready < 0 || !answer(connection->socket, runs, vectors)) break;
+    Exchange exchange{connection->socket};
+    while (answer(exchange)) {
     }
     shutdown(connection->socket, SHUT_RDWR);
     connection->is_over = true;
 }
 
 // Answers one request; false when the connection is to end.
-bool Server::answer(int socket, std::vector<Run>& runs, std::vector<iovec>& vectors) {
+bool Server::answer(Exchange& exchange) {
     RequestHeader request;
-    if (receive_bytes(socket, &request, sizeof request, Clock::now() + kRequestLimit) != 0)
-        return false;
+    const int socket = exchange.socket;
+    // Header and a few runs come in one system call. More than one request cannot have come: a
+    // reader waits for the reply.
+    iovec vectors[2] = {{&request, sizeof request}, {exchange.body, sizeof exchange.body}};
+    int64_t received;
+    do {
+        // Between requests a peer may be silent for as long as it lives; keepalive finds out.
+        received = receive_some(socket, vectors, 2, sizeof request);
+    } while (received == kLate && vectors[0].iov_len == sizeof request);
+    if (received < 0) return false;
+    exchange.num_received = static_cast<size_t>(received) - sizeof request;
     if (request.magic != kMagic || request.zero != 0) return refuse(socket, request, kMalformed);
-    if (request.op == kRead) return answer_read(socket, request, runs, vectors);
-    if (request.op == kNotify) return answer_notify(socket, request);
+    if (request.op == kRead) return answer_read(exchange, request);
+    if (request.op == kNotify) return answer_notify(exchange, request);
     return refuse(socket, request, kMalformed);
 }
 
-bool Server::answer_read(int socket, const RequestHeader& request, std::vector<Run>& runs,
-                         std::vector<iovec>& vectors) {
+// Takes in what is left of a request's body; returns 0 or an outcome.
+int64_t Server::receive_body(const Exchange& exchange, void* body, size_t size) {
+    if (exchange.num_received > size) return kNonsense;
+    std::memcpy(body, exchange.body, exchange.num_received);
+    if (exchange.num_received == size) return 0;
+    return receive_bytes(exchange.socket, static_cast<uint8_t*>(body) + exchange.num_received,
+                         size - exchange.num_received, Clock::now() + kRequestLimit);
+}
+
+bool Server::answer_read(Exchange& exchange, const RequestHeader& request) {
+    const int socket = exchange.socket;
     if (request.count == 0 || request.count > kRunsMax) return refuse(socket, request, kMalformed);
-    const auto deadline = Clock::now() + kRequestLimit;
-    runs.resize(request.count);
-    if (receive_bytes(socket, runs.data(), runs.size() * sizeof(Run), deadline) != 0) return false;
+    exchange.runs.resize(request.count);
+    const int64_t wrong =
+        receive_body(exchange, exchange.runs.data(), request.count * sizeof(Run));
+    if (wrong == kNonsense) return refuse(socket, request, kMalformed);
+    if (wrong) return false;
     Region region{};
     uint64_t num_bytes = 0;
-    const Status status = check(request, runs, region, num_bytes);
+    const Status status = check(request, exchange.runs, region, num_bytes);
     if (status != kOk) return refuse(socket, request, status);
     ReplyHeader header{kMagic, kOk, request.id, num_bytes};
+    auto& vectors = exchange.vectors;
     vectors.clear();
     vectors.push_back({&header, sizeof header});
-    for (const Run& run : runs)
+    for (const Run& run : exchange.runs)
         vectors.push_back({const_cast<uint8_t*>(region.blocks + run.first_block * region.block_bytes),
                            run.num_blocks * region.block_bytes});
     // A slow link may take long for much: 1 s more for each 4 MiB.
-    const auto limit = deadline + std::chrono::seconds(num_bytes >> 22);
+    const auto limit = Clock::now() + kRequestLimit + std::chrono::seconds(num_bytes >> 22);
     if (send_all(socket, vectors.data(), vectors.size(), limit) != 0) return false;
     ++reads_;
     bytes_ += static_cast<int64_t>(num_bytes);
@@ -198,11 +220,13 @@ Status Server::check(const RequestHeader& request, const std::vector<Run>& runs,
     return kOk;
 }
 
-bool Server::answer_notify(int socket, const RequestHeader& request) {
+bool Server::answer_notify(Exchange& exchange, const RequestHeader& request) {
+    const int socket = exchange.socket;
     if (request.count == 0 || request.count > kTextMax) return refuse(socket, request, kMalformed);
     std::string text(request.count, '\0');
-    if (receive_bytes(socket, text.data(), text.size(), Clock::now() + kRequestLimit) != 0)
-        return false;
+    const int64_t wrong = receive_body(exchange, text.data(), text.size());
+    if (wrong == kNonsense) return refuse(socket, request, kMalformed);
+    if (wrong) return false;
     if (request.epoch != epoch_) return refuse(socket, request, kWrongEpoch);
     {
         std::lock_guard lock(heard_lock_);

@@ -93,4 +93,26 @@ inline int64_t receive_bytes(int socket, void* bytes, size_t count, Clock::time_
     return receive_all(socket, &vector, 1, deadline);
 }
 
+// Receives at least `least` bytes into what the vectors describe, and as many more as have come: a
+// small answer is one system call. Returns the bytes or an outcome.
+inline int64_t receive_some(int socket, iovec* vectors, size_t count, size_t least) {
+    size_t received = 0;
+    while (true) {
+        msghdr message{};
+        message.msg_iov = vectors;
+        message.msg_iovlen = count < kVectorsMax ? count : kVectorsMax;
+        const ssize_t moved = recvmsg(socket, &message, 0);
+        if (moved == 0) return kLost;
+        if (moved < 0) {
+            if (errno == EINTR) continue;
+            return errno == EAGAIN || errno == EWOULDBLOCK ? kLate : kLost;
+        }
+        received += moved;
+        if (received >= least) return static_cast<int64_t>(received);
+        // Only the first vector can be incomplete here: it is the one that `least` asks for.
+        vectors->iov_base = static_cast<uint8_t*>(vectors->iov_base) + moved;
+        vectors->iov_len -= moved;
+    }
+}
+
 }  // namespace penstock

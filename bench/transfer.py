@@ -1,0 +1,386 @@
+"""How fast blocks cross from one process into another, and what else this machine could do.
+
+64 MiB in 1, 1,024 and 16,384 pieces, at random places of two pools of 128 MiB, and single pieces
+of 4 and 64 KiB: ours over shared memory and over TCP, through the public `Agent`, planning
+included; a memcpy in one process, a loop of memcpy out of the shared pool, a plain loopback socket;
+NIXL and Mooncake where an interpreter that has them is named. All in one run, in turns, so that a
+drift of the machine hits everybody; who is not measured is stopped, since some of them spin. Every
+byte is verified. Pools are touched before; what the first touch costs is a figure of its own.
+
+Then: several readers at once, and an owner whose Python computes without a pause, against the same
+load in a process of its own.
+
+    python bench/transfer.py [--peers PYTHON] [--quick] [--output FILE]
+"""
+
+import argparse
+import ctypes
+import json
+import secrets
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import numpy.typing as npt
+from report import Report
+from transfer_owner import pieces
+from transfer_peers import KINDS
+from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, Shape, empty_pool
+
+from penstock.native.build import Recipe, build
+from penstock.transfer.region import Region
+from penstock.transport import Agent
+from penstock.transport.shm import open_peer
+
+FOLDER = Path(__file__).parent
+SINGLES_COUNT = 200
+REPETITIONS = 3
+AT_ONCE = 4
+
+Numbers = npt.NDArray[np.int64]
+Json = Any
+
+RATIOS = {
+    "shm": ("memcpy", "gather", "nixl", "nixl_default"),
+    "tcp": ("socket", "mooncake", "nixl_tcp", "nixl_tcp_default"),
+}
+
+
+class Ours:
+    """One transport of ours, through the library's front door."""
+
+    def __init__(self, transport: str, descriptor: bytes, key: bytes) -> None:
+        self.agent = Agent(transport=transport, key=key)
+        self.peer = self.agent.connect(descriptor)
+        self.regions = [self.agent.allocate(s.num_blocks, s.block_bytes) for s in SHAPES]
+        self.pools = [region.blocks for region in self.regions]
+        self.blocks = [shape.blocks for shape in SHAPES]
+
+    def first_touch(self) -> float:
+        """Pull into pages that nobody has touched; return the seconds."""
+        seconds = self.move(0)
+        for pool in self.pools:
+            pool[:] = 0
+        return seconds
+
+    def move(self, index: int) -> float:
+        source, destination = self.blocks[index]
+        started = time.perf_counter()
+        self.agent.pull(self.peer, source, self.regions[index], destination, region=index)
+        return time.perf_counter() - started
+
+    def singles(self, index: int, count: int) -> list[float]:
+        region, seconds = self.regions[index], []
+        for i in range(count):
+            started = time.perf_counter()
+            self.agent.pull(self.peer, [i], region, [i], region=index)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+
+class Loop:
+    """A native loop of memcpy, out of `sources`."""
+
+    def __init__(self, sources: list[Any]) -> None:
+        library = ctypes.CDLL(
+            str(build(Recipe("gather", "the benchmark's loop", FOLDER / "native")))
+        )
+        self.gather = library.gather
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        self.gather.argtypes = [pointer, pointer, number, pointer, pointer, number]
+        self.sources = sources
+        self.pools = [empty_pool(shape) for shape in SHAPES]
+        self.blocks = [shape.blocks for shape in SHAPES]
+
+    def move(self, index: int) -> float:
+        return self._gather(index, *self.blocks[index])
+
+    def singles(self, index: int, count: int) -> list[float]:
+        numbers = np.arange(count)
+        return [self._gather(index, numbers[i : i + 1], numbers[i : i + 1]) for i in range(count)]
+
+    def _gather(self, index: int, source: Numbers, destination: Numbers) -> float:
+        addresses = (
+            self.sources[index].ctypes.data, self.pools[index].ctypes.data,
+            SHAPES[index].block_bytes, source.ctypes.data, destination.ctypes.data, len(source),
+        )  # fmt: skip
+        started = time.perf_counter()
+        self.gather(*addresses)
+        return time.perf_counter() - started
+
+
+class Plain:
+    """A socket and nothing else: the owner sends vectors, we receive them in place."""
+
+    def __init__(self, port: int) -> None:
+        self.stream = socket.create_connection(("127.0.0.1", port))
+        self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.pools = [empty_pool(shape) for shape in SHAPES]
+        self.vectors = [
+            pieces(pool, shape.blocks[1]) for pool, shape in zip(self.pools, SHAPES, strict=True)
+        ]
+
+    def move(self, index: int) -> float:
+        return self._ask(index, self.vectors[index])
+
+    def singles(self, index: int, count: int) -> list[float]:
+        asked = len(SHAPES) + list(SINGLES.values()).index(index)
+        return [self._ask(asked, [[self.pools[index][0].data]]) for _ in range(count)]
+
+    def _ask(self, asked: int, vectors: list[list[memoryview]]) -> float:
+        started = time.perf_counter()
+        self.stream.send(bytes([asked]))
+        for part in vectors:
+            expected = sum(map(len, part))
+            received = self.stream.recvmsg_into(part, 0, socket.MSG_WAITALL)[0]
+            assert received == expected, (received, expected)
+        return time.perf_counter() - started
+
+
+class Foreign:
+    """A peer's two processes; stopped while others are measured, since some of them spin."""
+
+    def __init__(self, kind: str, python: str) -> None:
+        program = [python, str(FOLDER / "transfer_peers.py"), kind]
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE, "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL, "text": True,
+        }  # fmt: skip
+        self.target = subprocess.Popen([*program, "target"], **pipes)
+        facts = self._line(self.target, "facts")
+        self.initiator = subprocess.Popen([*program, "initiator"], **pipes)
+        self._say(json.dumps(facts))
+        self.move(0)
+        self.stop()
+
+    def move(self, index: int) -> float:
+        return float(self._ask(str(index))[0])
+
+    def singles(self, index: int, count: int) -> list[float]:
+        return [float(seconds) for seconds in self._ask(f"single {index} {count}")]
+
+    def is_right(self, index: int) -> bool:
+        return bool(self._ask(f"check {index}")[0])
+
+    def stop(self) -> None:
+        for process in (self.target, self.initiator):
+            process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        for process in (self.target, self.initiator):
+            process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        for process in (self.target, self.initiator):
+            process.kill()
+            process.communicate()
+
+    def _ask(self, command: str) -> list[Any]:
+        self._say(command)
+        answer: list[Any] = self._line(self.initiator, "answer")
+        return answer
+
+    def _say(self, line: str) -> None:
+        self.initiator.stdin.write(line + "\n")
+        self.initiator.stdin.flush()
+
+    def _line(self, process: "subprocess.Popen[str]", word: str) -> Json:
+        assert process.stdout is not None
+        while line := process.stdout.readline():
+            if line.startswith(word + " "):
+                return json.loads(line[len(word) :])
+        raise RuntimeError(f"{process.args} ended")
+
+
+Method = Ours | Loop | Plain | Foreign
+
+
+class Owner:
+    """The process that is read."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(32)
+        self.process = start_owner(self.key.hex())
+        facts = json.loads(self.process.stdout.readline())
+        self.descriptor, self.port = b64decode(facts["descriptor"]), facts["port"]
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def start_owner(argument: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, str(FOLDER / "transfer_owner.py"), argument],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_right(method: "Method", shape: Shape, index: int, name: str) -> None:
+    is_right = (
+        method.is_right(index)
+        if isinstance(method, Foreign)
+        else shape.is_right(method.pools[index])
+    )
+    assert is_right, f"{name} moved wrong bytes in {shape.name}"
+
+
+def measure(report: Report, methods: dict[str, Method], passes: int) -> None:
+    """Run all in turns; add rates, latencies and ratios of neighbours in time."""
+    rates: dict[str, list[float]] = {}
+    latencies: dict[str, list[float]] = {}
+    for number in range(passes):
+        for name, method in methods.items():
+            if isinstance(method, Foreign):
+                method.go_on()
+            for index, shape in enumerate(SHAPES):
+                seconds = [method.move(index) for _ in range(REPETITIONS)]
+                rate = MOVED_BYTES / statistics.median(seconds) / 1e9
+                rates.setdefault(f"{name}_{shape.name}", []).append(rate)
+                if number in (0, passes - 1):
+                    assert_right(method, shape, index, name)
+            for size, index in SINGLES.items():
+                median = statistics.median(method.singles(index, SINGLES_COUNT)) * 1e6
+                latencies.setdefault(f"{name}_{size}", []).append(median)
+            if isinstance(method, Foreign):
+                method.stop()
+    for key, runs in rates.items():
+        report.add(f"gb_per_s_{key}", runs, "GB/s")
+    for key, runs in latencies.items():
+        report.add(f"latency_us_{key}", runs, "us")
+    for ours, others in RATIOS.items():
+        for other in others:
+            for shape in SHAPES:
+                pair = [rates.get(f"{name}_{shape.name}") for name in (ours, other)]
+                if pair[0] and pair[1]:
+                    ratios = [a / b for a, b in zip(*pair, strict=True)]
+                    report.add(f"{ours}_over_{other}_{shape.name}", ratios)
+
+
+def measure_at_once(report: Report, owner: Owner, passes: int) -> None:
+    """Several readers in one process, each with a connection and a pool of its own."""
+    for transport in ("shm", "tcp"):
+        readers = [Ours(transport, owner.descriptor, owner.key) for _ in range(AT_ONCE)]
+        for reader in readers:
+            reader.first_touch()
+        for index, shape in enumerate(SHAPES):
+            ratios = []
+            for _ in range(passes):
+                alone = readers[0].move(index)
+                started = time.perf_counter()
+                run_all([partial(reader.move, index) for reader in readers])
+                ratios.append(AT_ONCE * alone / (time.perf_counter() - started))
+            for reader in readers:
+                assert shape.is_right(reader.pools[index])
+            report.add(f"{transport}_{AT_ONCE}_at_once_over_1_{shape.name}", ratios)
+        for reader in readers:
+            reader.agent.close()
+
+
+def run_all(jobs: list[Callable[[], float]]) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passes: int) -> None:
+    """The owner computes in Python, against a stranger that computes: the lock and not the load."""
+    burner = start_owner("burn")
+    burner.send_signal(signal.SIGSTOP)
+    for transport in ("shm", "tcp"):
+        method = methods[transport]
+        for index, shape in enumerate(SHAPES):
+            ratios = []
+            for _ in range(passes):
+                burner.send_signal(signal.SIGCONT)
+                beside = statistics.median(method.move(index) for _ in range(REPETITIONS))
+                burner.send_signal(signal.SIGSTOP)
+                owner.tell("busy")
+                within = statistics.median(method.move(index) for _ in range(REPETITIONS))
+                owner.tell("idle")
+                ratios.append(beside / within)
+            report.add(f"{transport}_owner_busy_over_other_busy_{shape.name}", ratios)
+        owner.tell("busy")
+        singles = [statistics.median(method.singles(2, 50)) * 1e6 for _ in range(passes)]
+        owner.tell("idle")
+        report.add(f"latency_us_{transport}_4KiB_owner_busy", singles, "us")
+    burner.kill()
+    burner.communicate()
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with nixl and mooncake")
+    parser.add_argument("--quick", action="store_true", help="fewer passes")
+    parser.add_argument("--output", metavar="FILE")
+    options = parser.parse_args()
+    passes = 3 if options.quick else 9
+    report = Report(
+        "transfer",
+        settings={
+            "moved": "64 MiB between two processes, pools of 128 MiB, random blocks on both sides",
+            "passes": passes,
+            "ratios": "of the same pass; over 1 is faster than the other",
+        },
+    )
+    owner = Owner()
+    shm, tcp = (Ours(name, owner.descriptor, owner.key) for name in ("shm", "tcp"))
+    for name, ours in (("shm", shm), ("tcp", tcp)):
+        report.add(f"gb_per_s_{name}_first_touch", [MOVED_BYTES / ours.first_touch() / 1e9], "GB/s")
+    private = [empty_pool(shape) for shape in SHAPES]
+    for shape, pool in zip(SHAPES, private, strict=True):
+        shape.fill(pool)
+    methods: dict[str, Method] = {"memcpy": Loop(private), "shm": shm}
+    methods["gather"] = Loop(mapped(owner.descriptor))
+    methods |= {"socket": Plain(owner.port), "tcp": tcp}
+    if options.peers:
+        methods |= {kind: Foreign(kind, options.peers) for kind in KINDS}
+    try:
+        measure(report, methods, passes)
+        measure_at_once(report, owner, passes)
+        measure_busy(report, owner, methods, passes)
+    finally:
+        for method in methods.values():
+            if isinstance(method, Foreign):
+                method.close()
+    tcp.agent.close()
+    shm.agent.close()
+    owner.close()
+    report.finish(options.output)
+
+
+def mapped(descriptor: bytes) -> list[Any]:
+    """Map the owner's pools, for the loop that reads them without us."""
+    import msgspec
+
+    from penstock.transfer.region import PeerMemory
+
+    memory = msgspec.msgpack.decode(descriptor, type=PeerMemory)
+    regions: list[Region] = [open_peer(region) for region in memory.regions]
+    return [region.blocks for region in regions]
+
+
+if __name__ == "__main__":
+    main()

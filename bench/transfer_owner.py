@@ -1,0 +1,80 @@
+"""The process whose memory is read in `transfer.py`: an agent of ours, and a plain socket.
+
+Commands come on stdin: `busy` and `idle` start and end a Python thread that computes without a
+pause, `burn` does nothing but compute (a process of its own). It ends with its stdin.
+"""
+
+import json
+import socket
+import sys
+import threading
+from base64 import b64encode
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import numpy.typing as npt
+from transfer_shapes import SHAPES, SINGLES
+
+from penstock.transport import Agent
+
+VECTORS_MAX = 1024
+
+
+def pieces(pool: npt.NDArray[np.uint8], blocks: npt.NDArray[np.int64]) -> list[list[memoryview]]:
+    """Return the blocks as lists of vectors that one system call takes."""
+    views = [pool[block].data for block in blocks.tolist()]
+    return [views[i : i + VECTORS_MAX] for i in range(0, len(views), VECTORS_MAX)]
+
+
+def serve_plainly(listener: socket.socket, pools: list[npt.NDArray[np.uint8]]) -> None:
+    """Send what a byte asks for: a shape, or one block. Never returns."""
+    answers = [pieces(pool, shape.blocks[0]) for pool, shape in zip(pools, SHAPES, strict=True)]
+    answers += [pieces(pools[index], np.array([0])) for index in SINGLES.values()]
+    while True:
+        stream, _ = listener.accept()
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while asked := stream.recv(1):
+            for vectors in answers[asked[0]]:
+                stream.sendmsg(vectors)
+
+
+def compute(is_over: threading.Event) -> None:
+    """Hold the interpreter lock as much as one thread can."""
+    number = 1
+    while not is_over.is_set():
+        for _ in range(100_000):
+            number = (number * 1103515245 + 12345) & 0x7FFFFFFF
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    if sys.argv[1:] == ["burn"]:
+        compute(threading.Event())
+    with Agent("owner", key=bytes.fromhex(sys.argv[1])) as agent:
+        pools = []
+        for shape in SHAPES:
+            region = agent.allocate(shape.num_blocks, shape.block_bytes)
+            shape.fill(region.blocks)
+            pools.append(region.blocks)
+        listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=serve_plainly, args=(listener, pools), daemon=True).start()
+        facts = {
+            "descriptor": b64encode(agent.descriptor()).decode(),
+            "port": listener.getsockname()[1],
+        }
+        print(json.dumps(facts), flush=True)
+        is_over = threading.Event()
+        for line in sys.stdin:
+            if line.strip() == "busy":
+                is_over.clear()
+                threading.Thread(target=compute, args=(is_over,), daemon=True).start()
+            else:
+                is_over.set()
+            print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
