@@ -64,7 +64,7 @@ class ServeConsole:
         """Show what came up and how to use it."""
         self.end_progress()
         facts = [
-            ("model", f"{name}, up to {model.max_model_len} tokens"),
+            ("model", f"{name}, up to {model.max_model_len} tokens{_limit_note(model)}"),
             ("engine", model.description),
             ("KV cache", _kv_line(model)),
             ("transport", _transport_line(workers)),
@@ -101,6 +101,13 @@ def set_up_logging(*, is_logging_requests: bool) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _limit_note(model: ModelFacts) -> str:
+    """Say so when it is the KV cache that limits a sequence."""
+    if model.max_model_len < model.layout.capacity_tokens(model.num_blocks):
+        return ""
+    return ", as many as its KV cache holds: --kv-cache-memory sets that"
 
 
 def _kv_line(model: ModelFacts) -> str:

@@ -137,11 +137,13 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         progress("fetching the model", 0.0)
     folder = find_folder(engine)
     model = load_model(engine, progress)
+    layout, num_blocks = model.layout(engine.block_size), _num_blocks(model, settings)
     facts = ModelFacts(
         folder=str(folder),
-        layout=model.layout(engine.block_size),
-        num_blocks=_num_blocks(model, settings),
-        max_model_len=model.max_model_len,
+        layout=layout,
+        num_blocks=num_blocks,
+        # A sequence that outgrows the cache of its worker could neither go on nor make room.
+        max_model_len=min(model.max_model_len, layout.capacity_tokens(num_blocks)),
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
         description=model.description,
@@ -213,12 +215,16 @@ def _load_instant(settings: ClusterSettings, progress: Progress) -> tuple[ModelF
     folder = Path(engine.model).expanduser()
     config = _read_config(folder)
     layout = instant_layout(engine.block_size)
+    num_blocks = ((engine.kv_cache_bytes or KV_BYTES_MIN) // layout.block_bytes[0],)
     eos = config.eos_token_id
     facts = ModelFacts(
         folder=str(folder),
         layout=layout,
-        num_blocks=((engine.kv_cache_bytes or KV_BYTES_MIN) // layout.block_bytes[0],),
-        max_model_len=engine.max_model_len or config.max_position_embeddings,
+        num_blocks=num_blocks,
+        max_model_len=min(
+            engine.max_model_len or config.max_position_embeddings,
+            layout.capacity_tokens(num_blocks),
+        ),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         vocab_size=config.vocab_size,
         description=DESCRIPTION,

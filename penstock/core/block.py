@@ -63,6 +63,15 @@ class KVLayout(Struct, frozen=True, array_like=True):
         """Return 16 hex digits that both ends of a transfer compare before the first block."""
         return blake2b(encode(self), digest_size=8).hexdigest()
 
+    def capacity_tokens(self, num_blocks: Sequence[int]) -> int:
+        """Tokens whose KV fits at once into pools of `num_blocks` per group.
+
+        Counted in the full-attention group that fills first; a sliding window never fills up.
+        """
+        groups = zip(self.groups, num_blocks, strict=True)
+        full = [count for group, count in groups if not group.window]
+        return min(full or num_blocks) * self.block_size
+
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one full-attention group."""
         return -(-num_tokens // self.block_size)

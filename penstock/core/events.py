@@ -70,10 +70,8 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens whose KV fits at once, counted in the full-attention group that fills first."""
-        groups = zip(self.layout.groups, self.num_blocks, strict=True)
-        full = [count for group, count in groups if not group.window]
-        return min(full or self.num_blocks) * self.layout.block_size
+        """Tokens whose KV fits at once."""
+        return self.layout.capacity_tokens(self.num_blocks)
 
 
 class GroupBlocks(Struct, frozen=True, array_like=True):

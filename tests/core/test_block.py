@@ -65,3 +65,10 @@ def test_groups_have_their_own_block_size_and_fingerprints_tell_layouts_apart() 
         KVLayout("m", (KVGroup((0, 1, 2)),), 2, 64, 32, "float32"),
     ]
     assert len({layout.fingerprint(), *(other.fingerprint() for other in others)}) == 5
+
+
+def test_capacity_is_that_of_the_full_attention_group() -> None:
+    layout = KVLayout("m", (KVGroup((0, 2)), KVGroup((1,), 128)), 2, 64, 32, "float32")
+    assert layout.capacity_tokens((10, 5)) == 320
+    windowed = KVLayout("m", (KVGroup((0,), 128),), 2, 64, 32, "float32")
+    assert windowed.capacity_tokens((5,)) == 160

@@ -314,3 +314,15 @@ def test_kill_minus_nine_of_the_front_leaves_nothing():
             _, alive = psutil.wait_procs(children, timeout=5)
         assert alive == []
         assert list(Path(parent).iterdir()) == []
+
+
+def test_a_sequence_ends_where_its_worker_s_cache_does():
+    """One that outgrew it could neither go on nor make room, and would wait for ever."""
+
+    async def story(cluster: LocalCluster) -> None:
+        assert (await cluster.ready()).max_model_len == 4 * 32
+        assert await generate(cluster, PROMPT, params(1000)) == expected(80, 128 - 80)
+        await balanced(cluster)
+
+    engine = EngineConfig(model=str(BUILTIN_MODEL), kv_cache_bytes=4 * 32 * 16)
+    run(story, ClusterSettings(engine=engine, executor="instant"))
