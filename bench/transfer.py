@@ -38,7 +38,7 @@ import numpy.typing as npt
 from report import Report
 from transfer_owner import pieces
 from transfer_peers import KINDS
-from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, Shape, empty_pool
+from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, SINGLES_COUNT, Shape, empty_pool
 
 from penstock.native.build import Recipe, build
 from penstock.transfer.region import Region
@@ -46,7 +46,6 @@ from penstock.transport import Agent
 from penstock.transport.shm import open_peer
 
 FOLDER = Path(__file__).parent
-SINGLES_COUNT = 200
 REPETITIONS = 3
 AT_ONCE = 4
 
@@ -134,15 +133,16 @@ class Plain:
         ]
 
     def move(self, index: int) -> float:
-        return self._ask(index, self.vectors[index])
+        return self._ask(bytes([index, 0]), self.vectors[index])
 
     def singles(self, index: int, count: int) -> list[float]:
         asked = len(SHAPES) + list(SINGLES.values()).index(index)
-        return [self._ask(asked, [[self.pools[index][0].data]]) for _ in range(count)]
+        pool = self.pools[index]
+        return [self._ask(bytes([asked, i]), [[pool[i].data]]) for i in range(count)]
 
-    def _ask(self, asked: int, vectors: list[list[memoryview]]) -> float:
+    def _ask(self, asked: bytes, vectors: list[list[memoryview]]) -> float:
         started = time.perf_counter()
-        self.stream.send(bytes([asked]))
+        self.stream.send(asked)
         for part in vectors:
             expected = sum(map(len, part))
             received = self.stream.recvmsg_into(part, 0, socket.MSG_WAITALL)[0]

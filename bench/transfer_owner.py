@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import numpy.typing as npt
-from transfer_shapes import SHAPES, SINGLES
+from transfer_shapes import SHAPES, SINGLES, SINGLES_COUNT
 
 from penstock.transport import Agent
 
@@ -30,15 +30,18 @@ def pieces(pool: npt.NDArray[np.uint8], blocks: npt.NDArray[np.int64]) -> list[l
 
 
 def serve_plainly(listener: socket.socket, pools: list[npt.NDArray[np.uint8]]) -> None:
-    """Send what a byte asks for: a shape, or one block. Never returns."""
+    """Send what two bytes ask for: a shape, or one block. Never returns."""
     answers = [pieces(pool, shape.blocks[0]) for pool, shape in zip(pools, SHAPES, strict=True)]
-    answers += [pieces(pools[index], np.array([0])) for index in SINGLES.values()]
+    singles = [pieces(pools[index], np.arange(SINGLES_COUNT))[0] for index in SINGLES.values()]
     while True:
         stream, _ = listener.accept()
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while asked := stream.recv(1):
-            for vectors in answers[asked[0]]:
-                stream.sendmsg(vectors)
+        while asked := stream.recv(2):
+            if asked[0] < len(answers):
+                for vectors in answers[asked[0]]:
+                    stream.sendmsg(vectors)
+            else:
+                stream.send(singles[asked[0] - len(answers)][asked[1]])
 
 
 def compute(is_over: threading.Event) -> None:

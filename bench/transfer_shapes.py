@@ -62,6 +62,8 @@ SHAPES = (
 )
 SINGLES = {"4KiB": 2, "64KiB": 1}
 """Latency of one block: of which shape."""
+SINGLES_COUNT = 200
+"""One after the other, each another block: none is in a cache because it was just moved."""
 
 
 def empty_pool(shape: Shape) -> npt.NDArray[np.uint8]:

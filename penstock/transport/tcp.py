@@ -5,6 +5,7 @@ shared out among them and received in one native call. When what was open turns 
 opened anew, once: a read can be repeated. `tcp_owner.py` is the other end.
 """
 
+import os
 import socket
 import struct
 import threading
@@ -19,25 +20,26 @@ from penstock.transport.handshake import prove
 from penstock.transport.native.library import Reading, load_library, read
 
 TCP: Final = "tcp"
-NUM_STREAMS: Final = 2
+STREAMS_MAX: Final = 4
 SILENCE_S: Final = 5.0
 """The longest that a peer may say nothing in the middle of a pull, or while it is called."""
 BYTES_PER_S_MIN: Final = 4 << 20
 """A pull that is slower than this, and than `SILENCE_S` before, is given up."""
-BUFFER_BYTES: Final = 4 << 20
 
 
 class Tcp:
-    """The way to peers that serve reads at an address. `silence_s` bounds every wait for a byte."""
+    """The way to peers that serve reads at an address. `silence_s` bounds every wait for a byte.
+
+    `num_streams` is how many sockets share a pull, `usual_streams()` by default.
+    """
 
     kind: Final = TCP
 
     def __init__(
-        self, key: bytes, *, num_streams: int = NUM_STREAMS, silence_s: float = SILENCE_S
+        self, key: bytes, *, num_streams: int | None = None, silence_s: float = SILENCE_S
     ) -> None:
-        assert num_streams > 0, num_streams
         self._key = key
-        self._num_streams = num_streams
+        self._num_streams = num_streams or usual_streams()
         self._silence_s = silence_s
         self._connections: dict[tuple[str, int], Connection] = {}
         self._lock = threading.Lock()
@@ -58,9 +60,13 @@ class Tcp:
             raise PeerLost("it serves no reads over TCP")
         with self._lock:
             if (peer.name, peer.epoch) not in self._connections:
-                connection = Connection(peer, addresses[0], self._key)
-                connection.num_streams, connection.silence_s = self._num_streams, self._silence_s
-                self._connections[peer.name, peer.epoch] = connection
+                self._connections[peer.name, peer.epoch] = Connection(
+                    peer,
+                    addresses[0],
+                    self._key,
+                    num_streams=self._num_streams,
+                    silence_s=self._silence_s,
+                )
             return self._connections[peer.name, peer.epoch]
 
     def forget(self, name: str, epoch: int) -> None:
@@ -99,15 +105,21 @@ class ServedRegion:
 class Connection:
     """The sockets to one incarnation of a peer. One pull at a time; others wait for it."""
 
-    num_streams = NUM_STREAMS
-    silence_s = SILENCE_S
-
-    def __init__(self, peer: PeerMemory, address: str, key: bytes) -> None:
+    def __init__(
+        self, peer: PeerMemory, address: str, key: bytes, *, num_streams: int, silence_s: float
+    ) -> None:
         self._name = peer.name
         self._epoch = peer.epoch
         self._address = address
         self._key = key
+        self._num_streams = num_streams
+        self._silence_s = silence_s
         self._streams: list[socket.socket] = []
+        self._reading = Reading(
+            epoch=peer.epoch,
+            patience_ms=round(silence_s * 1000),
+            bytes_per_ms_min=BYTES_PER_S_MIN // 1000,
+        )
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -118,9 +130,7 @@ class Connection:
 
     def pull(self, index: int, destination: Region, spans: SpanArray) -> None:
         """Receive spans of region `index`. Raises: `PeerLost`, `DeadlineExceeded`."""
-        num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
-        deadline_s = self.silence_s + num_bytes / BYTES_PER_S_MIN
-        self._ask(lambda: self._read(index, destination, spans, deadline_s))
+        self._ask(lambda: self._read(index, destination, spans))
 
     def notify(self, text: bytes) -> None:
         """Leave some bytes with the peer. Raises: `PeerLost`, `DeadlineExceeded`."""
@@ -147,40 +157,33 @@ class Connection:
                 self._hang_up()
                 self._dial()
                 outcome = question()
-            if wire.REFUSED < outcome < 0 or self._is_closed:
+            if outcome < 0 or self._is_closed:
                 self._hang_up()
         if outcome < 0:
             raise self._error(outcome)
 
-    def _read(self, index: int, destination: Region, spans: SpanArray, deadline_s: float) -> int:
+    def _read(self, index: int, destination: Region, spans: SpanArray) -> int:
         library = load_library()
         if library is None:
-            limits = (self.silence_s, deadline_s)
+            num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
+            limits = (self._silence_s, self._silence_s + num_bytes / BYTES_PER_S_MIN)
             return tcp_python.read(
                 self._streams[0], self._epoch, index, destination.blocks, spans, limits
             )
-        numbers = (Reading.Streams * len(self._streams))(*[s.fileno() for s in self._streams])
-        return read(
-            library,
-            Reading(
-                streams=numbers,
-                num_streams=len(numbers),
-                epoch=self._epoch,
-                region=index,
-                destination=destination.address,
-                block_bytes=destination.block_bytes,
-                spans=address_of(spans),
-                num_spans=len(spans),
-                deadline_ms=round(deadline_s * 1000),
-            ),
-        )
+        reading = self._reading
+        reading.region = index
+        reading.destination = destination.address
+        reading.block_bytes = destination.block_bytes
+        reading.spans = address_of(spans)
+        reading.num_spans = len(spans)
+        return read(library, reading)
 
     def _notify(self, text: bytes) -> int:
         library = load_library()
         stream = self._streams[0]
         if library is None:
-            return tcp_python.notify(stream, self._epoch, text, self.silence_s)
-        deadline_ms = round(2 * self.silence_s * 1000)
+            return tcp_python.notify(stream, self._epoch, text, self._silence_s)
+        deadline_ms = round(2 * self._silence_s * 1000)
         return int(
             library.penstock_notify(stream.fileno(), self._epoch, text, len(text), deadline_ms)
         )
@@ -188,9 +191,14 @@ class Connection:
     def _dial(self) -> None:
         if self._is_closed:
             raise PeerLost(f"{self._name} was forgotten")
+        if self._streams:
+            return
         try:
-            while len(self._streams) < self.num_streams:
-                self._streams.append(call(self._address, self._key, self.silence_s))
+            for _ in range(self._num_streams):
+                self._streams.append(call(self._address, self._key, self._silence_s))
+            numbers = [stream.fileno() for stream in self._streams]
+            self._reading.streams = (Reading.Streams * len(numbers))(*numbers)
+            self._reading.num_streams = len(numbers)
         except (PeerLost, DeadlineExceeded) as error:
             self._hang_up()
             raise PeerLost(f"{self._name} at {self._address}: {error}") from error
@@ -204,12 +212,19 @@ class Connection:
         who = f"{self._name} at {self._address}"
         match outcome:
             case wire.LATE:
-                return DeadlineExceeded(f"{who} was silent or slow for {self.silence_s:.1f} s")
+                return DeadlineExceeded(f"{who} was silent or slow for {self._silence_s:.1f} s")
             case wire.LOST:
                 return PeerLost(f"the connection with {who} was lost")
             case wire.NONSENSE:
                 return PeerLost(f"{who} does not answer as a peer does")
         return PeerLost(f"{who} refuses: {wire.REFUSALS[wire.Status(wire.REFUSED - outcome)]}")
+
+
+def usual_streams() -> int:
+    """Return how many streams pay: each keeps a core busy at either end."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, min(STREAMS_MAX, cores // 2))
 
 
 def call(address: str, key: bytes, timeout_s: float) -> socket.socket:

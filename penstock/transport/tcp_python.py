@@ -221,8 +221,8 @@ class PythonServer:
         return True
 
     def _reply(self, stream: socket.socket, status: Status, request_id: int) -> bool:
-        """Answer without bytes; False when the connection is to end, as it is after junk."""
+        """Answer without bytes; False when the connection is to end, as it is after a refusal."""
         if status != Status.OK:
             self.counts[2 + status] += 1
         _send(stream, wire.REPLY.pack(wire.MAGIC, status, request_id, 0))
-        return status != Status.MALFORMED
+        return status == Status.OK

@@ -3,8 +3,8 @@
     read    request(READ, count = runs), count runs      reply, then the blocks
     notify  request(NOTIFY, count = bytes), the bytes    reply
 
-Little-endian, of fixed size, with a limit on every count: no length that a peer says is believed
-before it was compared.
+After a reply that refuses, the owner ends the connection. Little-endian, of fixed size, with a
+limit on every count: no length that a peer says is believed before it was compared.
 """
 
 from enum import IntEnum

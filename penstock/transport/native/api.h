@@ -22,11 +22,14 @@ struct penstock_reading {
     int64_t block_bytes;
     const int64_t* spans;
     int64_t num_spans;
-    int64_t deadline_ms;  // the longest wait in all; the sockets' time-outs bound each silence
+    // The longest wait in all: this, and what the bytes take at the slowest rate that is borne. The
+    // sockets' time-outs bound each silence.
+    int64_t patience_ms;
+    int64_t bytes_per_ms_min;
 };
 
-// Returns the bytes that landed, or one of the negative outcomes below; then the streams are of no
-// use any more, except after a refusal on every one of them.
+// Returns the bytes that landed, or a negative outcome (wire.h); then the streams are of no use any
+// more.
 int64_t penstock_read(const penstock_reading* reading);
 
 // Sends one notification and waits for the peer's word; outcomes as above, 0 when it was taken.

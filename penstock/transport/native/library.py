@@ -30,7 +30,8 @@ class Reading(Structure):
         ("block_bytes", c_int64),
         ("spans", c_void_p),
         ("num_spans", c_int64),
-        ("deadline_ms", c_int64),
+        ("patience_ms", c_int64),
+        ("bytes_per_ms_min", c_int64),
     ]
 
 

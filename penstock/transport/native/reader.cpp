@@ -53,21 +53,13 @@ int64_t read_part(int stream, const penstock_reading& reading, Part& part, uint6
     iovec out[2] = {{&request, sizeof request},
                     {part.runs.data(), part.runs.size() * sizeof(Run)}};
     if (const int64_t wrong = send_all(stream, out, 2, deadline)) return wrong;
-    ReplyHeader reply;
+    ReplyHeader reply{};
     part.vectors[0] = {&reply, sizeof reply};
-    const int64_t received =
-        receive_some(stream, part.vectors.data(), part.vectors.size(), sizeof reply);
-    if (received < 0) return received;
-    if (const int64_t wrong = judge(reply, request, static_cast<uint64_t>(part.num_bytes)))
-        return wrong;
-    // The header may have come in two halves, which moved its vector: what is left of it is nothing.
-    size_t left = static_cast<size_t>(received) - sizeof reply;
-    size_t i = 1;
-    for (; left && left >= part.vectors[i].iov_len; ++i) left -= part.vectors[i].iov_len;
-    if (i == part.vectors.size()) return 0;
-    part.vectors[i].iov_base = static_cast<uint8_t*>(part.vectors[i].iov_base) + left;
-    part.vectors[i].iov_len -= left;
-    return receive_all(stream, part.vectors.data() + i, part.vectors.size() - i, deadline);
+    // Header and blocks in one call that waits for all: a refusal has no blocks, but is followed by
+    // the end of the connection.
+    const int64_t wrong = receive_all(stream, part.vectors.data(), part.vectors.size(), deadline);
+    if (wrong && reply.status == kOk) return wrong;
+    return judge(reply, request, static_cast<uint64_t>(part.num_bytes));
 }
 
 // Cuts the spans into parts: for each stream its share of the bytes, in requests of bounded size.
@@ -111,7 +103,9 @@ int64_t read(const penstock_reading& reading) {
     if (!num_bytes) return 0;
     const int64_t num_streams = std::clamp<int64_t>(
         std::min(num_bytes / kBytesPerStreamMin, num_blocks), 1, reading.num_streams);
-    const auto deadline = Clock::now() + std::chrono::milliseconds(reading.deadline_ms);
+    const auto deadline = Clock::now() + std::chrono::milliseconds(
+                                               reading.patience_ms +
+                                               num_bytes / reading.bytes_per_ms_min);
     auto shares = share_out(reading, num_blocks, num_streams);
     std::vector<int64_t> outcomes(num_streams, 0);
     auto work = [&](int64_t i) {

@@ -241,8 +241,8 @@ bool Server::answer_notify(Exchange& exchange, const RequestHeader& request) {
 
 bool Server::refuse(int socket, const RequestHeader& request, Status status) {
     ++refusals_[status];
-    // After junk nobody knows where the next request begins.
-    return reply(socket, request, status) && status != kMalformed;
+    reply(socket, request, status);
+    return false;  // the end of the connection tells the reader not to wait for blocks
 }
 
 bool Server::reply(int socket, const RequestHeader& request, Status status) {

@@ -3,6 +3,8 @@
 //
 //   read    RequestHeader(op 1, count = runs), count x Run      -> ReplyHeader, num_bytes of blocks
 //   notify  RequestHeader(op 2, count = bytes), count bytes     -> ReplyHeader
+//
+// After a reply whose status is not 0 the owner ends the connection.
 #pragma once
 
 #include <sys/socket.h>
