@@ -70,25 +70,32 @@ template <class T> struct Addresses {
     }
 };
 
-// Brings the next span into the cache while this one is computed on: a piece per slot and head, in
-// the order of memory, whatever the order of the computation. A machine's own prefetching does not
-// see across blocks.
-template <class T> class Prefetcher {
+// Brings the next span into the cache while this one is computed on, a few lines at a time, in the
+// order of memory, whatever the order of the computation. A machine's own prefetching does not see
+// across blocks.
+class Prefetcher {
   public:
-    Prefetcher(const T* const* rows, int slots, int pieces, int64_t stride, int head_dim)
-        : rows_(rows), slots_(slots), pieces_(pieces), stride_(stride), bytes_(head_dim * sizeof(T)) {}
-    void step() {
-        if (slot_ >= slots_) return;
-        const char* from = (const char*)(rows_[slot_] + piece_ * stride_);
-        for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(from + i, 0, 2);
-        if (++piece_ == pieces_) piece_ = 0, slot_++;
+    // `rows` are the slots' addresses, `bytes` the size of a slot, all heads; 0 prefetches nothing.
+    template <class T>
+    Prefetcher(const T* const* rows, int slots, int64_t bytes)
+        : rows_((const char* const*)rows), end_of_rows_(rows_ + (bytes ? slots : 0)), bytes_(bytes) {
+        start_row();
+    }
+    void fetch(int lines) {
+        for (; lines > 0 && rows_ < end_of_rows_; lines--) {
+            __builtin_prefetch(at_, 0, 2);
+            at_ += 64;
+            if (at_ >= end_) rows_++, start_row();
+        }
     }
 
   private:
-    const T* const* rows_;
-    int slots_, pieces_;
-    int64_t stride_;
-    int bytes_, slot_ = 0, piece_ = 0;
+    void start_row() {
+        if (rows_ < end_of_rows_) at_ = *rows_, end_ = at_ + bytes_;
+    }
+    const char *const *rows_, *const *end_of_rows_;
+    const char *at_ = nullptr, *end_ = nullptr;
+    int64_t bytes_;
 };
 
 // partial[r][i] = the products of query row r and key i, lane by lane, for N slots.
@@ -120,14 +127,14 @@ static inline void multiply_keys(const uint32_t* query, int words, int padded, c
 // scores[r][i] = query row r x key i, for i in [begin, end), whole vectors.
 template <class T, int R>
 static void score_rows(const uint32_t* query, int words, const T* const* keys, int64_t offset,
-                       Prefetcher<T>& prefetcher, int begin, int end, float (*scores)[SPAN_MAX]) {
+                       Prefetcher& prefetcher, int begin, int end, float (*scores)[SPAN_MAX]) {
     // R x N accumulators, N keys and a query fit the register file.
     constexpr int N = R <= 4 && LANES > 8 ? 4 : 2;
     const int padded = (words + LANES - 1) / LANES * LANES;
     for (int first = begin; first < end; first += LANES) {
         Float partial[R][LANES];
         for (int i = 0; i < LANES; i += N) {
-            for (int j = 0; j < N; j++) prefetcher.step();
+            prefetcher.fetch((N * words + 15) / 16);
             Float few[R][LANES];
             multiply_keys<T, R, N>(query, words, padded, keys + first + i, offset, few);
 #pragma GCC unroll 8
@@ -143,7 +150,7 @@ static void score_rows(const uint32_t* query, int words, const T* const* keys, i
 // elements of sums are in the order of `interleave`, save where V is 1.
 template <class T, int R, int V>
 static void add_values(const T (*probabilities)[SPAN_MAX], const T* const* values, int64_t offset,
-                       Prefetcher<T>& prefetcher, int from, int to, const float* rescale,
+                       Prefetcher& prefetcher, int from, int to, const float* rescale,
                        float* sums, int stride) {
     constexpr int UNIT = Element<T>::UNIT;
     Float total[R][V];
@@ -154,7 +161,7 @@ static void add_values(const T (*probabilities)[SPAN_MAX], const T* const* value
     for (int word = from; word < to; word++) {
         const T* first = values[word * UNIT] + offset;
         const T* second = values[word * UNIT + UNIT - 1] + offset;
-        prefetcher.step();
+        prefetcher.fetch((V * LANES + 15) / 16);
         Word value[V];
         if constexpr (V == 1) {
             value[0] = pair_up(first, second);
@@ -185,7 +192,7 @@ template <class T, int R> struct FewRows {
     alignas(64) T probabilities[R][SPAN_MAX];
 
     void attend(int head, const uint32_t* query, const Addresses<T>& span, int base, int from, int to,
-                Prefetcher<T>& keys, Prefetcher<T>& values, Running* running, float* sums) {
+                Prefetcher& keys, Prefetcher& values, Running* running, float* sums) {
         constexpr int UNIT = Element<T>::UNIT, V = R <= ROWS ? VECTORS : 2;
         const int begin = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
         const int64_t key_offset = (head - tile.head) * context.layer.key_head_stride;
@@ -226,6 +233,10 @@ static void attend_few_rows(const Context& context, const Tile& tile, uint32_t* 
     const int head_dim = layer.head_dim, words = head_dim / Element<T>::UNIT;
     const int padded = (words + LANES - 1) / LANES * LANES, heads = tile.head_end - tile.head;
     const int slots = span_slots(layer);
+    // Heads that do not follow one another in memory are left to the machine.
+    const int64_t bytes = (int64_t)heads * head_dim * sizeof(T);
+    const int64_t key_bytes = layer.key_head_stride == head_dim ? bytes : 0;
+    const int64_t value_bytes = layer.value_head_stride == head_dim ? bytes : 0;
     memset(query, 0, sizeof(uint32_t) * heads * R * padded);
     memset(sums, 0, sizeof(float) * heads * R * head_dim);
     for (int i = 0; i < heads * R; i++) {
@@ -240,8 +251,8 @@ static void attend_few_rows(const Context& context, const Tile& tile, uint32_t* 
     for (int which = 0; base < tile.end; base += slots, which ^= 1) {
         const Addresses<T>&span = spans[which], &next = spans[which ^ 1];
         spans[which ^ 1].locate(context, tile, base + slots, slots);
-        Prefetcher<T> keys(next.keys, next.count, heads, layer.key_head_stride, head_dim);
-        Prefetcher<T> values(next.values, next.count, heads, layer.value_head_stride, head_dim);
+        Prefetcher keys(next.keys, next.count, key_bytes);
+        Prefetcher values(next.values, next.count, value_bytes);
         const int from = std::max(tile.begin - base, 0);
         for (int i = 0; i < heads; i++)
             rows.attend(tile.head + i, query + i * R * padded, span, base, from, span.count, keys, values,
