@@ -25,7 +25,8 @@ void attend(const Attention& layer, const Batch& batch, const void* query, int64
 void store(const Attention& layer, const void* key, int64_t key_stride, const void* value,
            int64_t value_stride, const int64_t* slots, int64_t rows) {
     if (layer.dtype == BFLOAT16)
-        store_rows(layer, (const bf16*)key, key_stride, (const bf16*)value, value_stride, slots, rows);
+        store_rows(layer, (const bf16*)key, key_stride, (const bf16*)value, value_stride, slots,
+                   rows);
     else
         store_rows(layer, (const float*)key, key_stride, (const float*)value, value_stride, slots,
                    rows);

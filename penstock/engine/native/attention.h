@@ -16,9 +16,9 @@
 
 namespace penstock {
 
-// Queries of `count` consecutive tokens of a sequence, for KV heads [head, head_end). The rows of one
-// KV head go token by token, and within a token over the query heads that share the KV head. Row r
-// sees slots [first(r), last(r)].
+// Queries of `count` consecutive tokens of a sequence, for KV heads [head, head_end). The rows of
+// one KV head go token by token, and within a token over the query heads that share the KV head.
+// Row r sees slots [first(r), last(r)].
 struct Tile {
     int32_t sequence, head, head_end, first_token, count;
     int32_t position;    // of the first token: the slot that it is stored in
@@ -33,43 +33,52 @@ struct Context {
     int64_t query_stride;
     void* output;
 
-    int group_size() const { return layer.num_heads / layer.num_kv_heads; }
-    int last(const Tile& tile, int row) const { return tile.position + row / group_size(); }
+    int group_size() const {
+        return layer.num_heads / layer.num_kv_heads;
+    }
+    int last(const Tile& tile, int row) const {
+        return tile.position + row / group_size();
+    }
     int first(const Tile& tile, int row) const {
         return layer.window ? std::max(0, last(tile, row) - layer.window + 1) : 0;
     }
-    template <class T> const T* query_row(const Tile& tile, int kv_head, int row) const {
+    template <class T>
+    const T* query_row(const Tile& tile, int kv_head, int row) const {
         const int head = kv_head * group_size() + row % group_size();
         return (const T*)query + (tile.first_token + row / group_size()) * query_stride +
                (int64_t)head * layer.head_dim;
     }
-    template <class T> T* output_row(const Tile& tile, int kv_head, int row) const {
+    template <class T>
+    T* output_row(const Tile& tile, int kv_head, int row) const {
         const int head = kv_head * group_size() + row % group_size();
         return (T*)output +
                ((int64_t)(tile.first_token + row / group_size()) * layer.num_heads + head) *
                    layer.head_dim;
     }
-    // Fills keys[i] and values[i] with the addresses of slots begin..end - 1 of the tile's first head.
+    // Fills keys[i] and values[i] with the addresses of slots begin..end - 1 of the tile's first
+    // head.
     template <class T>
     void locate(const Tile& tile, int begin, int end, const T** keys, const T** values) const {
-        const int32_t* table = batch.block_tables[layer.group] +
-                               tile.sequence * batch.table_strides[layer.group];
+        const int32_t* table =
+            batch.block_tables[layer.group] + tile.sequence * batch.table_strides[layer.group];
         const T* key_base = (const T*)layer.key_cache + tile.head * layer.key_head_stride;
         const T* value_base = (const T*)layer.value_cache + tile.head * layer.value_head_stride;
         for (int slot = begin; slot < end;) {
             const int64_t block = table[slot / layer.block_size];
             int offset = slot % layer.block_size;
             for (; offset < layer.block_size && slot < end; offset++, slot++) {
-                *keys++ = key_base + block * layer.key_block_stride + offset * layer.key_slot_stride;
-                *values++ =
-                    value_base + block * layer.value_block_stride + offset * layer.value_slot_stride;
+                *keys++ =
+                    key_base + block * layer.key_block_stride + offset * layer.key_slot_stride;
+                *values++ = value_base + block * layer.value_block_stride +
+                            offset * layer.value_slot_stride;
             }
         }
     }
 };
 
 // attention_plan.h, compiled in attention_bf16.cpp and attention_float.cpp.
-template <class T> void attend_all(const Context& context);
+template <class T>
+void attend_all(const Context& context);
 
 // Per-row state of the online softmax.
 struct Running {
@@ -93,7 +102,8 @@ inline float softmax_row(const Attention& layer, float* scores, int columns, int
         return 1.f;
     }
     const float scale = layer.scale * LOG2_E;
-    const float cap = layer.softcap * LOG2_E, inner = layer.softcap ? layer.scale / layer.softcap : 0;
+    const float cap = layer.softcap * LOG2_E,
+                inner = layer.softcap ? layer.scale / layer.softcap : 0;
     Float highest = splat(-INFINITY);
     for (int i = 0; i < columns; i += LANES) {
         Float value = load(scores + i);
@@ -118,7 +128,9 @@ inline float softmax_row(const Attention& layer, float* scores, int columns, int
 }
 
 // The values of UNIT neighbouring slots, element by element: a word each.
-inline Word pair_up(const float* first, const float*) { return (Word)load(first); }
+inline Word pair_up(const float* first, const float*) {
+    return (Word)load(first);
+}
 inline Word pair_up(const bf16* first, const bf16* second) {
     return widen_halves(first) | widen_halves(second) << 16;
 }
@@ -126,7 +138,9 @@ inline Word pair_up(const bf16* first, const bf16* second) {
 // Memory of one thread, kept from call to call and grown as needed.
 class Scratch {
   public:
-    ~Scratch() { free(memory_); }
+    ~Scratch() {
+        free(memory_);
+    }
     // Starts a new round in which `take` hands out at most `bytes`.
     void reserve(size_t bytes) {
         used_ = 0;
@@ -136,7 +150,8 @@ class Scratch {
         memory_ = (char*)aligned_alloc(64, size_);
         if (!memory_) throw std::bad_alloc();
     }
-    template <class T> T* take(size_t count) {
+    template <class T>
+    T* take(size_t count) {
         T* result = (T*)(memory_ + used_);
         used_ += (count * sizeof(T) + 63) & ~size_t(63);
         return result;

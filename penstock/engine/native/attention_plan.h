@@ -18,8 +18,8 @@ template <class T>
 static void attend_few(const Context& context, const Tile& tile, uint32_t* query, Running* running,
                        float* sums) {
     switch (tile.count * context.group_size()) {
-#define CASE(R)                                                                 \
-    case R:                                                                     \
+#define CASE(R) \
+    case R:     \
         return attend_few_rows<T, R>(context, tile, query, running, sums);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
@@ -44,16 +44,17 @@ static void merge(int rows, int head_dim, Running* running, float* sums, const R
     for (int row = 0; row < rows; row++) {
         const float maximum = std::max(running[row].maximum, more[row].maximum);
         if (maximum == -INFINITY) continue;
-        const float a = exp2f(running[row].maximum - maximum), b = exp2f(more[row].maximum - maximum);
+        const float a = exp2f(running[row].maximum - maximum),
+                    b = exp2f(more[row].maximum - maximum);
         running[row] = {maximum, running[row].sum * a + more[row].sum * b};
         for (int d = row * head_dim; d < (row + 1) * head_dim; d += LANES)
             store(sums + d, load(sums + d) * a + load(more_sums + d) * b);
     }
 }
 
-// The work of one call. Few-row tiles take all heads of a sequence at once, so that memory is read in
-// its own order; with more threads than that keeps busy they take fewer heads, and in the end a part
-// of the context each. The parts of one tile lie side by side.
+// The work of one call. Few-row tiles take all heads of a sequence at once, so that memory is read
+// in its own order; with more threads than that keeps busy they take fewer heads, and in the end a
+// part of the context each. The parts of one tile lie side by side.
 struct Plan {
     std::vector<Tile> tiles;
     int heads_per_tile, parts = 1;
@@ -63,7 +64,8 @@ struct Plan {
         const int heads = context.layer.num_kv_heads;
         const int64_t wanted = threads > 1 ? 2 * threads : 1;
         heads_per_tile = std::max<int64_t>(1, std::min<int64_t>(heads, heads * sequences / wanted));
-        if (heads * sequences < wanted) parts = (wanted + heads * sequences - 1) / (heads * sequences);
+        if (heads * sequences < wanted)
+            parts = (wanted + heads * sequences - 1) / (heads * sequences);
         for (int sequence = 0; sequence < context.batch.num_sequences; sequence++)
             add(context, sequence);
     }
@@ -79,7 +81,8 @@ struct Plan {
             const int heads_step = is_few ? heads_per_tile : 1;
             for (int head = 0; head < heads; head += heads_step) {
                 const int head_end = std::min(heads, head + heads_step);
-                Tile tile{sequence, head, head_end, token, count, position + token - first, 0, 0, -1};
+                Tile tile{sequence, head, head_end, token, count, position + token - first,
+                          0,        0,    -1};
                 tile.begin = context.first(tile, 0);
                 tile.end = context.last(tile, count * group - 1) + 1;
                 if (is_few)
@@ -113,8 +116,12 @@ struct Parts {
         running.resize(plan.tiles.size() * FEW_ROWS);
         sums.resize(plan.tiles.size() * FEW_ROWS * head_dim);
     }
-    Running* running_of(size_t i) { return running.data() + i * FEW_ROWS; }
-    float* sums_of(size_t i) { return sums.data() + i * FEW_ROWS * head_dim; }
+    Running* running_of(size_t i) {
+        return running.data() + i * FEW_ROWS;
+    }
+    float* sums_of(size_t i) {
+        return sums.data() + i * FEW_ROWS * head_dim;
+    }
 };
 
 template <class T>
@@ -134,7 +141,8 @@ static void attend_one(const Context& context, const Plan& plan, size_t i, Parts
     write_rows<T>(context, tile, running, sums);
 }
 
-template <class T> void attend_all(const Context& context) {
+template <class T>
+void attend_all(const Context& context) {
     const Plan plan(context, num_threads());
     Parts parts(plan, context.layer.head_dim);
 #pragma omp parallel for schedule(dynamic, 1) if (plan.tiles.size() > 1)
@@ -143,10 +151,12 @@ template <class T> void attend_all(const Context& context) {
     for (size_t i = 0, first = 0; i < plan.tiles.size(); i++) {
         const Tile& tile = plan.tiles[i];
         if (tile.part < 0) continue;
-        if (tile.part == 0) first = i;
+        if (tile.part == 0)
+            first = i;
         else
-            merge(tile.count * context.group_size(), context.layer.head_dim, parts.running_of(first),
-                  parts.sums_of(first), parts.running_of(i), parts.sums_of(i));
+            merge(tile.count * context.group_size(), context.layer.head_dim,
+                  parts.running_of(first), parts.sums_of(first), parts.running_of(i),
+                  parts.sums_of(i));
         const bool is_last = i + 1 == plan.tiles.size() || plan.tiles[i + 1].part <= 0;
         if (is_last) write_rows<T>(context, tile, parts.running_of(first), parts.sums_of(first));
     }

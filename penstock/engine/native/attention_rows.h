@@ -1,5 +1,6 @@
-// Attention of a few query rows (decode): every key and value is used by these rows only, so nothing
-// is packed; keys and values are read where they lie, once, and the next ones prefetched meanwhile.
+// Attention of a few query rows (decode): every key and value is used by these rows only, so
+// nothing is packed; keys and values are read where they lie, once, and the next ones prefetched
+// meanwhile.
 #pragma once
 
 #include "attention.h"
@@ -7,8 +8,9 @@
 namespace penstock {
 
 constexpr int FEW_ROWS = 8;
-constexpr int SPAN_MAX = 128;            // slots per round of the online softmax
-constexpr int64_t SPAN_BYTES = 128 << 10;  // keys and values of a span; the next span is cached beside it
+constexpr int SPAN_MAX = 128;  // slots per round of the online softmax
+constexpr int64_t SPAN_BYTES =
+    128 << 10;  // keys and values of a span; the next span is cached beside it
 
 // The number of slots depends on the layer alone, so that results do not depend on the batch.
 static inline int span_slots(const Attention& layer) {
@@ -38,7 +40,8 @@ static inline Float sum_each(const Float* partial) {
         a[i] = _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee);
     }
     for (int i = 0; i < 4; i++)
-        a[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88) + _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        a[i] =
+            _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88) + _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
     for (int i = 0; i < 2; i++)
         a[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44) + _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
     const __m512 total = _mm512_shuffle_ps(a[0], a[1], 0x88) + _mm512_shuffle_ps(a[0], a[1], 0xdd);
@@ -53,13 +56,14 @@ static inline Float sum_each(const Float* partial) {
 }
 
 // Where one slot's key and value lie (of the tile's first head), for the slots of a span.
-template <class T> struct Addresses {
+template <class T>
+struct Addresses {
     const T* keys[SPAN_MAX];
     const T* values[SPAN_MAX];
     int count = 0;  // of the slots that are there
 
-    // The span of `slots` slots from `base` on. Columns outside the tile's slots repeat ones inside, so that they
-    // can be read; their probability is 0.
+    // The span of `slots` slots from `base` on. Columns outside the tile's slots repeat ones
+    // inside, so that they can be read; their probability is 0.
     void locate(const Context& context, const Tile& tile, int base, int slots) {
         const int from = std::max(tile.begin - base, 0), to = std::min(tile.end - base, slots);
         count = std::max(0, to);
@@ -78,7 +82,9 @@ class Prefetcher {
     // `rows` are the slots' addresses, `bytes` the size of a slot, all heads; 0 prefetches nothing.
     template <class T>
     Prefetcher(const T* const* rows, int slots, int64_t bytes)
-        : rows_((const char* const*)rows), end_of_rows_(rows_ + (bytes ? slots : 0)), bytes_(bytes) {
+        : rows_((const char* const*)rows),
+          end_of_rows_(rows_ + (bytes ? slots : 0)),
+          bytes_(bytes) {
         start_row();
     }
     void fetch(int lines) {
@@ -150,8 +156,8 @@ static void score_rows(const uint32_t* query, int words, const T* const* keys, i
 // elements of sums are in the order of `interleave`, save where V is 1.
 template <class T, int R, int V>
 static void add_values(const T (*probabilities)[SPAN_MAX], const T* const* values, int64_t offset,
-                       Prefetcher& prefetcher, int from, int to, const float* rescale,
-                       float* sums, int stride) {
+                       Prefetcher& prefetcher, int from, int to, const float* rescale, float* sums,
+                       int stride) {
     constexpr int UNIT = Element<T>::UNIT;
     Float total[R][V];
 #pragma GCC unroll 8
@@ -184,15 +190,16 @@ static void add_values(const T (*probabilities)[SPAN_MAX], const T* const* value
 }
 
 // One span of one KV head; columns [from, to) are there.
-template <class T, int R> struct FewRows {
+template <class T, int R>
+struct FewRows {
     const Context& context;
     const Tile& tile;
     int words, padded, head_dim;
     alignas(64) float scores[R][SPAN_MAX];
     alignas(64) T probabilities[R][SPAN_MAX];
 
-    void attend(int head, const uint32_t* query, const Addresses<T>& span, int base, int from, int to,
-                Prefetcher& keys, Prefetcher& values, Running* running, float* sums) {
+    void attend(int head, const uint32_t* query, const Addresses<T>& span, int base, int from,
+                int to, Prefetcher& keys, Prefetcher& values, Running* running, float* sums) {
         constexpr int UNIT = Element<T>::UNIT, V = R <= ROWS ? VECTORS : 2;
         const int begin = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
         const int64_t key_offset = (head - tile.head) * context.layer.key_head_stride;
@@ -220,12 +227,14 @@ template <class T, int R> struct FewRows {
 };
 
 // Puts the elements of each row's sums in their natural order.
-template <class T> static void restore_rows(float* sums, int rows, int head_dim) {
+template <class T>
+static void restore_rows(float* sums, int rows, int head_dim) {
     for (int row = 0; row < rows; row++, sums += head_dim)
         for (int d = 0; d + 2 * LANES <= head_dim; d += 2 * LANES) restore<T>(sums + d);
 }
 
-// Leaves, for each KV head of the tile, the unnormalised sums [R, head_dim] and the softmax's state.
+// Leaves, for each KV head of the tile, the unnormalised sums [R, head_dim] and the softmax's
+// state.
 template <class T, int R>
 static void attend_few_rows(const Context& context, const Tile& tile, uint32_t* query,
                             Running* running, float* sums) {
@@ -255,8 +264,8 @@ static void attend_few_rows(const Context& context, const Tile& tile, uint32_t* 
         Prefetcher values(next.values, next.count, value_bytes);
         const int from = std::max(tile.begin - base, 0);
         for (int i = 0; i < heads; i++)
-            rows.attend(tile.head + i, query + i * R * padded, span, base, from, span.count, keys, values,
-                        running + i * R, sums + i * R * head_dim);
+            rows.attend(tile.head + i, query + i * R * padded, span, base, from, span.count, keys,
+                        values, running + i * R, sums + i * R * head_dim);
     }
     restore_rows<T>(sums, heads * R, head_dim);
 }

@@ -7,15 +7,17 @@
 
 namespace penstock {
 
-constexpr int CHUNK = 256;       // slots per chunk: packed keys and values stay in the second-level cache
-constexpr int TILE_ROWS = 192;   // query rows that share a packed chunk
+constexpr int CHUNK =
+    256;  // slots per chunk: packed keys and values stay in the second-level cache
+constexpr int TILE_ROWS = 192;  // query rows that share a packed chunk
 
-template <class T> struct TileMemory {
+template <class T>
+struct TileMemory {
     const T* keys[CHUNK];
     const T* values[CHUNK];
-    T* query;              // [rows, head_dim]
-    float* sums;           // [rows, padded head_dim]
-    Running* running;      // [rows]
+    T* query;                // [rows, head_dim]
+    float* sums;             // [rows, padded head_dim]
+    Running* running;        // [rows]
     uint32_t* key_panels;    // [CHUNK / PANEL, head_dim / UNIT, PANEL]
     uint32_t* value_panels;  // [padded head_dim / PANEL, CHUNK / UNIT, PANEL]
     float* scores;           // [ROWS, CHUNK]
@@ -24,8 +26,8 @@ template <class T> struct TileMemory {
 
     TileMemory(Scratch& scratch, int rows, int head_dim) {
         padded = (head_dim + PANEL - 1) / PANEL * PANEL;
-        scratch.reserve((size_t)rows * (padded * 8 + 16) + (size_t)CHUNK * (2 * padded + 2 * ROWS) * 4 +
-                        8 * 64);
+        scratch.reserve((size_t)rows * (padded * 8 + 16) +
+                        (size_t)CHUNK * (2 * padded + 2 * ROWS) * 4 + 8 * 64);
         query = scratch.take<T>((size_t)rows * head_dim);
         sums = scratch.take<float>((size_t)rows * padded);
         running = scratch.take<Running>(rows);
@@ -42,7 +44,8 @@ template <class T>
 static void pack_keys(TileMemory<T>& memory, int from, int to, int head_dim) {
     alignas(64) static const uint32_t zeros[256] = {};
     const int words = head_dim / Element<T>::UNIT;
-    for (int column = from / PANEL * PANEL; column < (to + PANEL - 1) / PANEL * PANEL; column += LANES) {
+    for (int column = from / PANEL * PANEL; column < (to + PANEL - 1) / PANEL * PANEL;
+         column += LANES) {
         uint32_t* panel = memory.key_panels + column / PANEL * words * PANEL + column % PANEL;
         const uint32_t* rows[LANES];
         for (int i = 0; i < LANES; i++) {
@@ -90,16 +93,18 @@ static void attend_rows(const Context& context, const Tile& tile, TileMemory<T>&
     for (int i = 0; i < count; i++) {
         const int first = std::max(from, context.first(tile, row + i) - base) - begin;
         const int last = std::min(to, context.last(tile, row + i) + 1 - base) - begin;
-        rescale[i] = softmax_row(context.layer, memory.scores + i * CHUNK + begin, end - begin, first,
-                                 last, memory.running[row + i], memory.probabilities + i * CHUNK + begin);
+        rescale[i] =
+            softmax_row(context.layer, memory.scores + i * CHUNK + begin, end - begin, first, last,
+                        memory.running[row + i], memory.probabilities + i * CHUNK + begin);
     }
     const int first_word = from / UNIT, last_word = (to + UNIT - 1) / UNIT;
     for (int d = 0; d < head_dim; d += PANEL)
-        multiply_panel<T>(count, std::min(PANEL, head_dim - d), Start::SUM,
-                          (const uint32_t*)memory.probabilities + first_word, CHUNK / UNIT,
-                          memory.value_panels + ((size_t)d / PANEL * (CHUNK / UNIT) + first_word) * PANEL,
-                          last_word - first_word, memory.sums + (size_t)row * memory.padded + d,
-                          memory.padded, rescale);
+        multiply_panel<T>(
+            count, std::min(PANEL, head_dim - d), Start::SUM,
+            (const uint32_t*)memory.probabilities + first_word, CHUNK / UNIT,
+            memory.value_panels + ((size_t)d / PANEL * (CHUNK / UNIT) + first_word) * PANEL,
+            last_word - first_word, memory.sums + (size_t)row * memory.padded + d, memory.padded,
+            rescale);
 }
 
 template <class T>

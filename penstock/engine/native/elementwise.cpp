@@ -4,7 +4,8 @@
 namespace penstock {
 
 // Calls f with a null pointer of the element type that `dtype` names.
-template <class F> static void with_type(int32_t dtype, F f) {
+template <class F>
+static void with_type(int32_t dtype, F f) {
     if (dtype == BFLOAT16)
         f((bf16*)nullptr);
     else
@@ -61,7 +62,8 @@ void add_norm(const Norm& spec, const void* residual, const void* delta, float s
 #pragma omp parallel for schedule(static) if (is_large(rows * width))
         for (int64_t row = 0; row < rows; row++) {
             T* to = (T*)total + row * width;
-            add_row((const T*)residual + row * width, (const T*)delta + row * width, scale, width, to);
+            add_row((const T*)residual + row * width, (const T*)delta + row * width, scale, width,
+                    to);
             norm_row(spec, to, width, (T*)normed + row * width);
         }
     });
@@ -74,12 +76,14 @@ static inline Float erf(Float x) {
     const Float size = x < 0.f ? -x : x, t = 1.f / (1.f + 0.3275911f * size);
     const Float series =
         ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
-         0.254829592f) * t;
+         0.254829592f) *
+        t;
     const Float result = 1.f - series * exp(-size * size);
     return x < 0.f ? -result : result;
 }
 
-template <int KIND> static inline Float bend(Float x) {
+template <int KIND>
+static inline Float bend(Float x) {
     if constexpr (KIND == SILU) return x / (1.f + exp(-x));
     if constexpr (KIND == GELU) return 0.5f * x * (1.f + erf(x * 0.70710678f));
     if constexpr (KIND == GELU_TANH)
@@ -107,8 +111,8 @@ void activate(const void* x, int64_t rows, int64_t width, int32_t kind, bool gat
     with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         switch (kind) {
-#define CASE(KIND)                                                          \
-    case KIND:                                                              \
+#define CASE(KIND) \
+    case KIND:     \
         return activate_rows<T, KIND>((const T*)x, rows, width, gated, (T*)y);
             CASE(SILU) CASE(GELU) CASE(GELU_TANH) CASE(RELU) CASE(RELU2)
 #undef CASE

@@ -8,7 +8,8 @@
 namespace penstock {
 
 // A row's query or key heads.
-template <class T> struct Section {
+template <class T>
+struct Section {
     const Heads& spec;
     const Norm* norm;
     int heads, head_dim;

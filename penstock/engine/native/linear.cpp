@@ -1,7 +1,7 @@
 // Linear layers over packed weights, and the embedding lookup that reads rows back out of them.
 //
-// A packed weight [out, in] is [ceil(out / PANEL), in / UNIT, PANEL] words: a panel of output columns
-// is one contiguous stream, read once for every six rows of input.
+// A packed weight [out, in] is [ceil(out / PANEL), in / UNIT, PANEL] words: a panel of output
+// columns is one contiguous stream, read once for every six rows of input.
 #include <algorithm>
 
 #include "matrix.h"
@@ -57,13 +57,14 @@ static void run_linear(const Linear& layer, const T* x, int64_t rows, Out* y) {
         for (int64_t item = 0; item < panels * blocks; item++) {
             const int64_t row = item / panels * ROWS_PER_BLOCK, panel = item % panels;
             run_block<T>(layer, (const uint32_t*)x + row * x_stride, x_stride,
-                         std::min(ROWS_PER_BLOCK, rows - row), panel,
-                         y + row * layer.out_features, layer.out_features, sums);
+                         std::min(ROWS_PER_BLOCK, rows - row), panel, y + row * layer.out_features,
+                         layer.out_features, sums);
         }
     }
 }
 
-template <class T> static void pack(const T* weight, int64_t out, int64_t in, uint32_t* packed) {
+template <class T>
+static void pack(const T* weight, int64_t out, int64_t in, uint32_t* packed) {
     const int64_t words = in / Element<T>::UNIT;
     const uint32_t zeros[LANES] = {};
 #pragma omp parallel for schedule(static)
@@ -71,7 +72,8 @@ template <class T> static void pack(const T* weight, int64_t out, int64_t in, ui
         for (int64_t word = 0; word < words; word += LANES) {
             const uint32_t* rows[LANES];
             for (int i = 0; i < LANES; i++)
-                rows[i] = column + i < out ? (const uint32_t*)(weight + (column + i) * in) + word : zeros;
+                rows[i] =
+                    column + i < out ? (const uint32_t*)(weight + (column + i) * in) + word : zeros;
             uint32_t* to = packed + (column / PANEL * words + word) * PANEL + column % PANEL;
             transpose(rows, std::min<int64_t>(LANES, words - word), to, PANEL);
         }
@@ -115,7 +117,8 @@ extern "C" int64_t penstock_packed_words(int64_t out, int64_t in, int32_t dtype)
     return (out + PANEL - 1) / PANEL * PANEL * (dtype == BFLOAT16 ? in / 2 : in);
 }
 
-extern "C" void penstock_pack(const void* weight, int64_t out, int64_t in, int32_t dtype, void* packed) {
+extern "C" void penstock_pack(const void* weight, int64_t out, int64_t in, int32_t dtype,
+                              void* packed) {
     if (dtype == BFLOAT16)
         pack((const bf16*)weight, out, in, (uint32_t*)packed);
     else

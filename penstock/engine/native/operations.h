@@ -1,5 +1,5 @@
-// Every operation of a decoder, as the interpreter calls it. Rows are contiguous; widths and strides
-// are in elements. What each computes is said in penstock/engine/kernels/__init__.py.
+// Every operation of a decoder, as the interpreter calls it. Rows are contiguous; widths and
+// strides are in elements. What each computes is said in penstock/engine/kernels/__init__.py.
 #pragma once
 
 #if defined(_OPENMP)
@@ -48,7 +48,8 @@ void cap(const void* x, int64_t count, float scale, float softcap, int32_t dtype
 // One row of a norm: see NormKind.
 enum NormKind : int32_t { RMS = 0, RMS_LLAMA = 1, LAYER = 2 };
 
-template <class T> inline void norm_row(const Norm& spec, const T* x, int64_t width, T* y) {
+template <class T>
+inline void norm_row(const Norm& spec, const T* x, int64_t width, T* y) {
     float mean = 0;
     if (spec.kind == LAYER) {
         Float total{};
@@ -71,7 +72,8 @@ template <class T> inline void norm_row(const Norm& spec, const T* x, int64_t wi
     }
 }
 
-template <class T> inline void scale_row(T* x, int64_t width, float scale) {
+template <class T>
+inline void scale_row(T* x, int64_t width, float scale) {
     if (scale == 1.f) return;
     for (int64_t i = 0; i < width; i += LANES)
         store_some(x + i, load_some(x + i, width - i) * scale, width - i);
@@ -92,6 +94,8 @@ inline void store_slot(const Attention& layer, const T* key, const T* value, int
 }
 
 // Rows worth dividing among threads: a thread should have a few microseconds of work.
-inline bool is_large(int64_t elements) { return elements > 16384; }
+inline bool is_large(int64_t elements) {
+    return elements > 16384;
+}
 
 }  // namespace penstock

@@ -5,7 +5,17 @@ namespace penstock {
 
 // As `Code` in program.py.
 enum Code : int32_t {
-    EMBED, EMBED_PACKED, NORM, ADD, ADD_NORM, LINEAR, HEADS, ATTEND, ACTIVATE, SELECT_ROWS, CAP,
+    EMBED,
+    EMBED_PACKED,
+    NORM,
+    ADD,
+    ADD_NORM,
+    LINEAR,
+    HEADS,
+    ATTEND,
+    ACTIVATE,
+    SELECT_ROWS,
+    CAP,
     APPLY,
 };
 
@@ -57,8 +67,8 @@ static void run_one(const Operation& op, const Batch& batch, void* const* regist
 
 using namespace penstock;
 
-// Runs operations from `first` on, and returns the number of the one it stopped at: `count` when all
-// are done, or an APPLY, which is Python's to run.
+// Runs operations from `first` on, and returns the number of the one it stopped at: `count` when
+// all are done, or an APPLY, which is Python's to run.
 extern "C" int64_t penstock_run(const Operation* operations, int64_t first, int64_t count,
                                 const Batch* batch, void* const* registers) {
     for (int64_t i = first; i < count; i++) {
@@ -89,7 +99,7 @@ extern "C" void penstock_store(const Attention* layer, const void* key, int64_t 
 
 // Bytes of each struct, in the order of `structs.SIZED`: what Python mirrors must not drift.
 extern "C" void penstock_sizes(int64_t* sizes) {
-    const int64_t all[] = {sizeof(Linear), sizeof(Norm), sizeof(Attention), sizeof(Heads),
-                           sizeof(Batch), sizeof(Operation)};
+    const int64_t all[] = {sizeof(Linear), sizeof(Norm),  sizeof(Attention),
+                           sizeof(Heads),  sizeof(Batch), sizeof(Operation)};
     memcpy(sizes, all, sizeof(all));
 }

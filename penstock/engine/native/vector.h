@@ -2,12 +2,12 @@
 // kernels need. Everything is GCC and Clang vector extensions; the two places where an instruction
 // set has something better (bfloat16 dot products, transposition) say so under #ifdef.
 //
-// A "word" is 32 bits of a row: one float, or two neighbouring bfloat16 numbers. Rows are multiplied
-// word by word, which is what lets one matrix kernel serve both types.
+// A "word" is 32 bits of a row: one float, or two neighbouring bfloat16 numbers. Rows are
+// multiplied word by word, which is what lets one matrix kernel serve both types.
 #pragma once
 
-#include <cstdint>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -36,16 +36,21 @@ struct bf16 {
 };
 
 // UNIT elements make a word.
-template <class T> struct Element;
-template <> struct Element<float> {
+template <class T>
+struct Element;
+template <>
+struct Element<float> {
     static constexpr int UNIT = 1;
 };
-template <> struct Element<bf16> {
+template <>
+struct Element<bf16> {
     static constexpr int UNIT = 2;
 };
 
 // Combining a scalar with a zero vector is the form that compilers turn into one broadcast.
-inline Word splat_word(uint32_t value) { return Word{} | value; }
+inline Word splat_word(uint32_t value) {
+    return Word{} | value;
+}
 inline Float splat(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -58,7 +63,9 @@ inline Int iota() {
     return result;
 }
 
-inline float widen(float value) { return value; }
+inline float widen(float value) {
+    return value;
+}
 inline float widen(bf16 value) {
     const uint32_t word = uint32_t(value.bits) << 16;
     float result;
@@ -66,7 +73,9 @@ inline float widen(bf16 value) {
     return result;
 }
 
-inline Float load(const float* from) { return *(const Float*)from; }
+inline Float load(const float* from) {
+    return *(const Float*)from;
+}
 inline Word widen_halves(const void* from) {
 #if defined(__AVX512F__)
     return (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
@@ -74,11 +83,16 @@ inline Word widen_halves(const void* from) {
     return __builtin_convertvector(*(const Half*)from, Word);
 #endif
 }
-inline Float load(const bf16* from) { return (Float)(widen_halves(from) << 16); }
-inline Word load_words(const uint32_t* from) { return *(const Word*)from; }
+inline Float load(const bf16* from) {
+    return (Float)(widen_halves(from) << 16);
+}
+inline Word load_words(const uint32_t* from) {
+    return *(const Word*)from;
+}
 
 // The first `count` elements, and zeros where they are fewer than LANES.
-template <class T> inline Float load_some(const T* from, int64_t count) {
+template <class T>
+inline Float load_some(const T* from, int64_t count) {
     if (count >= LANES) return load(from);
     T lanes[LANES] = {};
     memcpy(lanes, from, count * sizeof(T));
@@ -86,7 +100,9 @@ template <class T> inline Float load_some(const T* from, int64_t count) {
 }
 
 // Rounds to the nearest, ties to even.
-inline void store(float* to, Float value) { *(Float*)to = value; }
+inline void store(float* to, Float value) {
+    *(Float*)to = value;
+}
 inline void store(bf16* to, Float value) {
 #if defined(__AVX512BF16__)
     *(__m256i_u*)to = (__m256i)_mm512_cvtneps_pbh((__m512)value);
@@ -96,20 +112,27 @@ inline void store(bf16* to, Float value) {
     *(Half*)to = __builtin_convertvector(bits >> 16, Half);
 #endif
 }
-template <class T> inline void store_some(T* to, Float value, int64_t count) {
+template <class T>
+inline void store_some(T* to, Float value, int64_t count) {
     if (count >= LANES) return store(to, value);
     T lanes[LANES];
     store(lanes, value);
     memcpy(to, lanes, count * sizeof(T));
 }
-template <class T> inline Float rounded(Float value) {
+template <class T>
+inline Float rounded(Float value) {
     T lanes[LANES];
     store(lanes, value);
     return load(lanes);
 }
-template <> inline Float rounded<float>(Float value) { return value; }
+template <>
+inline Float rounded<float>(Float value) {
+    return value;
+}
 
-inline Float max(Float a, Float b) { return a > b ? a : b; }
+inline Float max(Float a, Float b) {
+    return a > b ? a : b;
+}
 
 inline float sum(Float v) {
 #if defined(__AVX512F__)
@@ -132,11 +155,14 @@ inline float largest(Float v) {
 }
 
 // sum + a * b for words: one product, or the two products of a pair of bfloat16.
-template <class T> inline Float dot(Float total, Word a, Word b);
-template <> inline Float dot<float>(Float total, Word a, Word b) {
+template <class T>
+inline Float dot(Float total, Word a, Word b);
+template <>
+inline Float dot<float>(Float total, Word a, Word b) {
     return total + (Float)a * (Float)b;
 }
-template <> inline Float dot<bf16>(Float total, Word a, Word b) {
+template <>
+inline Float dot<bf16>(Float total, Word a, Word b) {
 #if defined(__AVX512BF16__)
     return (Float)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
 #else
@@ -172,8 +198,9 @@ inline Float tanh(Float x) {
     return 1.f - 2.f / (exp(2.f * x) + 1.f);
 }
 
-// The elements of two neighbouring slots, 2 * LANES of each, as words (for float: of the first alone).
-// They come in an order of the machine's choosing, which `restore` undoes for what was summed in it.
+// The elements of two neighbouring slots, 2 * LANES of each, as words (for float: of the first
+// alone). They come in an order of the machine's choosing, which `restore` undoes for what was
+// summed in it.
 inline void interleave(const float* first, const float*, Word& low, Word& high) {
     low = (Word)load(first), high = (Word)load(first + LANES);
 }
@@ -186,7 +213,8 @@ inline void interleave(const bf16* first, const bf16* second, Word& low, Word& h
     high = widen_halves(first + LANES) | widen_halves(second + LANES) << 16;
 #endif
 }
-template <class T> inline void restore(float* sums) {
+template <class T>
+inline void restore(float* sums) {
 #if defined(__AVX512BW__)
     if constexpr (Element<T>::UNIT == 2) {
         const __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + 16);
