@@ -24,12 +24,9 @@ from penstock.transfer.region import Bytes2D
 
 VOCAB_SIZE = 1000
 _MASK = (1 << 64) - 1
-Pool = npt.NDArray[np.uint64]
-
-
-def as_bytes(pool: Pool) -> Bytes2D:
-    """View a pool's blocks as the bytes that digests are taken of."""
-    return pool.view(np.uint8)
+Execute = Callable[[Step], tuple[Sampled, ...]]
+MakeModel = Callable[[KVLayout, tuple[Bytes2D, ...]], Execute]
+"""From a layout and a worker's pools, [num_blocks, block_bytes] each, to what runs its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +50,8 @@ class SimExecutor:
         self,
         clock: SimClock,
         cost: StepCost,
-        model: Callable[[Step], tuple[Sampled, ...]],
-        pools: tuple[Pool, ...],
+        model: Execute,
+        pools: tuple[Bytes2D, ...],
     ) -> None:
         self._clock = clock
         self._pools = pools
@@ -75,7 +72,7 @@ class SimExecutor:
                 StepDone(
                     step_id=step.step_id,
                     sampled=sampled,
-                    digests=tuple(take_digests(as_bytes(pool), ids) for pool, ids in digests),
+                    digests=tuple(take_digests(pool, ids) for pool, ids in digests),
                     started_ns=started_ns,
                     finished_ns=finished_ns,
                 )
@@ -93,13 +90,11 @@ def chain_layout(block_size: int, windows: tuple[int, ...] = (0,)) -> KVLayout:
 
 
 class ChainModel:
-    """A model whose KV is a hash chain. `pools[g]` is group g's memory: [num_blocks, block_size]
-    uint64.
-    """
+    """A model whose KV is a hash chain, one uint64 a slot."""
 
-    def __init__(self, layout: KVLayout, pools: tuple[Pool, ...]) -> None:
+    def __init__(self, layout: KVLayout, pools: tuple[Bytes2D, ...]) -> None:
         self._layout = layout
-        self._pools = pools
+        self._pools = [pool.view(np.uint64) for pool in pools]
 
     def execute(self, step: Step) -> tuple[Sampled, ...]:
         """Fill the step's slots and sample its rows."""
@@ -145,6 +140,11 @@ class ChainModel:
         block, offset = divmod(position, self._layout.block_size)
         for pool, table in zip(self._pools, tables, strict=True):
             pool[table[block], offset] = number
+
+
+def chain_model(layout: KVLayout, pools: tuple[Bytes2D, ...]) -> Execute:
+    """Make a `ChainModel` over a worker's pools."""
+    return ChainModel(layout, pools).execute
 
 
 def expected_tokens(request: Request, num_tokens: int, eos_token_ids: tuple[int, ...]) -> list[int]:

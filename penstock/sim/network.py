@@ -15,8 +15,8 @@ import numpy as np
 from penstock.core.events import Message, Move, MoveDone
 from penstock.core.types import CONTROLLER, FRONT, WorkerId
 from penstock.sim.clock import SimClock
-from penstock.sim.executor import Pool, as_bytes
 from penstock.transfer.digest import is_corrupt
+from penstock.transfer.region import Bytes2D
 
 Deliver = Callable[[Message], None]
 
@@ -51,7 +51,7 @@ class SimNetwork:
         self.cost = cost
         self.rng = rng
         self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
-        self._pools: dict[tuple[WorkerId, int], tuple[Pool, ...]] = {}
+        self._pools: dict[tuple[WorkerId, int], tuple[Bytes2D, ...]] = {}
         self._last_ns: dict[tuple[WorkerId, WorkerId], int] = {}
         self._num_incarnations = 0
 
@@ -63,7 +63,7 @@ class SimNetwork:
         self._nodes[node] = (self._num_incarnations, deliver)
         return self._num_incarnations
 
-    def register(self, worker: WorkerId, epoch: int, pools: tuple[Pool, ...]) -> None:
+    def register(self, worker: WorkerId, epoch: int, pools: tuple[Bytes2D, ...]) -> None:
         """Make a worker's pools readable by its peers."""
         self._pools[worker, epoch] = pools
 
@@ -100,7 +100,7 @@ class SimNetwork:
 
     def submit(
         self,
-        own: tuple[Pool, ...],
+        own: tuple[Bytes2D, ...],
         move: Move,
         is_alive: Callable[[], bool],
         done: Callable[[MoveDone], None],
@@ -141,7 +141,7 @@ class SimNetwork:
                     started_ns=started_ns,
                     finished_ns=self.clock.now_ns(),
                     error=error,
-                    is_corrupt=error is None and is_corrupt(move, [as_bytes(pool) for pool in own]),
+                    is_corrupt=error is None and is_corrupt(move, own),
                 )
             )
 
@@ -155,7 +155,7 @@ class SimTransport:
         self,
         network: SimNetwork,
         node: WorkerId,
-        pools: tuple[Pool, ...] = (),
+        pools: tuple[Bytes2D, ...] = (),
         is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self._network = network
@@ -173,13 +173,13 @@ class SimTransport:
         self._network.submit(self._pools, move, self._is_alive, done)
 
 
-def _flip_a_bit(pools: tuple[Pool, ...], move: Move, rng: random.Random) -> None:
+def _flip_a_bit(pools: tuple[Bytes2D, ...], move: Move, rng: random.Random) -> None:
     group = rng.choice([g for g, spans in enumerate(move.spans) if spans])
     span = rng.choice(move.spans[group])
-    pools[group][span.destination + rng.randrange(span.num_blocks), 0] ^= np.uint64(1)
+    pools[group][span.destination + rng.randrange(span.num_blocks), 0] ^= np.uint8(1)
 
 
-def _copy(source: tuple[Pool, ...], destination: tuple[Pool, ...], move: Move) -> None:
+def _copy(source: tuple[Bytes2D, ...], destination: tuple[Bytes2D, ...], move: Move) -> None:
     for group, spans in enumerate(move.spans):
         for span in spans:
             start, end = span.destination, span.destination + span.num_blocks

@@ -30,8 +30,9 @@ from penstock.core.node import DecisionLog, Node
 from penstock.core.request import Request
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestId, Role, WorkerId
 from penstock.sim.clock import SimClock
-from penstock.sim.executor import ChainModel, Pool, SimExecutor, StepCost, chain_layout
+from penstock.sim.executor import MakeModel, SimExecutor, StepCost, chain_layout, chain_model
 from penstock.sim.network import LinkCost, SimNetwork, SimTransport
+from penstock.transfer.region import Bytes2D
 from penstock.worker.worker import Worker
 
 
@@ -48,6 +49,7 @@ class ClusterSpec:
     eos_token_ids: tuple[int, ...] = ()
     step_cost: StepCost = field(default_factory=StepCost)
     link_cost: LinkCost = field(default_factory=LinkCost)
+    model: MakeModel = chain_model
     detection_ns: int = 20 * NS_PER_MS
     respawn_ns: int = 100 * NS_PER_MS
 
@@ -68,14 +70,13 @@ class SimWorker:
             eos_token_ids=spec.eos_token_ids,
         )
         self.core = Worker(self.config)
-        self.pools: tuple[Pool, ...] = tuple(
-            np.zeros((count, spec.layout.block_size), dtype=np.uint64) for count in spec.num_blocks
-        )
+        sizes = zip(spec.num_blocks, spec.layout.block_bytes, strict=True)
+        self.pools: tuple[Bytes2D, ...] = tuple(np.zeros(size, np.uint8) for size in sizes)
         self.is_alive = True
         self.log = DecisionLog()
         transport = SimTransport(network, self.config.worker_id, self.pools, lambda: self.is_alive)
-        model = ChainModel(spec.layout, self.pools)
-        executor = SimExecutor(network.clock, spec.step_cost, model.execute, self.pools)
+        model = spec.model(spec.layout, self.pools)
+        executor = SimExecutor(network.clock, spec.step_cost, model, self.pools)
         self._clock = network.clock
         self._node = Node(
             self.core, clock=self, transport=transport, executor=executor, log=self.log

@@ -10,8 +10,6 @@ import random
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig, WorkerConfig
 from penstock.core.events import (
@@ -102,11 +100,11 @@ class RealWorker:
             for count, size in zip(SPEC.num_blocks, layout.block_bytes, strict=True)
         )
         self.mover = BlockMover(layout, [pool.region for pool in self.pools])
-        numbers = tuple(pool.region.blocks.view(np.uint64) for pool in self.pools)
         self.messenger = Messenger(config.worker_id, 1, folder, self.receive)
         regions = [pool.region for pool in self.pools]
         self.executor = ThreadExecutor(
-            ChainModel(layout, numbers).execute, digest=partial(digests_of, regions=regions)
+            ChainModel(layout, tuple(region.blocks for region in regions)).execute,
+            digest=partial(digests_of, regions=regions),
         )
         self.transport = LaneTransport(self.messenger, verified(self.mover.execute, regions))
         self.log = DecisionLog()
