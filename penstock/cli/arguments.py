@@ -111,6 +111,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--executor", choices=("model", "instant"), default="model", help=argparse.SUPPRESS
     )
+    # How KV blocks cross between workers. On one host nothing is better than shared memory.
+    parser.add_argument(
+        "--transport", choices=("auto", "shm", "tcp"), default="auto", help=argparse.SUPPRESS
+    )
 
 
 def _add_workers(group: "argparse._ArgumentGroup") -> None:

@@ -36,6 +36,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         max_num_batched_tokens=options.max_num_batched_tokens,
         is_prefix_caching=not options.no_prefix_caching,
         executor=options.executor,
+        transport=options.transport,
         threads=options.threads,
         is_pinned=options.pin_cores,
         decision_log=options.decision_log,

@@ -19,6 +19,7 @@ from msgspec import Struct
 from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
+from penstock.core.events import Endpoint
 from penstock.core.step import Sampled, Step
 from penstock.core.types import MIB
 from penstock.runtime.host import RunWorker, run_host
@@ -28,9 +29,14 @@ from penstock.runtime.processes import available_bytes, usable_cores
 from penstock.runtime.settings import INSTANT_EXECUTOR, ClusterSettings, ModelFacts
 from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
 from penstock.transfer.region import Region
+from penstock.transport.key import cluster_key
 from penstock.transport.mover import BlockMover
-from penstock.transport.shm import SharedPool
+from penstock.transport.native.library import load_library
+from penstock.transport.shm import SharedMemory, SharedPool
+from penstock.transport.tcp import Tcp
+from penstock.transport.tcp_owner import TcpOwner
 from penstock.transport.verify import digests_of, no_digests, verified
+from penstock.transport.way import Way
 from penstock.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -58,6 +64,7 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
 
     Raises: `StartupFailed` saying what to change.
     """
+    load_library()  # compiled now and not in some request's hand-off; workers share it
     find = _load_instant if settings.executor == INSTANT_EXECUTOR else _load_model
     facts, make_execute = find(settings, progress)
     return facts, partial(_work, settings, facts, make_execute)
@@ -80,7 +87,8 @@ def _work(
     regions = tuple(pool.region for pool in pools)
     Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     execute, prepare = make_execute(regions, threads)
-    mover = BlockMover(layout, regions)
+    ways, endpoints = _ways(settings, spec.epoch, regions)
+    mover = BlockMover(layout, regions, ways)
     config = WorkerConfig(
         worker_id=spec.worker_id,
         role=spec.role,
@@ -103,9 +111,26 @@ def _work(
         introduce=mover.add_peer,
         forget=mover.forget,
         regions=tuple(pool.descriptor for pool in pools),
+        endpoints=endpoints,
         engine=facts.description,
     )
     run_worker(config, parts, place)
+
+
+def _ways(
+    settings: ClusterSettings, epoch: int, regions: tuple[Region, ...]
+) -> tuple[list[Way], tuple[Endpoint, ...]]:
+    """Return how this worker reads its peers, and where it is read itself.
+
+    Nothing listens unless TCP is asked for: workers of one host map each other's pools.
+    """
+    if settings.transport != Tcp.kind:
+        return [SharedMemory()], ()
+    key = cluster_key()
+    owner = TcpOwner(epoch, key)
+    for region in regions:
+        owner.add(region)
+    return [Tcp(key)], (owner.endpoint,)
 
 
 def _populate(pools: tuple[SharedPool, ...]) -> None:

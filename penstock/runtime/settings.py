@@ -12,13 +12,15 @@ from penstock.core.types import Role, WorkerId
 
 MODEL_EXECUTOR = "model"
 INSTANT_EXECUTOR = "instant"
+TRANSPORTS = ("auto", "shm", "tcp")
 
 
 class ClusterSettings(Struct, frozen=True, kw_only=True):
     """One host's cluster: which model, how many workers of which role, and their limits.
 
     `threads` is per worker, None shares the cores out. `executor` "instant" runs no model (see
-    `instant.py`). `decision_log` is a file for the controller's decisions; each worker's go to that
+    `instant.py`). `transport` is one of `TRANSPORTS`; auto is shared memory: all workers are on
+    one host. `decision_log` is a file for the decisions of the controller; each worker's go to that
     name with its own behind it. `start_timeout_s` bounds each silence while the model loads, by
     default ten minutes, or a day where it has to be fetched.
     """
@@ -31,6 +33,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     is_prefix_caching: bool = True
     executor: str = MODEL_EXECUTOR
+    transport: str = "auto"
     threads: int | None = None
     is_pinned: bool = False
     decision_log: str | None = None
@@ -54,6 +57,9 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
         }.items():
             if limit < 1:
                 raise StartupFailed(f"{flag}: {limit} is too small")
+
+        if self.transport not in TRANSPORTS:
+            raise StartupFailed(f"--transport: {self.transport!r} is none of {TRANSPORTS}")
 
     @property
     def num_workers(self) -> int:

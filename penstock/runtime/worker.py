@@ -14,6 +14,7 @@ from pathlib import Path
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import (
+    Endpoint,
     Hello,
     Message,
     Move,
@@ -53,6 +54,7 @@ class WorkerParts:
     introduce: Callable[[WorkerInfo], None]
     forget: Callable[[WorkerId, int], None]
     regions: tuple[RegionDescriptor, ...]
+    endpoints: tuple[Endpoint, ...]
     engine: str
 
 
@@ -124,6 +126,7 @@ class _WorkerProcess:
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             regions=self._parts.regions,
+            endpoints=self._parts.endpoints,
             engine=self._parts.engine,
         )
 
