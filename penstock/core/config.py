@@ -2,8 +2,6 @@
 or the environment.
 """
 
-from enum import Enum
-
 from msgspec import Struct
 
 from penstock.core.block import KVLayout
@@ -70,14 +68,6 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
     max_queued: int = 4096
     max_attempts: int = 3
     queue_timeout_ns: int = 30 * NS_PER_S
-
-
-class WorkerState(Enum):
-    """A worker as the runtime sees its process."""
-
-    STARTING = "starting"
-    UP = "up"
-    LOST = "lost"
 
 
 def _require(is_valid: bool, flag: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""The vocabulary every other module speaks: identifiers, roles, tiers and units.
+"""The vocabulary every other module speaks: identifiers, roles and units.
 
 Owns names and nothing else. It knows no policy, no tensor library and no process; everything may
 import it.
@@ -28,7 +28,6 @@ NO_DIGEST: Final = Digest(0)
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
-GIB: Final = 1024 * MIB
 
 
 class Role(Enum):
@@ -39,16 +38,6 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
-
-
-class Tier(Enum):
-    """Where a block lies, fastest first."""
-
-    SRAM = "sram"
-    HBM = "hbm"
-    DRAM = "dram"
-    CXL = "cxl"
-    DISK = "disk"
 
 
 class FinishReason(Enum):
