@@ -28,6 +28,7 @@ NO_DIGEST: Final = Digest(0)
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
 
 
 class Role(Enum):
