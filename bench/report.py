@@ -47,7 +47,8 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "commit": commit.stdout.strip() or "unknown",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Where a file lies is this machine's affair; which one it is matters.
+        "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
     }
 
 
