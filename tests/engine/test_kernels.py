@@ -92,21 +92,22 @@ def test_norm(cpu, dtype, kind, width):
         compare(cpu, lambda k, b, n=norm: k.norm(k.embed(table(dtype, width), b), n), make_batch(9))
 
 
-@DTYPES
-def test_norms_have_the_rounding_of_hugging_face(cpu, dtype):
-    weight, x = torch.rand(WIDTH).to(dtype), table(dtype)
-
-    def run(kind, weight):
-        norm = Norm(kind, weight, 1e-6)
-        batch = make_batch(50)
-        return cpu.prepare(lambda k, b: k.norm(k.embed(x, b), norm))(batch), x[batch.token_ids]
-
-    result, rows = run(NormKind.RMS_LLAMA, weight)
-    wide = rows.float() * torch.rsqrt(rows.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(result, weight * wide.to(dtype))
-    # Gemma's weight is an offset from 1, multiplied in float32.
-    result, rows = run(NormKind.RMS, 1 + weight.float())
-    torch.testing.assert_close(result, (wide * (1 + weight.float())).to(dtype))
+def test_norms_have_the_rounding_of_hugging_face(cpu):
+    weight, x = torch.rand(WIDTH).bfloat16(), table(torch.bfloat16)
+    batch = make_batch(300)
+    rows = x[batch.token_ids].float()
+    wide = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)
+    expected = {
+        # Llama rounds before the product with the weight; Gemma's weight is an offset from 1, and
+        # multiplied in float32.
+        NormKind.RMS_LLAMA: weight * wide.bfloat16(),
+        NormKind.RMS: (wide * (1 + weight.float())).bfloat16(),
+    }
+    for kind, wanted in expected.items():
+        norm = Norm(kind, weight if kind is NormKind.RMS_LLAMA else 1 + weight.float(), 1e-6)
+        result = cpu.prepare(lambda k, b, n=norm: k.norm(k.embed(x, b), n))(batch)
+        # The last bit of a mean decides a rounding now and then; the wrong order, every fourth.
+        assert (result == wanted).float().mean() > 0.99
 
 
 @DTYPES
