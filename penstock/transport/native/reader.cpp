@@ -22,6 +22,11 @@ struct Part {
     std::vector<iovec> vectors{iovec{}};  // the first is for the reply's header
     int64_t num_bytes = 0;
 
+    explicit Part(size_t num_runs) {
+        runs.reserve(std::min<size_t>(num_runs, kRunsMax));
+        vectors.reserve(num_runs + 1);
+    }
+
     void add(const penstock_reading& reading, int64_t source, int64_t destination, int64_t count) {
         const auto size = static_cast<size_t>(count * reading.block_bytes);
         uint8_t* to = reading.destination + destination * reading.block_bytes;
@@ -43,7 +48,7 @@ int64_t judge(const ReplyHeader& reply, const RequestHeader& request, uint64_t e
     if (reply.magic != kMagic || reply.id != request.id || reply.status >= kStatuses)
         return kNonsense;
     if (reply.status != kOk) return kRefused - static_cast<int64_t>(reply.status);
-    return reply.num_bytes == expected ? 0 : kNonsense;
+    return reply.num_bytes == expected ? int64_t{0} : kNonsense;
 }
 
 int64_t read_part(int stream, const penstock_reading& reading, Part& part, uint64_t id,
@@ -68,7 +73,8 @@ std::vector<std::vector<Part>> share_out(const penstock_reading& reading, int64_
     std::vector<std::vector<Part>> shares(num_streams);
     int64_t stream = 0, done = 0;
     int64_t until = num_blocks / num_streams;
-    shares[0].emplace_back();
+    const auto usual = static_cast<size_t>(reading.num_spans / num_streams + 2);
+    shares[0].emplace_back(usual);
     for (int64_t i = 0; i < reading.num_spans; ++i) {
         int64_t source = reading.spans[3 * i], destination = reading.spans[3 * i + 1];
         int64_t left = reading.spans[3 * i + 2];
@@ -77,9 +83,9 @@ std::vector<std::vector<Part>> share_out(const penstock_reading& reading, int64_
                 ++stream;
                 until = stream + 1 == num_streams ? num_blocks
                                                   : num_blocks * (stream + 1) / num_streams;
-                shares[stream].emplace_back();
+                shares[stream].emplace_back(usual);
             }
-            if (shares[stream].back().runs.size() == kRunsMax) shares[stream].emplace_back();
+            if (shares[stream].back().runs.size() == kRunsMax) shares[stream].emplace_back(usual);
             const int64_t count = std::min(left, until - done);
             shares[stream].back().add(reading, source, destination, count);
             source += count, destination += count, left -= count, done += count;

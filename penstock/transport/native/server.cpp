@@ -45,7 +45,7 @@ struct Connection {
 
 // What one connection's thread works with; vectors keep their room from request to request.
 struct Exchange {
-    int socket;
+    int socket = -1;
     uint8_t body[4096 - sizeof(RequestHeader)];
     size_t num_received = 0;
     std::vector<Run> runs;
@@ -136,7 +136,8 @@ void Server::reap() {
 }
 
 void Server::run(Connection* connection) {
-    Exchange exchange{connection->socket};
+    Exchange exchange;
+    exchange.socket = connection->socket;
     while (answer(exchange)) {
     }
     shutdown(connection->socket, SHUT_RDWR);
