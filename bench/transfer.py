@@ -25,7 +25,8 @@ import sys
 import threading
 import time
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from penstock.transport import Agent
 from penstock.transport.shm import open_peer
 
 FOLDER = Path(__file__).parent
-REPETITIONS = 3
+REPETITIONS = 5
 AT_ONCE = 4
 
 Numbers = npt.NDArray[np.int64]
@@ -244,25 +245,39 @@ def assert_right(method: "Method", shape: Shape, index: int, name: str) -> None:
     assert is_right, f"{name} moved wrong bytes in {shape.name}"
 
 
+@contextmanager
+def running(method: Method) -> Iterator[None]:
+    """Let a peer's processes run meanwhile; ours have nothing that spins."""
+    if isinstance(method, Foreign):
+        method.go_on()
+    yield
+    if isinstance(method, Foreign):
+        method.stop()
+
+
 def measure(report: Report, methods: dict[str, Method], passes: int) -> None:
     """Run all in turns; add rates, latencies and ratios of neighbours in time."""
     rates: dict[str, list[float]] = {}
     latencies: dict[str, list[float]] = {}
     for number in range(passes):
-        for name, method in methods.items():
-            if isinstance(method, Foreign):
-                method.go_on()
-            for index, shape in enumerate(SHAPES):
-                seconds = [method.move(index) for _ in range(REPETITIONS)]
-                rate = MOVED_BYTES / statistics.median(seconds) / 1e9
+        for index, shape in enumerate(SHAPES):
+            seconds: dict[str, list[float]] = {name: [] for name in methods}
+            # Who is compared runs within a fraction of a second of the other, again and again.
+            for _ in range(REPETITIONS):
+                for name, method in methods.items():
+                    with running(method):
+                        seconds[name].append(method.move(index))
+            for name, method in methods.items():
+                rate = MOVED_BYTES / statistics.median(seconds[name]) / 1e9
                 rates.setdefault(f"{name}_{shape.name}", []).append(rate)
                 if number in (0, passes - 1):
-                    assert_right(method, shape, index, name)
-            for size, index in SINGLES.items():
-                median = statistics.median(method.singles(index, SINGLES_COUNT)) * 1e6
+                    with running(method):
+                        assert_right(method, shape, index, name)
+        for size, index in SINGLES.items():
+            for name, method in methods.items():
+                with running(method):
+                    median = statistics.median(method.singles(index, SINGLES_COUNT)) * 1e6
                 latencies.setdefault(f"{name}_{size}", []).append(median)
-            if isinstance(method, Foreign):
-                method.stop()
     for key, runs in rates.items():
         report.add(f"gb_per_s_{key}", runs, "GB/s")
     for key, runs in latencies.items():
