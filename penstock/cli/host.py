@@ -21,7 +21,7 @@ from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
 from penstock.core.events import Endpoint
 from penstock.core.step import Sampled, Step
-from penstock.core.types import MIB
+from penstock.core.types import GIB, MIB
 from penstock.runtime.host import RunWorker, run_host
 from penstock.runtime.instant import DESCRIPTION, InstantExecutor, instant_layout
 from penstock.runtime.link import WorkerSpec
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 KV_SHARE = 0.5
 """Part of the free memory that the KV caches of all workers may take when nobody says."""
 KV_BYTES_MIN = 64 * MIB
-POPULATED_BYTES = 256 * MIB
-"""Part of a KV cache whose pages are taken at once; more would keep a core from serving."""
+POPULATED_BYTES = 2 * GIB
+"""Part of a KV cache whose pages are taken before a request touches them."""
+POPULATED_PIECE_BYTES = 32 * MIB
 
 Execute = Callable[[Step], tuple[Sampled, ...]]
 Progress = Callable[[str, float], None]
@@ -134,9 +135,16 @@ def _ways(
 
 
 def _populate(pools: tuple[SharedPool, ...]) -> None:
-    """Take the pages that the first requests will use, beside whatever else starts up."""
+    """Take the pages that the first requests will use, on whatever core has nothing else to do."""
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     for pool in pools:
-        pool.populate(POPULATED_BYTES // len(pools) // pool.region.block_bytes)
+        piece = max(1, POPULATED_PIECE_BYTES // pool.region.block_bytes)
+        wanted = min(
+            POPULATED_BYTES // len(pools) // pool.region.block_bytes, pool.region.num_blocks
+        )
+        for first in range(0, wanted, piece):
+            pool.populate(first, piece)
 
 
 def _pin(index: int, threads: int) -> None:

@@ -79,19 +79,20 @@ class SharedPool:
         region = self.region
         return RegionDescriptor(self._kind, location, region.capacity_bytes, region.block_bytes)
 
-    def populate(self, num_blocks: int) -> None:
-        """Take the pages of the first blocks now, which are handed out first; blocks.
+    def populate(self, first: int, num_blocks: int) -> None:
+        """Take the pages of some blocks now; blocks. Low numbers are handed out first.
 
         A first touch costs ten times what a copy does, and would be part of some request's latency.
         Contents stay as they are, so others may use the pool meanwhile. A hint: a kernel that does
         not know it (Linux before 5.14) takes pages when they are touched.
         """
-        taken = self.region.blocks[:num_blocks]
+        taken = self.region.blocks[first : first + num_blocks]
         if sys.platform == "linux":
             # Not `mmap.madvise`, which would hold the interpreter lock for seconds.
             libc = ctypes.CDLL(None)
-            address = ctypes.c_void_p(taken.ctypes.data)
-            if libc.madvise(address, ctypes.c_size_t(taken.nbytes), POPULATE_WRITE) != 0:
+            ahead = taken.ctypes.data % mmap.PAGESIZE
+            address = ctypes.c_void_p(taken.ctypes.data - ahead)
+            if libc.madvise(address, ctypes.c_size_t(taken.nbytes + ahead), POPULATE_WRITE) != 0:
                 log.info("this kernel takes the pool's pages when they are touched")
 
     def close(self) -> None:

@@ -180,7 +180,7 @@ def test_pages_are_taken_when_they_are_asked_for_or_touched():
     assert os.fstat(fd).st_blocks == 0
     pool.region.blocks[0] = 9
 
-    pool.populate(16)
+    pool.populate(0, 16)
 
     # Huge pages, where the kernel gives them, round up.
     assert 16 * 65536 <= 512 * os.fstat(fd).st_blocks <= max(16 * 65536, 2 << 20)
