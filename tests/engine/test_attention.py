@@ -1,6 +1,8 @@
 """Attention back ends against dense attention in float64, over pools full of NaN."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -210,32 +212,56 @@ def test_random_shapes(cpu, seed):
     case.check(cpu)
 
 
-@DTYPES
-def test_a_row_does_not_depend_on_its_batch(cpu, dtype):
-    whole = make_case([(1, 900), (1, 30), (40, 200), (1, 65)], dtype=dtype)
-    output = cpu.attend(whole.spec, whole.query, whole.key_cache, whole.value_cache, whole.batch)
-    for i, rows in enumerate([slice(0, 1), slice(1, 2), slice(2, 42), slice(42, 43)]):
-        alone = replace(
-            whole.batch,
-            query_start=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
-            kv_len=whole.batch.kv_len[i : i + 1],
-            block_tables=(whole.batch.block_tables[0][i : i + 1].contiguous(),),
-        )
-        result = cpu.attend(
-            whole.spec, whole.query[rows], whole.key_cache, whole.value_cache, alone
-        )
-        assert torch.equal(result, output[rows])
-
-
-@DTYPES
-def test_threads_share_a_long_context(cpu, dtype):
-    case = make_case([(1, 3000)], dtype=dtype, num_heads=4, num_kv_heads=1, sinks=True)
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of threads for a test; torch and the kernels share one OpenMP runtime."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)  # the same OpenMP runtime
-    try:
-        case.check(cpu)
-    finally:
-        torch.set_num_threads(before)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@DTYPES
+def test_a_row_depends_neither_on_its_batch_nor_on_threads(cpu, dtype, set_threads):
+    case = make_case([(1, 3000), (1, 30), (40, 200), (1, 1024), (1, 1025)], dtype=dtype, sinks=True)
+    caches = case.key_cache, case.value_cache
+    output = cpu.attend(case.spec, case.query, *caches, case.batch)
+    starts = case.batch.query_start.tolist()
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        assert torch.equal(cpu.attend(case.spec, case.query, *caches, case.batch), output)
+        for i, rows in enumerate(slice(*pair) for pair in pairwise(starts)):
+            alone = replace(
+                case.batch,
+                query_start=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+                kv_len=case.batch.kv_len[i : i + 1],
+                block_tables=(case.batch.block_tables[0][i : i + 1].contiguous(),),
+            )
+            result = cpu.attend(case.spec, case.query[rows], *caches, alone)
+            assert torch.equal(result, output[rows])
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [0, 70])
+def test_a_chunk_computes_what_the_whole_prefill_does(cpu, dtype, window):
+    case = make_case([(600, 600)], dtype=dtype, window=window, block_size=32)
+    caches = case.key_cache, case.value_cache
+    whole = cpu.attend(case.spec, case.query, *caches, case.batch)
+    for begin, end in [(0, 97), (97, 400), (400, 410), (410, 600)]:
+        chunk = replace(
+            case.batch,
+            query_start=torch.tensor([0, end - begin], dtype=torch.int32),
+            kv_len=torch.tensor([end], dtype=torch.int32),
+        )
+        result = cpu.attend(case.spec, case.query[begin:end], *caches, chunk)
+        assert torch.equal(result, whole[begin:end])
+
+
+@DTYPES
+@pytest.mark.parametrize("total", [1023, 1024, 1025, 2048, 2049, 5000])
+@pytest.mark.parametrize("window", [0, 1100])
+def test_parts_of_a_long_context_are_merged(cpu, dtype, total, window):
+    options = {"num_heads": 4, "num_kv_heads": 1, "sinks": True, "window": window}
+    make_case([(1, total), (2, total)], dtype=dtype, **options).check(cpu)
 
 
 @DTYPES

@@ -23,7 +23,8 @@ struct Tile {
     int32_t sequence, head, head_end, first_token, count;
     int32_t position;    // of the first token: the slot that it is stored in
     int32_t begin, end;  // slots that some row sees, within this tile's part of the context
-    int32_t part;        // -1 when the tile has the whole context
+    int32_t part;        // number of the part, or -1 when the tile has the whole context
+    int64_t storage;     // of a part: the row of `Parts` at which its results begin
 };
 
 struct Context {

@@ -4,6 +4,7 @@
 // Sizov 2023).
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "attention_rows.h"
@@ -12,7 +13,10 @@
 
 namespace penstock {
 
-constexpr int PART_SLOTS_MIN = 256;  // a shorter part is not worth merging
+// Where a long context is cut. It depends on nothing but the context, threads or no threads, so
+// that a row's result does not depend on its batch or its machine's load.
+constexpr int PART_SLOTS = 1024;
+constexpr int64_t PARALLEL_PRODUCTS_MIN = 1 << 18;  // some 20 us; waking threads may cost as much
 
 template <class T>
 static void attend_few(const Context& context, const Tile& tile, uint32_t* query, Running* running,
@@ -53,19 +57,19 @@ static void merge(int rows, int head_dim, Running* running, float* sums, const R
 }
 
 // The work of one call. Few-row tiles take all heads of a sequence at once, so that memory is read
-// in its own order; with more threads than that keeps busy they take fewer heads, and in the end a
-// part of the context each. The parts of one tile lie side by side.
+// in its own order; with more threads than that keeps busy they take fewer. The parts of one tile
+// lie side by side.
 struct Plan {
     std::vector<Tile> tiles;
-    int heads_per_tile, parts = 1;
+    int heads_per_tile;
+    int64_t part_rows = 0;
+    int64_t products = 0;  // of a query's element and a key's, all told
 
     Plan(const Context& context, int threads) {
         const int64_t sequences = std::max<int64_t>(1, context.batch.num_sequences);
         const int heads = context.layer.num_kv_heads;
         const int64_t wanted = threads > 1 ? 2 * threads : 1;
         heads_per_tile = std::max<int64_t>(1, std::min<int64_t>(heads, heads * sequences / wanted));
-        if (heads * sequences < wanted)
-            parts = (wanted + heads * sequences - 1) / (heads * sequences);
         for (int sequence = 0; sequence < context.batch.num_sequences; sequence++)
             add(context, sequence);
     }
@@ -76,90 +80,95 @@ struct Plan {
         const int position = batch.kv_len[sequence] - (last - first), group = context.group_size();
         const int heads = context.layer.num_kv_heads, step = std::max(1, TILE_ROWS / group);
         for (int token = first; token < last; token += step) {
-            const int count = std::min(step, last - token);
-            const bool is_few = count * group <= FEW_ROWS;
-            const int heads_step = is_few ? heads_per_tile : 1;
+            const int count = std::min(step, last - token), rows = count * group;
+            const int heads_step = rows <= FEW_ROWS ? heads_per_tile : 1;
             for (int head = 0; head < heads; head += heads_step) {
                 const int head_end = std::min(heads, head + heads_step);
-                Tile tile{sequence, head, head_end, token, count, position + token - first,
-                          0,        0,    -1};
+                const int token_position = position + token - first;
+                Tile tile{sequence, head, head_end, token, count, token_position, 0, 0, -1, 0};
                 tile.begin = context.first(tile, 0);
-                tile.end = context.last(tile, count * group - 1) + 1;
-                if (is_few)
-                    split(tile);
+                tile.end = context.last(tile, rows - 1) + 1;
+                const int64_t all_rows = (int64_t)rows * (head_end - head);
+                products += (tile.end - tile.begin) * all_rows * context.layer.head_dim;
+                if (rows <= FEW_ROWS)
+                    split(tile, all_rows);
                 else
                     tiles.push_back(tile);
             }
         }
     }
 
-    void split(Tile tile) {
-        const int slots = tile.end - tile.begin, count = std::min(parts, slots / PART_SLOTS_MIN);
-        if (count < 2) return tiles.push_back(tile);
-        const int begin = tile.begin, step = (slots / count + SPAN_MAX - 1) / SPAN_MAX * SPAN_MAX;
-        for (tile.part = 0; begin + tile.part * step < begin + slots; tile.part++) {
+    void split(const Tile& tile, int64_t rows) {
+        const int first = tile.begin / PART_SLOTS, last = (tile.end - 1) / PART_SLOTS;
+        if (first == last) return tiles.push_back(tile);
+        for (int i = first; i <= last; i++) {
             Tile part = tile;
-            part.begin = begin + tile.part * step;
-            part.end = std::min(part.begin + step, tile.end);
+            part.begin = std::max(tile.begin, i * PART_SLOTS);
+            part.end = std::min(tile.end, (i + 1) * PART_SLOTS);
+            part.part = i - first;
+            part.storage = part_rows;
+            part_rows += rows;
             tiles.push_back(part);
         }
     }
 };
 
-// What the parts of split tiles leave behind, one entry per tile. A split tile has one KV head.
+// What the parts of split tiles leave behind, a row each.
 struct Parts {
-    std::vector<Running> running;
-    std::vector<float> sums;
+    std::unique_ptr<Running[]> running;
+    std::unique_ptr<float[]> sums;
     int head_dim;
-    Parts(const Plan& plan, int head_dim) : head_dim(head_dim) {
-        if (plan.parts == 1) return;
-        running.resize(plan.tiles.size() * FEW_ROWS);
-        sums.resize(plan.tiles.size() * FEW_ROWS * head_dim);
+    Parts(const Plan& plan, int head_dim)
+        : running(new Running[plan.part_rows]),
+          sums(new float[plan.part_rows * head_dim]),
+          head_dim(head_dim) {}
+    Running* running_of(const Tile& tile) const {
+        return running.get() + tile.storage;
     }
-    Running* running_of(size_t i) {
-        return running.data() + i * FEW_ROWS;
-    }
-    float* sums_of(size_t i) {
-        return sums.data() + i * FEW_ROWS * head_dim;
+    float* sums_of(const Tile& tile) const {
+        return sums.get() + tile.storage * head_dim;
     }
 };
 
 template <class T>
-static void attend_one(const Context& context, const Plan& plan, size_t i, Parts& parts) {
+static void attend_one(const Context& context, const Tile& tile, const Parts& parts) {
     static thread_local Scratch scratch;
-    const Tile& tile = plan.tiles[i];
     const int rows = tile.count * context.group_size(), head_dim = context.layer.head_dim;
     if (rows > FEW_ROWS) return attend_tile<T>(context, tile, scratch);
     const size_t all = (size_t)rows * (tile.head_end - tile.head), padded = head_dim + LANES;
     scratch.reserve(all * (2 * padded * 4 + sizeof(Running)) + 3 * 64);
     uint32_t* query = scratch.take<uint32_t>(all * padded);
     if (tile.part >= 0)
-        return attend_few<T>(context, tile, query, parts.running_of(i), parts.sums_of(i));
+        return attend_few<T>(context, tile, query, parts.running_of(tile), parts.sums_of(tile));
     float* sums = scratch.take<float>(all * head_dim);
     Running* running = scratch.take<Running>(all);
     attend_few<T>(context, tile, query, running, sums);
     write_rows<T>(context, tile, running, sums);
 }
 
+// Merges the parts that begin at tile `first` into that tile's storage and writes the result;
+// returns the tile after the last of them.
+template <class T>
+static size_t write_parts(const Context& context, const Plan& plan, const Parts& parts,
+                          size_t first) {
+    const Tile& tile = plan.tiles[first];
+    const int rows = tile.count * context.group_size() * (tile.head_end - tile.head);
+    size_t i = first + 1;
+    for (; i < plan.tiles.size() && plan.tiles[i].part > 0; i++)
+        merge(rows, parts.head_dim, parts.running_of(tile), parts.sums_of(tile),
+              parts.running_of(plan.tiles[i]), parts.sums_of(plan.tiles[i]));
+    write_rows<T>(context, tile, parts.running_of(tile), parts.sums_of(tile));
+    return i;
+}
+
 template <class T>
 void attend_all(const Context& context) {
     const Plan plan(context, num_threads());
-    Parts parts(plan, context.layer.head_dim);
-#pragma omp parallel for schedule(dynamic, 1) if (plan.tiles.size() > 1)
-    for (size_t i = 0; i < plan.tiles.size(); i++) attend_one<T>(context, plan, i, parts);
-    if (plan.parts == 1) return;
-    for (size_t i = 0, first = 0; i < plan.tiles.size(); i++) {
-        const Tile& tile = plan.tiles[i];
-        if (tile.part < 0) continue;
-        if (tile.part == 0)
-            first = i;
-        else
-            merge(tile.count * context.group_size(), context.layer.head_dim,
-                  parts.running_of(first), parts.sums_of(first), parts.running_of(i),
-                  parts.sums_of(i));
-        const bool is_last = i + 1 == plan.tiles.size() || plan.tiles[i + 1].part <= 0;
-        if (is_last) write_rows<T>(context, tile, parts.running_of(first), parts.sums_of(first));
-    }
+    const Parts parts(plan, context.layer.head_dim);
+#pragma omp parallel for schedule(dynamic, 1) if (plan.products > PARALLEL_PRODUCTS_MIN)
+    for (size_t i = 0; i < plan.tiles.size(); i++) attend_one<T>(context, plan.tiles[i], parts);
+    for (size_t i = 0; plan.part_rows && i < plan.tiles.size();)
+        i = plan.tiles[i].part == 0 ? write_parts<T>(context, plan, parts, i) : i + 1;
 }
 
 }  // namespace penstock

@@ -45,12 +45,18 @@ static void run_block(const Linear& layer, const uint32_t* x, int64_t x_stride, 
         write_row(sums + row * PANEL, bias, columns, y + row * y_stride + column);
 }
 
+// Waking threads may cost 20 us: what one thread reads or multiplies in that time, it does alone.
+static bool is_worth_threads(const Linear& layer, int64_t rows) {
+    const int64_t weights = layer.out_features * layer.in_features;
+    return weights > 1 << 19 || weights * rows > 1 << 21;
+}
+
 template <class T, class Out>
 static void run_linear(const Linear& layer, const T* x, int64_t rows, Out* y) {
     const int64_t panels = (layer.out_features + PANEL - 1) / PANEL;
     const int64_t x_stride = layer.in_features / Element<T>::UNIT;
     const int64_t blocks = (rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
-#pragma omp parallel if (panels * blocks > 1)
+#pragma omp parallel if (is_worth_threads(layer, rows))
     {
         alignas(64) float sums[ROWS_PER_BLOCK * PANEL];
 #pragma omp for schedule(static)
