@@ -22,8 +22,8 @@ REQUEST: Final = Struct("<IHHQIIQ")
 """Magic, operation, zero, epoch, region, count, id."""
 RUN: Final = Struct("<QQ")
 """First block, number of blocks."""
-REPLY: Final = Struct("<IIQQ")
-"""Magic, status, id, number of bytes that follow."""
+REPLY: Final = Struct("<IIQQ40x")
+"""Magic, status, id, number of bytes that follow; zeros up to a cache line."""
 
 READ: Final = 1
 NOTIFY: Final = 2

@@ -185,7 +185,7 @@ bool Server::answer_read(Exchange& exchange, const RequestHeader& request) {
     uint64_t num_bytes = 0;
     const Status status = check(request, exchange.runs, region, num_bytes);
     if (status != kOk) return refuse(socket, request, status);
-    ReplyHeader header{kMagic, kOk, request.id, num_bytes};
+    ReplyHeader header{kMagic, kOk, request.id, num_bytes, {}};
     auto& vectors = exchange.vectors;
     vectors.clear();
     vectors.push_back({&header, sizeof header});
@@ -247,7 +247,7 @@ bool Server::refuse(int socket, const RequestHeader& request, Status status) {
 }
 
 bool Server::reply(int socket, const RequestHeader& request, Status status) {
-    ReplyHeader header{kMagic, status, request.id, 0};
+    ReplyHeader header{kMagic, status, request.id, 0, {}};
     iovec vector{&header, sizeof header};
     return send_all(socket, &vector, 1, Clock::now() + kRequestLimit) == 0;
 }
