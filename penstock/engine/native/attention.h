@@ -25,6 +25,7 @@ struct Tile {
     int32_t begin, end;  // slots that some row sees, within this tile's part of the context
     int32_t part;        // number of the part, or -1 when the tile has the whole context
     int64_t storage;     // of a part: the row of `Parts` at which its results begin
+    bool is_few;         // few rows, so computed as in attention_rows.h
 };
 
 struct Context {

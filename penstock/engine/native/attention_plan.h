@@ -79,18 +79,22 @@ struct Plan {
         const int first = batch.query_start[sequence], last = batch.query_start[sequence + 1];
         const int position = batch.kv_len[sequence] - (last - first), group = context.group_size();
         const int heads = context.layer.num_kv_heads, step = std::max(1, TILE_ROWS / group);
+        // The last rows of a long chunk are few, too, but are computed as the others are: what a
+        // chunk computes does not depend on where it ends.
+        const bool is_few = (last - first) * group <= FEW_ROWS;
         for (int token = first; token < last; token += step) {
             const int count = std::min(step, last - token), rows = count * group;
-            const int heads_step = rows <= FEW_ROWS ? heads_per_tile : 1;
+            const int heads_step = is_few ? heads_per_tile : 1;
             for (int head = 0; head < heads; head += heads_step) {
                 const int head_end = std::min(heads, head + heads_step);
                 const int token_position = position + token - first;
-                Tile tile{sequence, head, head_end, token, count, token_position, 0, 0, -1, 0};
+                Tile tile{sequence, head, head_end, token, count, token_position,
+                          0,        0,    -1,       0,     is_few};
                 tile.begin = context.first(tile, 0);
                 tile.end = context.last(tile, rows - 1) + 1;
                 const int64_t all_rows = (int64_t)rows * (head_end - head);
                 products += (tile.end - tile.begin) * all_rows * context.layer.head_dim;
-                if (rows <= FEW_ROWS)
+                if (is_few)
                     split(tile, all_rows);
                 else
                     tiles.push_back(tile);
@@ -134,7 +138,7 @@ template <class T>
 static void attend_one(const Context& context, const Tile& tile, const Parts& parts) {
     static thread_local Scratch scratch;
     const int rows = tile.count * context.group_size(), head_dim = context.layer.head_dim;
-    if (rows > FEW_ROWS) return attend_tile<T>(context, tile, scratch);
+    if (!tile.is_few) return attend_tile<T>(context, tile, scratch);
     const size_t all = (size_t)rows * (tile.head_end - tile.head), padded = head_dim + LANES;
     scratch.reserve(all * (2 * padded * 4 + sizeof(Running)) + 3 * 64);
     uint32_t* query = scratch.take<uint32_t>(all * padded);
