@@ -262,11 +262,14 @@ def measure(report: Report, methods: dict[str, Method], passes: int) -> None:
     for number in range(passes):
         for index, shape in enumerate(SHAPES):
             seconds: dict[str, list[float]] = {name: [] for name in methods}
-            # Who is compared runs within a fraction of a second of the other, again and again.
+            # Who is compared runs within a fraction of a second of the other, and nobody always
+            # after the same one.
+            names = list(methods)
             for _ in range(REPETITIONS):
-                for name, method in methods.items():
-                    with running(method):
-                        seconds[name].append(method.move(index))
+                names = names[1:] + names[:1]
+                for name in names:
+                    with running(methods[name]):
+                        seconds[name].append(methods[name].move(index))
             for name, method in methods.items():
                 rate = MOVED_BYTES / statistics.median(seconds[name]) / 1e9
                 rates.setdefault(f"{name}_{shape.name}", []).append(rate)
