@@ -16,7 +16,6 @@ load in a process of its own.
 import argparse
 import ctypes
 import json
-import secrets
 import signal
 import socket
 import statistics
@@ -24,7 +23,6 @@ import subprocess
 import sys
 import threading
 import time
-from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import numpy.typing as npt
 from report import Report
-from transfer_owner import pieces
+from transfer_owner import Owner, pieces, start_owner
 from transfer_peers import KINDS
 from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, SINGLES_COUNT, Shape, empty_pool
 
@@ -207,33 +205,6 @@ class Foreign:
 
 
 Method = Ours | Loop | Plain | Foreign
-
-
-class Owner:
-    """The process that is read."""
-
-    def __init__(self) -> None:
-        self.key = secrets.token_bytes(32)
-        self.process = start_owner(self.key.hex())
-        facts = json.loads(self.process.stdout.readline())
-        self.descriptor, self.port = b64decode(facts["descriptor"]), facts["port"]
-
-    def tell(self, word: str) -> None:
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline()
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-def start_owner(argument: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, str(FOLDER / "transfer_owner.py"), argument],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
 
 def assert_right(method: "Method", shape: Shape, index: int, name: str) -> None:

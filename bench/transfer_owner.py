@@ -1,14 +1,17 @@
 """The process whose memory is read in `transfer.py`: an agent of ours, and a plain socket.
 
 Commands come on stdin: `busy` and `idle` start and end a Python thread that computes without a
-pause, `burn` does nothing but compute (a process of its own). It ends with its stdin.
+pause, `burn` does nothing but compute (a process of its own). It ends with its stdin. `Owner` is
+what the benchmark has in hand of it.
 """
 
 import json
+import secrets
 import socket
+import subprocess
 import sys
 import threading
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +24,33 @@ from transfer_shapes import SHAPES, SINGLES, SINGLES_COUNT
 from penstock.transport import Agent
 
 VECTORS_MAX = 1024
+
+
+class Owner:
+    """The process that is read."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(32)
+        self.process = start_owner(self.key.hex())
+        facts = json.loads(self.process.stdout.readline())
+        self.descriptor, self.port = b64decode(facts["descriptor"]), facts["port"]
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def start_owner(argument: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, __file__, argument],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def pieces(pool: npt.NDArray[np.uint8], blocks: npt.NDArray[np.int64]) -> list[list[memoryview]]:
