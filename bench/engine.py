@@ -79,6 +79,21 @@ class Load:
     """Steps of a decode; tokens of each prompt of a prefill."""
 
 
+LOADS = {
+    "n1": Load("decode", 1, 100),
+    "n8": Load("decode", 8, 60),
+    "n32": Load("decode", 32, 30),
+    "prefill": Load("prefill", 4, 512),
+}
+
+
+def smaller(load: Load) -> Load:
+    """Return what a model a hundred times as large is asked for."""
+    if load.kind == "decode":
+        return Load("decode", load.num_seqs, max(4, load.amount // 8))
+    return Load("prefill", 1, load.amount)
+
+
 class Side:
     """A process that measures one engine when asked, and is idle otherwise."""
 
@@ -124,6 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--peer-python", help="interpreter that can import vllm")
     parser.add_argument("--quick", action="store_true", help="the tiny shape only, peer eager only")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--load", choices=LOADS, action="append", help="default: all")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", help="where to keep the results as JSON")
@@ -134,7 +151,7 @@ def main() -> None:
         "peer": options.peer_python or "none",
     }
     report = Report("engine", settings=settings)
-    for shape in ["tiny"] if options.quick else SHAPES:
+    for shape in ["tiny"] if options.quick else options.shape or SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             config = {**COMMON, **SHAPES[shape]}
             (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -157,12 +174,14 @@ def measure_shape(report: Report, shape: str, folder: Path, options: argparse.Na
             # One after the other: starting together, they would fight for the machine.
             if is_up(sides[-1]):
                 up.append(sides[-1])
-        for num_seqs, steps in {1: 100, 8: 60, 32: 30}.items():
-            load = Load("decode", num_seqs, steps if is_tiny else max(4, steps // 8))
-            compare(report, f"decode_{{}}_{shape}_n{num_seqs}", load, up, options.runs)
-        load = Load("prefill", 4, 512) if is_tiny else Load("prefill", 1, 512)
-        compare(report, f"prefill_{{}}_{shape}", load, up, options.runs)
-        if not is_tiny:
+        for name in options.load or LOADS:
+            load = LOADS[name] if is_tiny else smaller(LOADS[name])
+            key = (
+                f"decode_{{}}_{shape}_{name}" if load.kind == "decode" else f"prefill_{{}}_{shape}"
+            )
+            compare(report, key, load, up, options.runs)
+            report.keep(options.output)  # a run that is stopped leaves what it has
+        if not is_tiny and not options.load:
             floor = [up[0].measure(Load("floor_ms", 1, 1)) for _ in range(options.runs)]
             report.add(f"floor_ms_{shape}", floor, "ms", note="reading the weights once")
     finally:

@@ -82,8 +82,8 @@ class Report:
         )
         return median
 
-    def finish(self, output: str | None = None) -> None:
-        """Write the results file and print the one JSON line that a script reads."""
+    def keep(self, output: str | None = None) -> Path:
+        """Write the results so far into their file; return where."""
         path = Path(output) if output else RESULTS / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
@@ -94,5 +94,9 @@ class Report:
             "spreads": self.spreads,
         }
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"  kept in {path}")
+        return path
+
+    def finish(self, output: str | None = None) -> None:
+        """Keep the results and print the one JSON line that a script reads."""
+        print(f"  kept in {self.keep(output)}")
         print(json.dumps({key: round(value, 6) for key, value in self.figures.items()}))
