@@ -148,7 +148,7 @@ def main() -> None:
     settings = {
         "core": options.core,
         "context": f"{CONTEXT} tokens when decoding starts",
-        "peer": options.peer_python or "none",
+        "peer": "vllm" if options.peer_python else "none",
     }
     report = Report("engine", settings=settings)
     for shape in ["tiny"] if options.quick else options.shape or SHAPES:
