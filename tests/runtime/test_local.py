@@ -270,9 +270,8 @@ def test_a_worker_that_cannot_start_says_why_in_words(tmp_path: Path):
     engine = EngineConfig(model=str(BUILTIN_MODEL), kv_cache_bytes=1 << 62)
     settings = ClusterSettings(engine=engine, executor="instant")
     with tempfile.TemporaryDirectory(prefix="pt-") as parent:
-        fails_to_start(
-            settings, r"worker prefill-0 ended .*\nno shared memory of \d+ bytes", Path(parent)
-        )
+        reason = r"worker (prefill|decode)-0 ended .*\nno shared memory of \d+ bytes"
+        fails_to_start(settings, reason, Path(parent))
 
 
 def test_a_folder_with_too_long_a_name_is_explained(tmp_path: Path):
