@@ -1,7 +1,7 @@
 """The host process: loads the model once, then forks a worker whenever the front asks for one.
 
 Forked workers share weights and imports copy-on-write, so a model is in memory once however many
-workers there are, and a dead worker is replaced within milliseconds. For that, this process has one
+workers there are, and a dead worker is replaced in about 0.1 s. For that, this process has one
 thread, no ZeroMQ context and no OpenMP team; it waits for its children and says how they ended.
 
 It ends when the front does. Terminal signals are for the front alone, which then tells everybody.
