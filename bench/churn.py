@@ -22,7 +22,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from penstock.core.block import KVGroup, KVLayout
-from penstock.core.events import GroupBlocks
+from penstock.core.messages import GroupBlocks
 from penstock.core.types import BlockHash, BlockId, RequestId
 from penstock.kv.allocator import run_lengths
 from penstock.kv.cache import KVCache

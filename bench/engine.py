@@ -265,7 +265,7 @@ class Engine:
 
     def add(self, num_tokens: int, max_tokens: int) -> None:
         """Take a greedy request in, with a prompt of its own."""
-        from penstock.core.events import Assign
+        from penstock.core.messages import Assign
         from penstock.core.request import Request, SamplingParams, Timeline
 
         self._count += 1

@@ -21,7 +21,7 @@ from penstock.background import Background
 from penstock.cli.cluster import find_model
 from penstock.core.config import EngineConfig
 from penstock.core.errors import BadRequest, PeerLost, PromptTooLong, WorkersUnavailable
-from penstock.core.events import RequestFailed, TokenOutput
+from penstock.core.messages import RequestFailed, TokenOutput
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.service import ClusterStatus
 from penstock.core.step import TokenLogprobs

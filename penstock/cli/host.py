@@ -19,7 +19,7 @@ from msgspec import Struct
 from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
-from penstock.core.events import Endpoint
+from penstock.core.messages import Endpoint
 from penstock.core.step import Sampled, Step
 from penstock.core.types import GIB, MIB
 from penstock.runtime.host import RunWorker, run_host

@@ -16,11 +16,17 @@ from penstock.core.errors import (
     WorkersUnavailable,
 )
 from penstock.core.events import (
-    Assign,
-    Cancel,
     Command,
     Drain,
     Event,
+    Send,
+    WakeAt,
+    Woken,
+    WorkerLost,
+)
+from penstock.core.messages import (
+    Assign,
+    Cancel,
     Expired,
     Hello,
     Load,
@@ -28,15 +34,11 @@ from penstock.core.events import (
     PeerDown,
     PeerUp,
     RequestFailed,
-    Send,
     Stop,
     Submit,
     TokenOutput,
     Tokens,
-    WakeAt,
-    Woken,
     WorkerInfo,
-    WorkerLost,
 )
 from penstock.core.request import Request, RequestState, Timeline
 from penstock.core.service import ClusterStatus, WorkerStatus

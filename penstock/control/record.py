@@ -2,7 +2,7 @@
 worker that is up.
 """
 
-from penstock.core.events import Load, WorkerInfo
+from penstock.core.messages import Load, WorkerInfo
 from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState
 from penstock.core.types import RequestId, WorkerId
 

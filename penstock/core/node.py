@@ -11,7 +11,15 @@ from typing import assert_never
 import msgspec
 import numpy as np
 
-from penstock.core.events import Command, Event, RunStep, Send, SubmitMove, WakeAt, Woken
+from penstock.core.events import (
+    Command,
+    Event,
+    RunStep,
+    Send,
+    SubmitMove,
+    WakeAt,
+    Woken,
+)
 from penstock.core.ports import Clock, Core, Executor, Transport
 
 

@@ -5,7 +5,14 @@ in nothing else.
 from collections.abc import Callable
 from typing import Protocol
 
-from penstock.core.events import Command, Event, Message, Move, MoveDone, StepDone
+from penstock.core.events import (
+    Command,
+    Event,
+    Move,
+    MoveDone,
+    StepDone,
+)
+from penstock.core.messages import Message
 from penstock.core.step import Step
 from penstock.core.types import WorkerId
 

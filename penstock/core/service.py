@@ -9,7 +9,12 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from penstock.core.events import Load, RequestFailed, TokenOutput, WorkerInfo
+from penstock.core.messages import (
+    Load,
+    RequestFailed,
+    TokenOutput,
+    WorkerInfo,
+)
 from penstock.core.request import Request
 from penstock.core.types import RequestId
 

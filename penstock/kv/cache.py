@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from penstock.core.block import KVLayout
-from penstock.core.events import GroupBlocks
+from penstock.core.messages import GroupBlocks
 from penstock.core.step import Int32
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.allocator import run_lengths

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from penstock.core.block import KVGroup
-from penstock.core.events import GroupBlocks
+from penstock.core.messages import GroupBlocks
 from penstock.core.types import BlockHash, BlockId, Digest
 from penstock.kv.allocator import run_lengths
 from penstock.kv.pool import BlockPool

@@ -15,18 +15,20 @@ from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import StartupFailed, WorkersUnavailable
 from penstock.core.events import (
-    Cancel,
     Drain,
     Event,
-    Hello,
-    Message,
     Move,
     MoveDone,
+    WorkerLost,
+)
+from penstock.core.messages import (
+    Cancel,
+    Hello,
+    Message,
     RequestFailed,
     Stop,
     Submit,
     Tokens,
-    WorkerLost,
 )
 from penstock.core.node import Node
 from penstock.core.request import Request

@@ -23,7 +23,7 @@ import zmq
 from msgspec import Raw, Struct
 
 from penstock.core.errors import StartupFailed
-from penstock.core.events import WIRE_ERRORS, Message, encode_message
+from penstock.core.messages import WIRE_ERRORS, Message, encode_message
 from penstock.core.types import MIB, WorkerId
 
 HIGH_WATER_MARK = 10_000

@@ -4,7 +4,8 @@ their own.
 
 from collections.abc import Callable
 
-from penstock.core.events import Message, Move, MoveDone
+from penstock.core.events import Move, MoveDone
+from penstock.core.messages import Message
 from penstock.core.types import WorkerId
 from penstock.runtime.lane import Lane
 from penstock.runtime.messaging import Messenger

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import (
+from penstock.core.events import Move, MoveDone
+from penstock.core.messages import (
     Endpoint,
     Hello,
     Message,
-    Move,
-    MoveDone,
     PeerDown,
     PeerUp,
     RegionDescriptor,

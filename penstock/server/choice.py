@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from penstock.core.events import TokenOutput
+from penstock.core.messages import TokenOutput
 from penstock.core.request import Request, Timeline
 from penstock.core.step import TokenLogprobs
 from penstock.core.types import FinishReason

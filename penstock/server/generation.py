@@ -10,7 +10,7 @@ from functools import partial
 from time import monotonic_ns
 
 from penstock.core.errors import PeerLost, PenstockError, PromptTooLong, WorkersUnavailable
-from penstock.core.events import RequestFailed, TokenOutput
+from penstock.core.messages import RequestFailed, TokenOutput
 from penstock.core.service import Service
 from penstock.core.types import NS_PER_S, FinishReason
 from penstock.server.choice import Choice

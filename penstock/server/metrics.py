@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from penstock.core.errors import PenstockError
-from penstock.core.events import Load, WorkerInfo
+from penstock.core.messages import Load, WorkerInfo
 from penstock.core.request import Timeline
 from penstock.core.service import ClusterStatus
 from penstock.core.types import KIB, NS_PER_S

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.core.events import Message, Move, MoveDone
+from penstock.core.events import Move, MoveDone
+from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import is_corrupt

@@ -13,10 +13,9 @@ import numpy as np
 from penstock.control.controller import Controller
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
-from penstock.core.events import (
+from penstock.core.events import Command, Event, WorkerLost
+from penstock.core.messages import (
     Cancel,
-    Command,
-    Event,
     Hello,
     Message,
     RequestFailed,
@@ -24,7 +23,6 @@ from penstock.core.events import (
     TokenOutput,
     Tokens,
     WorkerInfo,
-    WorkerLost,
 )
 from penstock.core.node import DecisionLog, Node
 from penstock.core.request import Request

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from penstock.core.events import Endpoint, RegionDescriptor, Span
+from penstock.core.events import Span
+from penstock.core.messages import Endpoint, RegionDescriptor
 from penstock.core.types import BlockId
 from penstock.transfer.plan import SpanArray
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.errors import BadRequest
-from penstock.core.events import RegionDescriptor
+from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import BlockIds, cut
 from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transport import wire

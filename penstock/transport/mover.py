@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import DeadlineExceeded, PeerLost
-from penstock.core.events import Move, MoveDone, WorkerInfo
+from penstock.core.events import Move, MoveDone
+from penstock.core.messages import WorkerInfo
 from penstock.core.types import WorkerId
 from penstock.transfer.plan import SpanArray, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from penstock.core.errors import DeadlineExceeded, PeerLost, StartupFailed
-from penstock.core.events import Endpoint
+from penstock.core.messages import Endpoint
 from penstock.transfer.region import Region
 from penstock.transport import wire
 from penstock.transport.handshake import admit

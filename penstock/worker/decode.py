@@ -15,13 +15,11 @@ from penstock.core.events import (
     Move,
     MoveClass,
     MoveDone,
-    Offer,
-    Release,
-    Renew,
     Send,
     SubmitMove,
     WakeAt,
 )
+from penstock.core.messages import Offer, Release, Renew
 from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import Adoption, KVCache
 from penstock.transfer.plan import align

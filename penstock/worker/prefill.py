@@ -6,7 +6,13 @@ cancelled offer is withdrawn, never simply freed, because a one-sided read may b
 """
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, Expired, Offer, Offered, Send, WakeAt, Withdraw
+from penstock.core.events import Command, Send, WakeAt
+from penstock.core.messages import (
+    Expired,
+    Offer,
+    Offered,
+    Withdraw,
+)
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.transfer.session import SOURCE, Session, SessionState

@@ -11,26 +11,28 @@ is said by its assignment.
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import (
-    Assign,
-    Cancel,
     Command,
     Event,
-    Load,
     MoveDone,
+    RunStep,
+    Send,
+    StepDone,
+    SubmitMove,
+    Woken,
+)
+from penstock.core.messages import (
+    Assign,
+    Cancel,
+    Load,
     Offer,
     PeerDown,
     PeerUp,
     Release,
     Renew,
     RequestFailed,
-    RunStep,
-    Send,
-    StepDone,
-    SubmitMove,
     TokenOutput,
     Tokens,
     Withdraw,
-    Woken,
 )
 from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, RequestId, WorkerId

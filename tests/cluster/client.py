@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 
 from penstock.core.errors import PeerLost
-from penstock.core.events import RequestFailed, TokenOutput
+from penstock.core.messages import RequestFailed, TokenOutput
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.service import WorkerStatus
 from penstock.core.types import FinishReason, RequestId

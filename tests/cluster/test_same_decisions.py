@@ -12,7 +12,7 @@ from pathlib import Path
 
 from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig, WorkerConfig
-from penstock.core.events import (
+from penstock.core.messages import (
     Cancel,
     Hello,
     Message,

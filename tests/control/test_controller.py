@@ -4,26 +4,28 @@ from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import CapacityExceeded, PromptTooLong, WorkersUnavailable
 from penstock.core.events import (
-    Assign,
-    Cancel,
     Command,
     Drain,
     Event,
+    Send,
+    WakeAt,
+    Woken,
+    WorkerLost,
+)
+from penstock.core.messages import (
+    Assign,
+    Cancel,
     Hello,
     Message,
     Offered,
     PeerDown,
     PeerUp,
     RequestFailed,
-    Send,
     Stop,
     Submit,
     TokenOutput,
     Tokens,
-    WakeAt,
-    Woken,
     WorkerInfo,
-    WorkerLost,
 )
 from penstock.core.request import Request, SamplingParams
 from penstock.core.types import FRONT, NS_PER_S, FinishReason, RequestId, Role, WorkerId

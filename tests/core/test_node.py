@@ -6,10 +6,8 @@ import msgspec
 import numpy as np
 
 from penstock.core.events import (
-    Cancel,
     Command,
     Event,
-    Message,
     Move,
     MoveDone,
     RunStep,
@@ -18,6 +16,7 @@ from penstock.core.events import (
     WakeAt,
     Woken,
 )
+from penstock.core.messages import Cancel, Message
 from penstock.core.node import DecisionLog, Node
 from penstock.core.request import SamplingParams
 from penstock.core.step import SampleRow, Step

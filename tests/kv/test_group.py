@@ -1,6 +1,7 @@
 import pytest
 
-from penstock.core.events import GroupBlocks, Span
+from penstock.core.events import Span
+from penstock.core.messages import GroupBlocks
 from penstock.kv.cache import KVCache
 from penstock.transfer.plan import align
 from tests.kv.cache_model import BLOCK_SIZE, LAYOUT, hashes_of, prefilled, snapshot

@@ -10,7 +10,14 @@ import pytest
 import zmq
 
 from penstock.core.errors import StartupFailed
-from penstock.core.events import Cancel, Load, Message, Stop, TokenOutput, Tokens
+from penstock.core.messages import (
+    Cancel,
+    Load,
+    Message,
+    Stop,
+    TokenOutput,
+    Tokens,
+)
 from penstock.core.request import Timeline
 from penstock.core.types import RequestId, WorkerId
 from penstock.runtime.messaging import Messenger

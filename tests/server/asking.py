@@ -1,6 +1,6 @@
 """Queries for tests of what lies behind the intake."""
 
-from penstock.core.events import TokenOutput
+from penstock.core.messages import TokenOutput
 from penstock.core.request import Request, SamplingParams
 from penstock.core.types import FinishReason, RequestId
 from penstock.server.choice import Choice

@@ -15,7 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import PenstockError
-from penstock.core.events import Load, RequestFailed, TokenOutput, WorkerInfo
+from penstock.core.messages import (
+    Load,
+    RequestFailed,
+    TokenOutput,
+    WorkerInfo,
+)
 from penstock.core.request import Request, Timeline
 from penstock.core.service import ClusterStatus, Sink, WorkerStatus
 from penstock.core.step import TokenLogprobs

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from penstock.core.errors import CapacityExceeded, PeerLost, PromptTooLong, WorkersUnavailable
-from penstock.core.events import RequestFailed, TokenOutput
+from penstock.core.messages import RequestFailed, TokenOutput
 from penstock.core.types import FinishReason
 from penstock.server.generation import Generation
 from penstock.server.metrics import Metrics

@@ -5,7 +5,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.core.errors import CapacityExceeded
-from penstock.core.events import Load
+from penstock.core.messages import Load
 from penstock.core.types import FinishReason, WorkerId
 from penstock.server.metrics import Histogram, Metrics, kv_cache_usage
 from tests.server.asking import choice_of, output_of, query_of

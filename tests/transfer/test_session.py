@@ -13,21 +13,23 @@ import pytest
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import (
-    Assign,
-    Cancel,
     Command,
     Event,
-    Expired,
-    Message,
     MoveDone,
-    PeerUp,
     RunStep,
     Send,
     StepDone,
     SubmitMove,
-    Tokens,
     WakeAt,
     Woken,
+)
+from penstock.core.messages import (
+    Assign,
+    Cancel,
+    Expired,
+    Message,
+    PeerUp,
+    Tokens,
     WorkerInfo,
 )
 from penstock.core.request import Request, SamplingParams, Timeline

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from penstock.core.block import KVGroup, KVLayout
-from penstock.core.events import Move, MoveClass, RegionDescriptor, Span, WorkerInfo
+from penstock.core.events import Move, MoveClass, Span
+from penstock.core.messages import RegionDescriptor, WorkerInfo
 from penstock.core.types import Role, WorkerId
 from penstock.transfer.region import Region
 from penstock.transport.mover import BlockMover

@@ -2,17 +2,19 @@
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import (
-    Assign,
     Command,
     Event,
-    Message,
     MoveDone,
-    Offer,
-    PeerUp,
     RunStep,
     Send,
     StepDone,
     SubmitMove,
+)
+from penstock.core.messages import (
+    Assign,
+    Message,
+    Offer,
+    PeerUp,
     WorkerInfo,
 )
 from penstock.core.request import Request, SamplingParams, Timeline

@@ -2,14 +2,14 @@
 
 import pytest
 
-from penstock.core.events import (
+from penstock.core.events import Woken
+from penstock.core.messages import (
     Cancel,
     PeerDown,
     Release,
     Renew,
     Tokens,
     Withdraw,
-    Woken,
 )
 from penstock.core.types import RequestId
 from tests.worker.story import D0, P0, Story, offer_of

@@ -2,7 +2,8 @@
 
 import pytest
 
-from penstock.core.events import (
+from penstock.core.events import Woken
+from penstock.core.messages import (
     Cancel,
     Expired,
     Offer,
@@ -12,7 +13,6 @@ from penstock.core.events import (
     Renew,
     RequestFailed,
     Withdraw,
-    Woken,
 )
 from penstock.core.types import RequestId
 from tests.worker.story import D0, P0, Story, assign, offer_of, request

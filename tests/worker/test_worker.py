@@ -2,11 +2,7 @@
 
 import numpy as np
 
-from penstock.core.events import (
-    Hello,
-    Load,
-    Tokens,
-)
+from penstock.core.messages import Hello, Load, Tokens
 from penstock.core.types import CONTROLLER, FinishReason
 from tests.worker.story import D0, P0, Story, assign, info_of, request
 

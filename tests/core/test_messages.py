@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.block import KVGroup, KVLayout
-from penstock.core.events import (
+from penstock.core.messages import (
     WIRE_ERRORS,
     Assign,
     GroupBlocks,

@@ -1,0 +1,275 @@
+"""Every message that one node says to another; what crosses the wire is exactly this.
+
+Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code.
+
+who                     says                                              to
+front                   Submit, Cancel                                    controller
+controller              Assign, Cancel, PeerUp, PeerDown, Stop            worker
+controller              Tokens, RequestFailed                             front
+worker                  Hello, Load, Tokens, Offered, Expired, RequestFailed  controller
+prefill worker          Offer, Withdraw                                   decode worker
+decode worker           Renew, Release                                    prefill worker
+"""
+
+from typing import Final
+
+from msgspec import DecodeError, Struct
+from msgspec.msgpack import Decoder, Encoder
+
+from penstock.core.block import KVLayout
+from penstock.core.request import Request, Timeline
+from penstock.core.step import TokenLogprobs
+from penstock.core.types import BlockId, Digest, FinishReason, RequestId, Role, WorkerId
+
+# ---------------------------------------------------------------------------------- what they carry
+
+
+class RegionDescriptor(Struct, frozen=True, array_like=True):
+    """A peer's registered memory, as it may be sent: enough to map and read one group's pool, and
+    nothing more.
+
+    `location` is for the transport named by `kind` alone to understand. `capacity_bytes` bounds
+    every read.
+    """
+
+    kind: str
+    location: str
+    capacity_bytes: int
+    block_bytes: int
+
+
+class Endpoint(Struct, frozen=True, array_like=True):
+    """Where a worker serves reads of its regions, by their index; for transport `kind` alone."""
+
+    kind: str
+    address: str
+
+
+class WorkerInfo(Struct, frozen=True, kw_only=True):
+    """What a worker says of itself when it joins. `epoch` is new for every incarnation of a worker
+    id. `regions` say how its memory is mapped on the same host, `endpoints` how it is read from
+    anywhere.
+    """
+
+    worker_id: WorkerId
+    role: Role
+    epoch: int
+    address: str
+    pid: int
+    layout: KVLayout
+    num_blocks: tuple[int, ...]
+    max_model_len: int
+    max_num_seqs: int
+    regions: tuple[RegionDescriptor, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    engine: str = ""
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens whose KV fits at once."""
+        return self.layout.capacity_tokens(self.num_blocks)
+
+
+class GroupBlocks(Struct, frozen=True, array_like=True):
+    """Blocks of a request in one group: `block_ids[i]` is entry `first + i` of its block table.
+
+    `digests[i]` is over the content of block i as offered; there are none, or one for each block.
+    """
+
+    first: int
+    block_ids: tuple[BlockId, ...]
+    digests: tuple[Digest, ...] = ()
+
+
+class TokenOutput(Struct, frozen=True, array_like=True):
+    """New tokens of one request. The first carries the timeline, the last the reason."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    timeline: Timeline | None = None
+
+
+# ----------------------------------------------------------------------------------------- messages
+
+
+class Tagged(Struct, frozen=True, tag=True, kw_only=True):
+    """Parent of everything that one node may say to another: on the wire its name says which."""
+
+
+class Submit(Tagged, frozen=True):
+    """Serve this request; its tokens are to come back as `Tokens`."""
+
+    request: Request
+
+
+class Cancel(Tagged, frozen=True):
+    """Nobody wants this request any more: stop within a step and free everything."""
+
+    request_id: RequestId
+
+
+class Assign(Tagged, frozen=True):
+    """Take this request; when `decode_worker` is another worker, prefill it and offer it there."""
+
+    request: Request
+    decode_worker: WorkerId
+    timeline: Timeline
+
+
+class PeerUp(Tagged, frozen=True):
+    """This worker may send you offers, or take yours."""
+
+    info: WorkerInfo
+
+
+class PeerDown(Tagged, frozen=True):
+    """This incarnation is gone: expect nothing from it, free what was kept for it."""
+
+    worker_id: WorkerId
+    epoch: int
+
+
+class Stop(Tagged, frozen=True):
+    """Leave the cluster now."""
+
+
+class Hello(Tagged, frozen=True):
+    """A worker joins."""
+
+    info: WorkerInfo
+
+
+class Load(Tagged, frozen=True):
+    """How full a worker is. Counts of requests by state, free and cached blocks per group, and
+    totals since its start.
+
+    `preemptions` and what follows are totals. `prefix_queries` and `prefix_hits` count prompt
+    tokens; `pulls_corrupt` pulls whose content was not what was offered, `pulls_recomputed`
+    requests whose KV was computed again because it could not be pulled, `leases_expired` offers
+    nobody claimed.
+    """
+
+    worker_id: WorkerId
+    waiting: int
+    running: int
+    handing_off: int
+    free_blocks: tuple[int, ...]
+    cached_blocks: tuple[int, ...]
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    steps: int = 0
+    pulls_corrupt: int = 0
+    pulls_recomputed: int = 0
+    leases_expired: int = 0
+
+
+class Tokens(Tagged, frozen=True):
+    """What one step produced."""
+
+    worker_id: WorkerId
+    outputs: tuple[TokenOutput, ...]
+
+
+class Offered(Tagged, frozen=True):
+    """The request's prefill is done and its blocks are offered to the decode worker."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+class Expired(Tagged, frozen=True):
+    """Nobody claimed the offered blocks within their lease; they are free again."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+class RequestFailed(Tagged, frozen=True):
+    """This request cannot go on here. `is_retryable`: another worker may succeed."""
+
+    request_id: RequestId
+    reason: str
+    is_retryable: bool = False
+    worker_id: WorkerId = WorkerId("")
+
+
+class Offer(Tagged, frozen=True):
+    """The KV of the first `num_tokens` tokens of `request` lies in these blocks of `source`: pull,
+    then release.
+
+    `num_tokens` is one less than the request's tokens: the decode worker computes the last one and
+    samples. The blocks are kept for `lease_ns` from when this is sent, and from every `Renew` on.
+    """
+
+    request: Request
+    source: WorkerId
+    epoch: int
+    num_tokens: int
+    groups: tuple[GroupBlocks, ...]
+    timeline: Timeline
+    lease_ns: int
+
+
+class Renew(Tagged, frozen=True):
+    """The offers of these requests are still wanted: keep their blocks for another lease."""
+
+    request_ids: tuple[RequestId, ...]
+    worker_id: WorkerId
+
+
+class Withdraw(Tagged, frozen=True):
+    """Forget the offer; answered by `Release` once no read is under way."""
+
+    request_id: RequestId
+    source: WorkerId
+
+
+class Release(Tagged, frozen=True):
+    """The offered blocks are not needed any more: pulled, or not wanted."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+Message = (
+    Submit
+    | Cancel
+    | Assign
+    | PeerUp
+    | PeerDown
+    | Stop
+    | Hello
+    | Load
+    | Tokens
+    | Offered
+    | Expired
+    | RequestFailed
+    | Offer
+    | Renew
+    | Withdraw
+    | Release
+)
+
+# ------------------------------------------------------------------------------------------ wire
+
+WIRE_ERRORS: Final = (DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding junk may raise: not a message, a name that is no text, nesting without end."""
+
+_encoder = Encoder()
+_decoder: Decoder[Message] = Decoder(Message)
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the msgpack form of a message."""
+    return _encoder.encode(message)
+
+
+def decode_message(data: bytes | memoryview) -> Message:
+    """Parse and validate what `encode_message` made.
+
+    Raises: one of `WIRE_ERRORS` for anything else.
+    """
+    return _decoder.decode(data)
