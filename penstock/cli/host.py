@@ -28,6 +28,7 @@ from penstock.runtime.link import WorkerSpec
 from penstock.runtime.processes import available_bytes, usable_cores
 from penstock.runtime.settings import INSTANT_EXECUTOR, ClusterSettings, ModelFacts
 from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
+from penstock.transfer.generation import COUNTER_BYTES, counters
 from penstock.transfer.region import Region
 from penstock.transport.key import cluster_key
 from penstock.transport.mover import BlockMover
@@ -86,9 +87,11 @@ def _work(
     is_instant = settings.executor == INSTANT_EXECUTOR
     pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
     regions = tuple(pool.region for pool in pools)
+    shared_counters = tuple(SharedPool(count, COUNTER_BYTES) for count in facts.num_blocks)
+    shared = (*pools, *shared_counters)
     Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     execute, prepare = make_execute(regions, threads)
-    ways, endpoints = _ways(settings, spec.epoch, regions)
+    ways, endpoints = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
     mover = BlockMover(layout, regions, ways)
     config = WorkerConfig(
         worker_id=spec.worker_id,
@@ -103,7 +106,7 @@ def _work(
         is_prefix_caching=settings.is_prefix_caching,
     )
     parts = WorkerParts(
-        core=Worker(config),
+        core=Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters)),
         execute=execute,
         # What the instant executor leaves in its blocks means nothing: there is nothing to verify.
         digest=no_digests if is_instant else partial(digests_of, regions=regions),
@@ -111,7 +114,7 @@ def _work(
         move=verified(mover.execute, regions),
         introduce=mover.add_peer,
         forget=mover.forget,
-        regions=tuple(pool.descriptor for pool in pools),
+        regions=tuple(pool.descriptor for pool in shared),
         endpoints=endpoints,
         engine=facts.description,
     )

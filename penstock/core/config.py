@@ -53,6 +53,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     eos_token_ids: tuple[int, ...] = ()
     is_prefix_caching: bool = True
+    is_streaming: bool = True
+    """Whether blocks of a prompt are offered as they are finished, or all at once."""
     load_interval_ns: int = NS_PER_S
     lease_ns: int = 5 * NS_PER_S
     """How long offered blocks are kept for a decode worker that says nothing."""

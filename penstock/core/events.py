@@ -43,7 +43,8 @@ class StepDone(Struct, frozen=True, tag=True, kw_only=True):
 class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     """A move landed, or failed with `error`; then the destination blocks hold nothing of use.
 
-    `is_corrupt`: it landed, but a digest is not that of the offer.
+    `is_corrupt`: it landed, but a digest is not that of the offer. `is_stale`: a block had been
+    handed out anew at the source before it was read to the end; then there is an error as well.
     """
 
     move_id: int
@@ -54,6 +55,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     finished_ns: int
     error: str | None = None
     is_corrupt: bool = False
+    is_stale: bool = False
 
 
 class Woken(Struct, frozen=True, tag=True):
@@ -85,8 +87,8 @@ class Span(Struct, frozen=True, array_like=True):
 class Move(Struct, frozen=True, kw_only=True):
     """Copy blocks of a peer into our own pool: `spans[g]` are those of group g.
 
-    `digests[g]` are what the copied blocks of group g must have, in the order of the spans; empty
-    where the offer had none.
+    `digests[g]` are what the copied blocks of group g must have, in the order of the spans, and
+    `generations[g]` how often the source may have handed them out; empty where the offer had none.
     """
 
     move_id: int
@@ -96,6 +98,7 @@ class Move(Struct, frozen=True, kw_only=True):
     epoch: int
     spans: tuple[tuple[Span, ...], ...]
     digests: tuple[tuple[Digest, ...], ...] = ()
+    generations: tuple[tuple[int, ...], ...] = ()
 
 
 class Send(Struct, frozen=True, tag=True):

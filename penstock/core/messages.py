@@ -7,7 +7,7 @@ front                   Submit, Cancel                                    contro
 controller              Assign, Cancel, PeerUp, PeerDown, Stop            worker
 controller              Tokens, RequestFailed                             front
 worker                  Hello, Load, Tokens, Offered, Expired, RequestFailed  controller
-prefill worker          Offer, Withdraw                                   decode worker
+prefill worker          Offer, Progress, Withdraw                                 decode worker
 decode worker           Renew, Release                                    prefill worker
 """
 
@@ -73,12 +73,14 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
 class GroupBlocks(Struct, frozen=True, array_like=True):
     """Blocks of a request in one group: `block_ids[i]` is entry `first + i` of its block table.
 
-    `digests[i]` is over the content of block i as offered; there are none, or one for each block.
+    `digests[i]` is over the content of block i as offered, `generations[i]` how often it had been
+    handed out then; there are none, or one for each block.
     """
 
     first: int
     block_ids: tuple[BlockId, ...]
     digests: tuple[Digest, ...] = ()
+    generations: tuple[int, ...] = ()
 
 
 class TokenOutput(Struct, frozen=True, array_like=True):
@@ -146,9 +148,9 @@ class Load(Tagged, frozen=True):
     totals since its start.
 
     `preemptions` and what follows are totals. `prefix_queries` and `prefix_hits` count prompt
-    tokens; `pulls_corrupt` pulls whose content was not what was offered, `pulls_recomputed`
-    requests whose KV was computed again because it could not be pulled, `leases_expired` offers
-    nobody claimed.
+    tokens; `pulls_corrupt` pulls whose content was not what was offered, `pulls_stale` those whose
+    blocks had been handed out anew meanwhile, `pulls_recomputed` requests whose KV was computed
+    again because it could not be pulled, `leases_expired` offers nobody claimed.
     """
 
     worker_id: WorkerId
@@ -162,6 +164,7 @@ class Load(Tagged, frozen=True):
     prefix_hits: int = 0
     steps: int = 0
     pulls_corrupt: int = 0
+    pulls_stale: int = 0
     pulls_recomputed: int = 0
     leases_expired: int = 0
 
@@ -201,22 +204,47 @@ class Offer(Tagged, frozen=True):
     then release.
 
     `num_tokens` is one less than the request's tokens: the decode worker computes the last one and
-    samples. The blocks are kept for `lease_ns` from when this is sent, and from every `Renew` on.
+    samples. `groups` are the blocks of the first `num_ready` tokens; if that is not all, the rest
+    is being computed and follows by `Progress`. `runs` are the lengths of the runs in which all of
+    them lie, per group, as far as known. The blocks are kept for `lease_ns` from when this is sent,
+    and from every `Renew` on.
     """
 
     request: Request
     source: WorkerId
     epoch: int
     num_tokens: int
+    num_ready: int
     groups: tuple[GroupBlocks, ...]
+    runs: tuple[tuple[int, ...], ...]
     timeline: Timeline
     lease_ns: int
 
 
+class Progress(Tagged, frozen=True):
+    """More of what is offered is there: `groups` are the blocks of tokens `[after, num_ready)`.
+
+    `offered_ns` is when the last of it was there, 0 until then.
+    """
+
+    request_id: RequestId
+    source: WorkerId
+    epoch: int
+    after: int
+    num_ready: int
+    groups: tuple[GroupBlocks, ...]
+    offered_ns: int = 0
+
+
 class Renew(Tagged, frozen=True):
-    """The offers of these requests are still wanted: keep their blocks for another lease."""
+    """The offers of these requests are still wanted: keep their blocks for another lease.
+
+    `num_ready[i]` is what the decode worker knows to be ready of request i; `Progress` that it has
+    missed is said again.
+    """
 
     request_ids: tuple[RequestId, ...]
+    num_ready: tuple[int, ...]
     worker_id: WorkerId
 
 
@@ -248,6 +276,7 @@ Message = (
     | Expired
     | RequestFailed
     | Offer
+    | Progress
     | Renew
     | Withdraw
     | Release

@@ -122,6 +122,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     transport: str = ""
     pull_bytes: int = 0
     pull_spans: int = 0
+    pull_moves: int = 0
     pull_verified: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0

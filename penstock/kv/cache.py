@@ -21,7 +21,8 @@ from penstock.core.messages import GroupBlocks
 from penstock.core.step import Int32
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.allocator import run_lengths
-from penstock.kv.group import GroupCache, Held, Pull
+from penstock.kv.group import Adopted, GroupCache, Held, Pull
+from penstock.kv.pool import Generations
 from penstock.kv.table import BlockTables
 
 NEVER: Final = 1 << 62
@@ -32,7 +33,11 @@ class Adoption:
     """What `KVCache.adopt` reserved: the first `cached_tokens` tokens need no pull in any group."""
 
     cached_tokens: int
-    pulls: tuple[Pull, ...]
+    groups: tuple[Adopted, ...]
+
+    def pulls(self, offered: Sequence[GroupBlocks]) -> tuple[Pull, ...]:
+        """Return what to copy of blocks that are offered, per group."""
+        return tuple(adopted.pull(o) for adopted, o in zip(self.groups, offered, strict=True))
 
 
 @dataclass(slots=True)
@@ -51,15 +56,21 @@ class _Holding:
 
 
 class KVCache:
-    """Blocks of all requests of one worker, over all KV groups."""
+    """Blocks of all requests of one worker, over all KV groups. `generations`: see `BlockPool`."""
 
     def __init__(
-        self, layout: KVLayout, num_blocks: Sequence[int], *, is_prefix_caching: bool = True
+        self,
+        layout: KVLayout,
+        num_blocks: Sequence[int],
+        *,
+        is_prefix_caching: bool = True,
+        generations: Sequence[Generations] = (),
     ) -> None:
         self.layout = layout
+        counters = generations or (None,) * len(num_blocks)
         self.groups = tuple(
-            GroupCache(group, count, layout.block_size)
-            for group, count in zip(layout.groups, num_blocks, strict=True)
+            GroupCache(group, count, layout.block_size, counter)
+            for group, count, counter in zip(layout.groups, num_blocks, counters, strict=True)
         )
         self._is_prefix_caching = is_prefix_caching
         self._tables = BlockTables(len(self.groups))
@@ -141,46 +152,70 @@ class KVCache:
 
     # --- hand-off
 
-    def offer(self, request_id: RequestId, num_tokens: int) -> tuple[GroupBlocks, ...]:
+    def offer(
+        self, request_id: RequestId, num_tokens: int, *, after: int = 0, is_last: bool = True
+    ) -> tuple[GroupBlocks, ...]:
         """Return the blocks that a worker needs to continue after `num_tokens` tokens, per group.
 
-        They stay held until `close`. A sliding group gives only what the next token looks at.
+        Those that tokens `[0, after)` fill have been offered before. They stay held until `close`.
+        While more is to come (not `is_last`), blocks that are not full are left out, and so are
+        sliding groups, which give nothing but what the token after the last one looks at.
         """
-        end = self.layout.num_blocks(num_tokens)
+        end = self.layout.num_blocks(num_tokens) if is_last else num_tokens // self._block_size
         offered = []
         for group, held in zip(self.groups, self._holdings[request_id].groups, strict=True):
-            first = group.first_needed(num_tokens)
+            if group.window and not is_last:
+                offered.append(GroupBlocks(0, ()))
+                continue
+            first = group.first_needed(num_tokens) if group.window else after // self._block_size
             assert held.start <= first, f"{request_id} let go of entry {first} already"
             assert end <= len(held.block_ids), f"{request_id} has {held}, not {end} blocks"
             offered.append(group.offer(held, first, end))
         return tuple(offered)
+
+    def runs(self, request_id: RequestId, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Return the lengths of the runs in which the blocks lie that `offer` will give, per group.
+
+        As far as they are there: a request that is still being computed may have no more.
+        """
+        end = self.layout.num_blocks(num_tokens)
+        groups = zip(self.groups, self._holdings[request_id].groups, strict=True)
+        return tuple(
+            group.runs(held, group.first_needed(num_tokens), end) for group, held in groups
+        )
+
+    def is_reserved(self, request_id: RequestId, num_tokens: int) -> bool:
+        """Tell whether every full-attention group has slots for tokens `[0, num_tokens)`."""
+        missing = self._missing(self._holdings[request_id], num_tokens)
+        return all(g.window or not n for g, n in zip(self.groups, missing, strict=True))
 
     def adopt(
         self,
         request_id: RequestId,
         hashes: Sequence[BlockHash],
         num_tokens: int,
-        offered: Sequence[GroupBlocks],
+        runs: Sequence[Sequence[int]],
     ) -> Adoption | None:
-        """Start a request whose first `num_tokens` tokens lie in a peer's blocks; None: no room.
+        """Start a request whose first `num_tokens` tokens lie in a peer's `runs`; None: no room.
 
         Blocks that are here already are held instead of pulled, the others reserved in runs like
         the peer's. They get their names by `advance`, once the pull has landed; a `close` without
         it leaves no trace of them.
         """
         named = hashes[: num_tokens // self._block_size] if self._is_prefix_caching else ()
+        end = self.layout.num_blocks(num_tokens)
         plan = []
-        for group, offer in zip(self.groups, offered, strict=True):
-            self._assert_covers(group, offer, num_tokens)
-            plan.append((group, offer, group.find(named, offer.first)))
-        if not all(group.can_adopt(offer, hits) for group, offer, hits in plan):
+        for group, lengths in zip(self.groups, runs, strict=True):
+            entries = range(group.first_needed(num_tokens), end)
+            plan.append((group, entries, group.find(named, entries.start), lengths))
+        if not all(group.can_adopt(len(entries), hits) for group, entries, hits, _ in plan):
             return None
-        held, pulls = zip(*(group.adopt(offer, hits) for group, offer, hits in plan), strict=True)
+        held, adopted = zip(
+            *(g.adopt(e, hits, lengths) for g, e, hits, lengths in plan), strict=True
+        )
         self._admit(request_id, held, num_named=0)
-        entries = range(self.layout.num_blocks(num_tokens))
-        pulled = (i for _, offer, hits in plan for i in entries[offer.first :] if i not in hits)
-        cached = min(pulled, default=len(entries))
-        return Adoption(min(cached * self._block_size, num_tokens), pulls)
+        cached = min((e for group in adopted for e in group.destination_of), default=end)
+        return Adoption(min(cached * self._block_size, num_tokens), adopted)
 
     def note_digests(self, group: int, digests: Iterable[tuple[BlockId, Digest]]) -> None:
         """Remember the digests of blocks of one group whose content is complete."""
@@ -295,8 +330,3 @@ class KVCache:
         for group, held in zip(self.groups, holding.groups, strict=True):
             due = min(due, group.due(held) or NEVER)
         holding.due = due
-
-    def _assert_covers(self, group: GroupCache, offer: GroupBlocks, num_tokens: int) -> None:
-        end = self.layout.num_blocks(num_tokens)
-        assert offer.first <= group.first_needed(num_tokens), (offer, num_tokens)
-        assert offer.first + len(offer.block_ids) == end, (offer, num_tokens)

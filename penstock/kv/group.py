@@ -6,15 +6,16 @@ of it. It knows what one request holds when told (`Held`), not which requests th
 `kv/cache.py`, its only caller, does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 from penstock.core.block import KVGroup
 from penstock.core.messages import GroupBlocks
 from penstock.core.types import BlockHash, BlockId, Digest
 from penstock.kv.allocator import run_lengths
-from penstock.kv.pool import BlockPool
+from penstock.kv.pool import BlockPool, Generations
 
 NO_BLOCK: Final = BlockId(0)
 """Says in a block table that no block is held. Block 0 exists too: such an entry is never read."""
@@ -22,13 +23,47 @@ NO_BLOCK: Final = BlockId(0)
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Blocks still to be copied: the peer's `source_ids[i]` into our `destination_ids[i]`, where
-    `digests[i]` must come out, if the offer has digests.
+    """Blocks to be copied: the peer's `source_ids[i]` into our `destination_ids[i]`, where
+    `digests[i]` must come out, and the peer's block be of `generations[i]` still, if the offer has
+    such.
     """
 
     source_ids: tuple[BlockId, ...]
     destination_ids: tuple[BlockId, ...]
     digests: tuple[Digest, ...] = ()
+    generations: tuple[int, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Iterable["Pull"]) -> "Pull":
+        """Return several pulls as one."""
+        wanted = [part for part in parts if part.source_ids]
+        columns = ("source_ids", "destination_ids", "digests", "generations")
+        joined = (tuple(x for part in wanted for x in getattr(part, name)) for name in columns)
+        pull = cls(*joined)
+        assert len(pull.digests) in (0, len(pull.source_ids)), "some parts have digests"
+        return pull
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """Blocks that wait for a peer's content: `destination_of[i]` for entry i of the block table.
+
+    Entries that are not in it are here already, or not needed.
+    """
+
+    destination_of: Mapping[int, BlockId]
+
+    def pull(self, offered: GroupBlocks) -> Pull:
+        """Return what to copy of the offered blocks."""
+        entries = range(offered.first, offered.first + len(offered.block_ids))
+        destination_of = self.destination_of
+        rows = [(i, destination_of[e]) for i, e in enumerate(entries) if e in destination_of]
+        return Pull(
+            tuple(offered.block_ids[i] for i, _ in rows),
+            tuple(block_id for _, block_id in rows),
+            tuple(offered.digests[i] for i, _ in rows) if offered.digests else (),
+            tuple(offered.generations[i] for i, _ in rows) if offered.generations else (),
+        )
 
 
 @dataclass(slots=True)
@@ -50,9 +85,15 @@ class Held:
 class GroupCache:
     """Blocks of one group. Indexes and counts are in blocks unless a name says tokens."""
 
-    def __init__(self, group: KVGroup, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        group: KVGroup,
+        num_blocks: int,
+        block_size: int,
+        generations: Generations | None = None,
+    ) -> None:
         self.window = group.window
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, generations)
         self._block_size = block_size
 
     def first_needed(self, num_tokens: int) -> int:
@@ -92,31 +133,37 @@ class GroupCache:
         found = ((i, find(hashes[i])) for i in range(first, len(hashes)))
         return {i: block_id for i, block_id in found if block_id is not None}
 
-    def can_adopt(self, offer: GroupBlocks, hits: Mapping[int, BlockId]) -> bool:
-        """Tell whether there is room for what is offered and not hit, without evicting a hit."""
+    def can_adopt(self, num_entries: int, hits: Mapping[int, BlockId]) -> bool:
+        """Tell whether there is room for what is wanted and not hit, without evicting a hit."""
         num_idle_hits = sum(map(self.pool.prefix_cache.is_idle, hits.values()))
-        return len(offer.block_ids) - len(hits) <= self.pool.num_available - num_idle_hits
+        return num_entries - len(hits) <= self.pool.num_available - num_idle_hits
 
-    def adopt(self, offer: GroupBlocks, hits: Mapping[int, BlockId]) -> tuple[Held, Pull]:
-        """Hold the hits, and new blocks in runs like the offer's for everything else."""
+    def adopt(
+        self, entries: range, hits: Mapping[int, BlockId], runs: Sequence[int]
+    ) -> tuple[Held, Adopted]:
+        """Hold the hits, and for the other entries new blocks in runs like the peer's.
+
+        `runs` are the lengths of the peer's runs over `entries`; none means one.
+        """
         self.pool.hold(hits.values())
-        source_of = dict(enumerate(offer.block_ids, offer.first))
-        digest_of = dict(enumerate(offer.digests, offer.first))
-        missing = [i for i in source_of if i not in hits]
-        source_ids = [source_of[i] for i in missing]
-        destination_ids = self.pool.allocate_like(run_lengths(source_ids))
-        assert destination_ids is not None, f"room for {len(missing)} blocks vanished"
-        block_of = {**hits, **dict(zip(missing, destination_ids, strict=True))}
-        block_ids = [NO_BLOCK] * offer.first + [block_of[i] for i in source_of]
-        digests = tuple(digest_of[i] for i in missing) if digest_of else ()
-        pull = Pull(tuple(source_ids), tuple(destination_ids), digests)
-        return Held(offer.first, block_ids), pull
+        missing = [entry for entry in entries if entry not in hits]
+        block_ids = self.pool.allocate_like(_runs_over(missing, entries.start, runs))
+        assert block_ids is not None, f"room for {len(missing)} blocks vanished"
+        destination_of = dict(zip(missing, block_ids, strict=True))
+        block_of = {**hits, **destination_of}
+        held = [NO_BLOCK] * entries.start + [block_of[entry] for entry in entries]
+        return Held(entries.start, held), Adopted(destination_of)
 
     def offer(self, held: Held, first: int, end: int) -> GroupBlocks:
         """Return entries `[first, end)` as they are offered; with digests if all have one."""
         block_ids = tuple(held.block_ids[first:end])
         digests = tuple(map(self.pool.digest, block_ids))
-        return GroupBlocks(first, block_ids, digests if all(digests) else ())
+        generations = self.pool.generations(block_ids)
+        return GroupBlocks(first, block_ids, digests if all(digests) else (), generations)
+
+    def runs(self, held: Held, first: int, end: int) -> tuple[int, ...]:
+        """Return the lengths of the runs in which entries `[first, end)` lie, as far as held."""
+        return tuple(run_lengths(held.block_ids[max(first, held.start) : end]))
 
     def extend(self, held: Held, count: int) -> list[BlockId]:
         """Append `count` blocks, adjacent to the last where possible; the caller saw the room."""
@@ -139,3 +186,18 @@ class GroupCache:
             held.block_ids[let_go.start : let_go.stop] = [NO_BLOCK] * len(let_go)
             held.start = let_go.stop
         return let_go
+
+
+def _runs_over(missing: Sequence[int], first: int, runs: Sequence[int]) -> list[int]:
+    """Return the lengths of the runs that `missing` entries lie in at a peer whose table, from
+    entry `first` on, lies in `runs`.
+    """
+    starts = {first + offset for offset in accumulate(runs, initial=0)}
+    lengths: list[int] = []
+    before = None
+    for entry in missing:
+        if before is None or entry != before + 1 or entry in starts:
+            lengths.append(0)
+        lengths[-1] += 1
+        before = entry
+    return lengths

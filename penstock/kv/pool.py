@@ -13,10 +13,16 @@ CACHED   nobody      no (kept), yes (spare): see `kv/prefix_cache.py`
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from penstock.core.block import BlockState
 from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
 from penstock.kv.prefix_cache import PrefixCache
+
+Generations = npt.NDArray[np.int64]
+"""How often each block was handed out, [num_blocks] int64; peers may read it while it grows."""
 
 SPARE_SHARE: Final = 0.2
 SPARE_TIMES_WANTED: Final = 3
@@ -29,14 +35,18 @@ sharing a prefix: 1.2 runs a prompt instead of 22 without spare blocks, at 2 to 
 
 
 class BlockPool:
-    """Reference-counted blocks: each free, active (held) or cached (named, held by nobody)."""
+    """Reference-counted blocks: each free, active (held) or cached (named, held by nobody).
 
-    def __init__(self, num_blocks: int) -> None:
+    `generations` is where to count how often each block is handed out: memory that peers can read,
+    if they are to notice that a block is not any more what they were offered.
+    """
+
+    def __init__(self, num_blocks: int, generations: Generations | None = None) -> None:
         self.num_blocks = num_blocks
         self.allocator = SegmentAllocator(num_blocks)
         self.prefix_cache = PrefixCache()
         self._num_holders = [0] * num_blocks
-        self._generations = [0] * num_blocks
+        self._generations = np.zeros(num_blocks, np.int64) if generations is None else generations
         self._digests = [NO_DIGEST] * num_blocks
 
     @property
@@ -69,9 +79,9 @@ class BlockPool:
         """Return how many hold the block."""
         return self._num_holders[block_id]
 
-    def generation(self, block_id: BlockId) -> int:
-        """Return how often the block was handed out; an older number means other contents."""
-        return self._generations[block_id]
+    def generations(self, block_ids: Sequence[BlockId]) -> tuple[int, ...]:
+        """Return how often each block was handed out; an older number means other contents."""
+        return tuple(self._generations[list(block_ids)].tolist())
 
     def digest(self, block_id: BlockId) -> Digest:
         """Return the digest of the block's content, or `NO_DIGEST`."""
@@ -161,6 +171,7 @@ class BlockPool:
         for block_id in block_ids:
             assert not self._num_holders[block_id], f"block {block_id} was handed out while held"
             self._num_holders[block_id] = 1
-            self._generations[block_id] += 1
             self._digests[block_id] = NO_DIGEST
+        # Before anything is written there: who reads the old content finds the new number after it.
+        self._generations[block_ids] += 1
         return block_ids

@@ -44,7 +44,10 @@ class StepCost:
 
 
 class SimExecutor:
-    """The executor port: calls `model` and answers after the time `cost` says."""
+    """The executor port: calls `model` and answers after the time `cost` says.
+
+    It takes digests of blocks in `pools`; none if there are none.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class SimExecutor:
             # KV is written when the step ends, so a block freed too early is caught with another's
             # content in it.
             sampled = self._model(step)
-            digests = zip(self._pools, step.digests_of, strict=True)
+            digests = zip(self._pools, step.digests_of, strict=bool(self._pools))
             done(
                 StepDone(
                     step_id=step.step_id,

@@ -15,8 +15,10 @@ import numpy as np
 from penstock.core.events import Move, MoveDone
 from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, WorkerId
+from penstock.kv.pool import Generations
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import is_corrupt
+from penstock.transfer.generation import is_stale
 from penstock.transfer.region import Bytes2D
 
 Deliver = Callable[[Message], None]
@@ -53,6 +55,7 @@ class SimNetwork:
         self.rng = rng
         self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
         self._pools: dict[tuple[WorkerId, int], tuple[Bytes2D, ...]] = {}
+        self._generations: dict[tuple[WorkerId, int], tuple[Generations, ...]] = {}
         self._last_ns: dict[tuple[WorkerId, WorkerId], int] = {}
         self._num_incarnations = 0
 
@@ -64,14 +67,22 @@ class SimNetwork:
         self._nodes[node] = (self._num_incarnations, deliver)
         return self._num_incarnations
 
-    def register(self, worker: WorkerId, epoch: int, pools: tuple[Bytes2D, ...]) -> None:
-        """Make a worker's pools readable by its peers."""
+    def register(
+        self,
+        worker: WorkerId,
+        epoch: int,
+        pools: tuple[Bytes2D, ...],
+        generations: tuple[Generations, ...],
+    ) -> None:
+        """Make a worker's pools readable by its peers, and how often each block was handed out."""
         self._pools[worker, epoch] = pools
+        self._generations[worker, epoch] = generations
 
     def leave(self, node: WorkerId, epoch: int) -> None:
         """Cut a node off, with its memory."""
         self._nodes.pop(node, None)
         self._pools.pop((node, epoch), None)
+        self._generations.pop((node, epoch), None)
 
     def send(self, sender: WorkerId, to: WorkerId, message: Message) -> None:
         """Deliver after the link's delay, unless the receiver is gone or replaced by then."""
@@ -127,12 +138,15 @@ class SimNetwork:
                 return
             source = self._pools.get((move.source, move.epoch))
             error = None
+            is_too_late = False
             if source is None or self.rng.random() < self.cost.move_failure:
                 error = f"{move.source} is gone"
             else:
                 _copy(source, own, move)
                 if num_bytes and self.rng.random() < self.cost.corruption:
                     _flip_a_bit(own, move, self.rng)
+                if _is_stale(move, self._generations[move.source, move.epoch]):
+                    is_too_late, error = True, f"{move.source} had handed out a block anew"
             done(
                 MoveDone(
                     move_id=move.move_id,
@@ -143,6 +157,7 @@ class SimNetwork:
                     finished_ns=self.clock.now_ns(),
                     error=error,
                     is_corrupt=error is None and is_corrupt(move, own),
+                    is_stale=is_too_late,
                 )
             )
 
@@ -172,6 +187,14 @@ class SimTransport:
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
         """Pull blocks."""
         self._network.submit(self._pools, move, self._is_alive, done)
+
+
+def _is_stale(move: Move, generations: tuple[Generations, ...]) -> bool:
+    for counter, spans, offered in zip(generations, move.spans, move.generations, strict=False):
+        read = [span.source + offset for span in spans for offset in range(span.num_blocks)]
+        if is_stale(counter[read], offered):
+            return True
+    return False
 
 
 def _flip_a_bit(pools: tuple[Bytes2D, ...], move: Move, rng: random.Random) -> None:

@@ -48,6 +48,8 @@ class ClusterSpec:
     step_cost: StepCost = field(default_factory=StepCost)
     link_cost: LinkCost = field(default_factory=LinkCost)
     model: MakeModel = chain_model
+    is_streaming: bool = True
+    has_digests: bool = True
     detection_ns: int = 20 * NS_PER_MS
     respawn_ns: int = 100 * NS_PER_MS
 
@@ -66,21 +68,24 @@ class SimWorker:
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
+            is_streaming=spec.is_streaming,
         )
-        self.core = Worker(self.config)
+        generations = tuple(np.zeros(count, np.int64) for count in spec.num_blocks)
+        self.core = Worker(self.config, generations)
         sizes = zip(spec.num_blocks, spec.layout.block_bytes, strict=True)
         self.pools: tuple[Bytes2D, ...] = tuple(np.zeros(size, np.uint8) for size in sizes)
         self.is_alive = True
         self.log = DecisionLog()
         transport = SimTransport(network, self.config.worker_id, self.pools, lambda: self.is_alive)
         model = spec.model(spec.layout, self.pools)
-        executor = SimExecutor(network.clock, spec.step_cost, model, self.pools)
+        digested = self.pools if spec.has_digests else ()
+        executor = SimExecutor(network.clock, spec.step_cost, model, digested)
         self._clock = network.clock
         self._node = Node(
             self.core, clock=self, transport=transport, executor=executor, log=self.log
         )
         network.join(self.config.worker_id, self.deliver)
-        network.register(self.config.worker_id, epoch, self.pools)
+        network.register(self.config.worker_id, epoch, self.pools, generations)
         transport.send(CONTROLLER, Hello(info=self._info()))
 
     def deliver(self, event: Event) -> None:

@@ -12,11 +12,14 @@ nothing on being read.
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from penstock.core.block import KVLayout
 from penstock.core.errors import DeadlineExceeded, PeerLost
 from penstock.core.events import Move, MoveDone
 from penstock.core.messages import WorkerInfo
 from penstock.core.types import WorkerId
+from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters, is_stale
 from penstock.transfer.plan import SpanArray, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transport.peers import Peers
@@ -29,6 +32,7 @@ _Pull = tuple[Source, Region, SpanArray]
 class BlockMover:
     """Copies blocks of peers into this worker's pools, one region per KV group.
 
+    A peer has a region of counters for each of its own (`transfer/generation.py`), read last.
     `ways` are tried in their order; what was used stands in `MoveDone.transport`.
     Source: KVDirect (arXiv 2501.14743), one-sided reads without a communicator.
     """
@@ -70,12 +74,16 @@ class BlockMover:
         started_ns = self._clock()
         pulls: list[_Pull] = []
         error = None
+        is_too_late = False
         try:
             pulls = self._pulls(move)
             for source, destination, spans in pulls:
                 source.pull(destination, spans)
+            is_too_late = self._is_stale(move)
         except (PeerLost, DeadlineExceeded, OverflowError) as failure:
             error = str(failure)
+        if is_too_late:
+            error = f"{move.source} had handed out a block anew before it was read to the end"
         num_bytes = sum(int(spans[:, 2].sum()) * to.block_bytes for _, to, spans in pulls)
         return MoveDone(
             move_id=move.move_id,
@@ -85,7 +93,23 @@ class BlockMover:
             started_ns=started_ns,
             finished_ns=self._clock(),
             error=error,
+            is_stale=is_too_late,
         )
+
+    def _is_stale(self, move: Move) -> bool:
+        """Tell whether the peer has handed out a block of the move anew since it was offered."""
+        for group, (spans, offered) in enumerate(zip(move.spans, move.generations, strict=False)):
+            if not offered:
+                continue
+            source = self._peers.source(move.source, move.epoch, len(self._regions) + group)
+            array = counter_spans(span_array(spans))
+            found = Region(np.empty((len(offered), COUNTER_BYTES), np.uint8))
+            if array[:, 2].sum() != len(offered) or source.block_bytes != COUNTER_BYTES:
+                raise PeerLost(f"{move.source} has offered something else than it describes")
+            source.pull(found, array)
+            if is_stale(counters(found.blocks), offered):
+                return True
+        return False
 
     def _pulls(self, move: Move) -> list[_Pull]:
         """Return what to pull from where for each group that the move touches, opened and checked.
@@ -117,5 +141,5 @@ class BlockMover:
         layout = self._layouts.get((worker_id, epoch))
         if layout != self._layout:
             raise PeerLost(f"{worker_id} keeps blocks of another layout: {layout}")
-        if len(memory.regions) != len(self._regions):
+        if len(memory.regions) != 2 * len(self._regions):
             raise PeerLost(f"{worker_id} describes {len(memory.regions)} regions")

@@ -1,27 +1,22 @@
 """`PullDesk`: the decode worker's half of the hand-off.
 
-Owns offers that wait for room and pulls that are under way. An offer gets blocks laid out like the
-offered ones, prefix hits of our own are not pulled again, the rest crosses in as few spans as both
-sides' runs allow. What has landed with the right digests runs; what has not is pulled once more and
-then computed here. Either way the prefill worker is released, and its lease is renewed until then.
+Owns the arrivals: offers that wait for room, and those that have it and are being pulled. An offer
+gets blocks laid out like the offered ones, prefix hits of our own are not pulled again, the rest
+crosses in as few spans as both sides' runs allow: at once, or part by part while the prefill worker
+still computes. What has landed with the right digests runs; a part that has not is pulled once
+more, and then all of it is computed here. Either way the prefill worker is released, and its lease
+is renewed until then.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import (
-    Command,
-    Move,
-    MoveClass,
-    MoveDone,
-    Send,
-    SubmitMove,
-    WakeAt,
-)
-from penstock.core.messages import Offer, Release, Renew
+from penstock.core.events import Command, Move, MoveClass, MoveDone, Send, SubmitMove, WakeAt
+from penstock.core.messages import GroupBlocks, Offer, Progress, Release, Renew
 from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import Adoption, KVCache
+from penstock.kv.group import Pull
 from penstock.transfer.plan import align
 from penstock.transfer.session import SINK, Session, SessionState
 from penstock.worker.sequence import Sequence, SequenceState
@@ -32,49 +27,200 @@ ENDED_MAX = 4096
 PULLS_MAX = 2
 
 
-@dataclass(frozen=True, slots=True)
-class PendingOffer:
-    """An offer that waits for room, and when it came."""
+@dataclass(slots=True)
+class Arrival:
+    """A request on its way here.
+
+    `unpulled` are offered blocks that no copy has been asked for yet; with them the first
+    `num_ready` tokens are covered. `sequence` and `adoption` are there once it has room.
+    """
 
     offer: Offer
     session: Session
     received_ns: int
+    num_ready: int
+    unpulled: list[tuple[GroupBlocks, ...]]
+    reserved_ns: int = 0
+    sequence: Sequence | None = None
+    adoption: Adoption | None = None
+    num_moves: int = 0
+    num_pulled: int = 0
+    is_verified: bool = True
+    outcome: SequenceState = SequenceState.RUNNING
+    """What becomes of the sequence when the last copy under way is over."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True when a copy of everything has been asked for."""
+        return self.num_ready == self.offer.num_tokens and not self.unpulled
 
 
 @dataclass(frozen=True, slots=True)
-class Pull:
-    """A pull under way, for which sequence, and what it fills."""
+class _Copy:
+    """A move under way: for whom, what, and the how many-th try."""
 
-    sequence: Sequence
-    session: Session
-    offer: Offer
-    adoption: Adoption
+    arrival: Arrival
+    pulls: tuple[Pull, ...]
+    tries: int
 
 
+@dataclass(slots=True)
 class PullDesk:
     """Takes offers in, reserves, pulls, verifies and releases."""
 
-    def __init__(self, config: WorkerConfig, kv: KVCache) -> None:
-        self.pending: deque[PendingOffer] = deque()
-        self.pulls: dict[int, Pull] = {}
-        self.num_corrupt = 0
-        self.num_recomputed = 0
-        self._config = config
-        self._kv = kv
-        self._num_moves = 0
-        self._ended: dict[RequestId, None] = {}
-        self._is_wake_due = False
+    config: WorkerConfig
+    kv: KVCache
+    arrivals: dict[RequestId, Arrival] = field(default_factory=dict)
+    pending: deque[Arrival] = field(default_factory=deque)
+    num_corrupt: int = 0
+    num_stale: int = 0
+    num_recomputed: int = 0
+    _copies: dict[int, _Copy] = field(default_factory=dict)
+    _num_moves: int = 0
+    _ended: dict[RequestId, None] = field(default_factory=dict)
+    _is_wake_due: bool = False
+
+    @property
+    def num_admitted(self) -> int:
+        """Arrivals that hold blocks here."""
+        return len(self.arrivals) - len(self.pending)
+
+    # ------------------------------------------------------------------------------------ messages
 
     def receive(self, offer: Offer, now_ns: int) -> list[Command]:
         """Queue an offer. One that is over here already is released, one that waits is known."""
         request_id = offer.request.request_id
         if request_id in self._ended:
             return [self._release(offer.source, request_id)]
-        if any(entry.session.request_id == request_id for entry in self.pending):
+        if request_id in self.arrivals:
             return []
         session = Session(request_id, offer.source, SINK)
-        self.pending.append(PendingOffer(offer, session, now_ns))
+        arrival = Arrival(offer, session, now_ns, offer.num_ready, [offer.groups])
+        self.arrivals[request_id] = arrival
+        self.pending.append(arrival)
         return self._wake(now_ns)
+
+    def progress(self, message: Progress, now_ns: int) -> list[Command]:
+        """Take in that more of an offer is ready.
+
+        What does not follow on what is known is ignored: a renewal will ask for what is missing.
+        """
+        arrival = self.arrivals.get(message.request_id)
+        if arrival is None:
+            is_over = message.request_id in self._ended
+            return [self._release(message.source, message.request_id)] if is_over else []
+        if message.after != arrival.num_ready or message.epoch != arrival.offer.epoch:
+            return []
+        arrival.num_ready = message.num_ready
+        arrival.unpulled.append(message.groups)
+        arrival.received_ns = now_ns
+        arrival.offer.timeline.offered_ns = message.offered_ns
+        is_wanted = arrival.outcome is SequenceState.RUNNING
+        return self._pull(arrival) if arrival.sequence is not None and is_wanted else []
+
+    def renew(self, now_ns: int) -> list[Command]:
+        """Renew the leases of everything that waits or is being pulled."""
+        self._is_wake_due = False
+        by_peer: dict[WorkerId, list[Arrival]] = {}
+        for arrival in self.arrivals.values():
+            by_peer.setdefault(arrival.session.peer, []).append(arrival)
+        commands: list[Command] = []
+        for peer, arrivals in by_peer.items():
+            renew = Renew(
+                request_ids=tuple(a.session.request_id for a in arrivals),
+                num_ready=tuple(a.num_ready for a in arrivals),
+                worker_id=self.config.worker_id,
+            )
+            commands.append(Send(peer, renew))
+        return commands + self._wake(now_ns) if commands else []
+
+    # ---------------------------------------------------------------------------------- room, pulls
+
+    def admit(
+        self, arrival_number: int, headroom_blocks: int, now_ns: int
+    ) -> tuple[Sequence, list[Command]] | None:
+        """Give blocks to a pending offer and start its pull; None when there is no room.
+
+        The first that is complete goes before those that are still being computed, which would
+        let their blocks wait. `headroom_blocks` are to stay free for those who run already: an
+        offer that comes in only to preempt somebody, or to be preempted itself, would have been
+        pulled for nothing.
+        """
+        if not self.pending:
+            return None
+        complete = (a for a in self.pending if a.num_ready == a.offer.num_tokens)
+        arrival = next(complete, self.pending[0])
+        offer = arrival.offer
+        needed = self.config.layout.num_blocks(offer.num_tokens)
+        available = map(int.__add__, self.kv.free_blocks, self.kv.cached_blocks)
+        if headroom_blocks and min(available) < needed + headroom_blocks:
+            return None
+        sequence = Sequence(
+            offer.request,
+            self.config,
+            arrival=arrival_number,
+            timeline=offer.timeline,
+            prefill_worker=offer.source,
+        )
+        if self.config.is_prefix_caching:
+            sequence.name_blocks(self.config.layout.block_size)
+        adoption = self.kv.adopt(sequence.request_id, sequence.hashes, offer.num_tokens, offer.runs)
+        if adoption is None:
+            return None
+        self.pending.remove(arrival)
+        arrival.session.move_to(SessionState.RESERVED)
+        arrival.sequence, arrival.adoption = sequence, adoption
+        arrival.reserved_ns = now_ns
+        sequence.num_computed = adoption.cached_tokens
+        sequence.capacity_tokens = self.kv.capacity(sequence.request_id)
+        return sequence, self._pull(arrival)
+
+    def land(self, done: MoveDone, now_ns: int) -> tuple[Sequence | None, list[Command]]:
+        """Take in the end of a move; return the sequence if that was the last there was to copy.
+
+        Its state is HANDING_OFF when it may run now, WAITING when its KV has to be computed here,
+        GONE when nobody wants it; the last two hold no blocks.
+        """
+        copy = self._copies.pop(done.move_id)
+        arrival = copy.arrival
+        arrival.num_moves -= 1
+        self.num_corrupt += done.is_corrupt
+        self.num_stale += done.is_stale
+        is_wanted = arrival.outcome is SequenceState.RUNNING
+        if is_wanted and done.is_corrupt and copy.tries < PULLS_MAX:
+            return None, [self._submit(arrival, copy.pulls, copy.tries + 1)]
+        if is_wanted and (done.is_corrupt or done.error is not None):
+            self._abort(arrival, SequenceState.WAITING)
+        elif is_wanted:
+            self._keep(arrival, copy.pulls, done)
+        return self._settle(arrival, now_ns)
+
+    def drop(self, request_id: RequestId, now_ns: int) -> tuple[Sequence | None, list[Command]]:
+        """Forget an arrival, if there is one, as soon as nothing is being copied for it.
+
+        Returns the sequence, GONE, if it was admitted and is over.
+        """
+        arrival = self.arrivals.get(request_id)
+        if arrival is None:
+            self.bury(request_id)
+            return None, []
+        if arrival.outcome is not SequenceState.GONE:
+            self._abort(arrival, SequenceState.GONE)
+        return self._settle(arrival, now_ns)
+
+    def drop_all_of(self, worker_id: WorkerId, now_ns: int) -> list[Sequence]:
+        """Forget what a worker that is gone cannot complete; the controller sends it elsewhere.
+
+        Copies of what was complete are left alone: memory that is mapped stays, and what was
+        offered does not change. Returns the sequences that are over.
+        """
+        lost = [
+            a.session.request_id
+            for a in self.arrivals.values()
+            if a.session.peer == worker_id and not a.is_complete
+        ]
+        ended = [self.drop(request_id, now_ns)[0] for request_id in lost]
+        return [sequence for sequence in ended if sequence is not None]
 
     def bury(self, request_id: RequestId) -> None:
         """Remember that a request is over here, so that a late offer is not taken up."""
@@ -82,157 +228,114 @@ class PullDesk:
         if len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
 
-    def admit(
-        self, arrival: int, headroom_blocks: int, now_ns: int
-    ) -> tuple[Sequence, list[Command]] | None:
-        """Give blocks to the first pending offer and start its pull; None when there is no room.
+    # ------------------------------------------------------------------------------------- internal
 
-        `headroom_blocks` are to stay free for those who run already: an offer that comes in only to
-        preempt somebody, or to be preempted itself, would have been pulled for nothing.
+    def _pull(self, arrival: Arrival) -> list[Command]:
+        """Ask for a copy of what is ready and has not been asked for.
+
+        The last part is asked for even if nothing of it is missing here: its landing is the end.
         """
-        if not self.pending:
-            return None
-        offer = self.pending[0].offer
-        needed = max(len(group.block_ids) for group in offer.groups)
-        available = map(int.__add__, self._kv.free_blocks, self._kv.cached_blocks)
-        if headroom_blocks and min(available) < needed + headroom_blocks:
-            return None
-        sequence = Sequence(
-            offer.request,
-            self._config,
-            arrival=arrival,
-            timeline=offer.timeline,
-            prefill_worker=offer.source,
-        )
-        if self._config.is_prefix_caching:
-            sequence.name_blocks(self._config.layout.block_size)
-        adoption = self._kv.adopt(
-            sequence.request_id, sequence.hashes, offer.num_tokens, offer.groups
-        )
-        if adoption is None:
-            return None
-        entry = self.pending.popleft()
-        sequence.num_computed = adoption.cached_tokens
-        sequence.capacity_tokens = self._kv.capacity(sequence.request_id)
-        sequence.timeline.offer_received_ns = entry.received_ns
-        sequence.timeline.reserved_ns = now_ns
-        return sequence, [self._pull(Pull(sequence, entry.session, offer, adoption))]
-
-    def land(self, done: MoveDone, now_ns: int) -> tuple[Sequence, list[Command]]:
-        """Take in the end of a move.
-
-        The sequence returned is HANDING_OFF while another pull is under way or when it may run now
-        (then its session is over), WAITING when its KV has to be computed here, GONE when nobody
-        wants it; the last two hold no blocks.
-        """
-        pull = self.pulls.pop(done.move_id)
-        sequence, session = pull.sequence, pull.session
-        if session.state is SessionState.ABORTED:
-            return sequence, self._give_up(pull, SequenceState.GONE)
-        session.move_to(SessionState.LANDED)
-        self.num_corrupt += done.is_corrupt
-        if done.is_corrupt and session.num_pulls < PULLS_MAX:
-            return sequence, [self._pull(pull)]
-        if done.is_corrupt or done.error is not None:
-            session.move_to(SessionState.ABORTED)
-            self.num_recomputed += 1
-            sequence.is_preempted = True
-            return sequence, self._give_up(pull, SequenceState.WAITING)
-        session.move_to(SessionState.VERIFIED)
-        session.move_to(SessionState.RELEASED)
-        self._take_over(pull)
-        timeline = sequence.timeline
-        timeline.pulled_ns, timeline.transport = now_ns, done.transport
-        timeline.pull_bytes, timeline.pull_spans = done.num_bytes, done.num_spans
-        timeline.pull_verified = all(p.digests or not p.source_ids for p in pull.adoption.pulls)
-        return sequence, [self._release(session.peer, session.request_id)]
-
-    def cancel(self, sequence: Sequence) -> None:
-        """Note that nobody wants what is being pulled; its landing ends it."""
-        for pull in self.pulls.values():
-            if pull.sequence is sequence and pull.session.state is not SessionState.ABORTED:
-                pull.session.move_to(SessionState.ABORTED)
-
-    def drop(self, request_id: RequestId) -> list[Command]:
-        """Forget a pending offer, if there is one, and release its source."""
-        self.bury(request_id)
-        for entry in self.pending:
-            if entry.session.request_id == request_id:
-                self.pending.remove(entry)
-                return [self._release(entry.offer.source, request_id)]
-        return []
-
-    def drop_all_of(self, worker_id: WorkerId) -> None:
-        """Forget the offers of a worker that is gone; the controller sends their requests
-        elsewhere.
-
-        Pulls under way are left alone: memory that is mapped stays, and what was offered does not
-        change.
-        """
-        for entry in [e for e in self.pending if e.offer.source == worker_id]:
-            self.pending.remove(entry)
-            self.bury(entry.session.request_id)
-
-    def renew(self, now_ns: int) -> list[Command]:
-        """Renew the leases of everything that waits or is being pulled."""
-        self._is_wake_due = False
-        sessions = [e.session for e in self.pending] + [p.session for p in self.pulls.values()]
-        if not sessions:
+        assert arrival.adoption is not None
+        parts = [arrival.adoption.pulls(groups) for groups in arrival.unpulled]
+        arrival.unpulled = []
+        pulls = tuple(map(Pull.joined, zip(*parts, strict=True)))
+        if not arrival.is_complete and not any(pull.source_ids for pull in pulls):
             return []
-        by_peer: dict[WorkerId, list[RequestId]] = {}
-        for session in sessions:
-            by_peer.setdefault(session.peer, []).append(session.request_id)
-        worker_id = self._config.worker_id
-        return [
-            Send(peer, Renew(request_ids=tuple(ids), worker_id=worker_id))
-            for peer, ids in by_peer.items()
-        ] + self._wake(now_ns)
+        return [self._submit(arrival, pulls, 1)]
 
-    def _pull(self, pull: Pull) -> Command:
-        pull.session.move_to(SessionState.IN_FLIGHT)
-        pull.session.num_pulls += 1
+    def _submit(self, arrival: Arrival, pulls: tuple[Pull, ...], tries: int) -> Command:
+        if arrival.session.state is not SessionState.IN_FLIGHT:
+            arrival.session.move_to(SessionState.IN_FLIGHT)
+        arrival.num_moves += 1
         self._num_moves += 1
-        self.pulls[self._num_moves] = pull
-        pulls = pull.adoption.pulls
+        self._copies[self._num_moves] = _Copy(arrival, pulls, tries)
         move = Move(
             move_id=self._num_moves,
             kind=MoveClass.HANDOFF,
-            request_id=pull.session.request_id,
-            source=pull.offer.source,
-            epoch=pull.offer.epoch,
+            request_id=arrival.session.request_id,
+            source=arrival.offer.source,
+            epoch=arrival.offer.epoch,
             spans=tuple(tuple(align(p.source_ids, p.destination_ids)) for p in pulls),
             digests=tuple(p.digests for p in pulls),
+            generations=tuple(p.generations for p in pulls),
         )
         return SubmitMove(move)
 
-    def _take_over(self, pull: Pull) -> None:
-        """The KV is ours now: count it, name it, and keep the digests of full blocks."""
-        sequence, num_tokens = pull.sequence, pull.offer.num_tokens
-        sequence.num_computed = num_tokens
-        num_full = num_tokens // self._config.layout.block_size
-        offered = zip(pull.offer.groups, pull.adoption.pulls, strict=True)
-        for index, (group, pulled) in enumerate(offered):
-            # The last block is not full: its digest is over what it holds now, and it will grow.
-            is_partial = group.first + len(group.block_ids) > num_full
-            partial_id = group.block_ids[-1] if is_partial else None
-            rows = zip(pulled.source_ids, pulled.destination_ids, pulled.digests, strict=False)
-            full = [(ours, digest) for theirs, ours, digest in rows if theirs != partial_id]
-            self._kv.note_digests(index, full)
-        self._kv.advance(sequence.request_id, num_tokens, sequence.hashes)
+    def _keep(self, arrival: Arrival, pulls: tuple[Pull, ...], done: MoveDone) -> None:
+        """Count what has landed, and keep the digests of full blocks."""
+        assert arrival.adoption is not None
+        num_full = arrival.offer.num_tokens // self.config.layout.block_size
+        for index, (pull, adopted) in enumerate(zip(pulls, arrival.adoption.groups, strict=True)):
+            arrival.num_pulled += len(pull.source_ids)
+            arrival.is_verified &= bool(pull.digests) or not pull.source_ids
+            # The last block may not be full: its digest is over what it holds now; it will grow.
+            partial_id = adopted.destination_of.get(num_full)
+            rows = zip(pull.destination_ids, pull.digests, strict=False)
+            self.kv.note_digests(index, [row for row in rows if row[0] != partial_id])
+        timeline = arrival.offer.timeline
+        timeline.transport = done.transport if done.num_spans else timeline.transport
+        timeline.pull_bytes += done.num_bytes
+        timeline.pull_spans += done.num_spans
+        timeline.pull_moves += 1
 
-    def _give_up(self, pull: Pull, state: SequenceState) -> list[Command]:
-        sequence, session = pull.sequence, pull.session
+    def _abort(self, arrival: Arrival, outcome: SequenceState) -> None:
+        if arrival.session.state is not SessionState.ABORTED:
+            arrival.session.move_to(SessionState.ABORTED)
+        self.num_recomputed += outcome is SequenceState.WAITING
+        arrival.outcome = outcome
+
+    def _settle(self, arrival: Arrival, now_ns: int) -> tuple[Sequence | None, list[Command]]:
+        """End an arrival if nothing is being copied for it and nothing more is to come."""
+        session = arrival.session
+        if arrival.num_moves:
+            return None, []
+        if arrival.outcome is SequenceState.RUNNING:
+            if not arrival.is_complete:
+                session.move_to(SessionState.RESERVED)
+                return None, []
+            session.move_to(SessionState.LANDED)
+            if self._is_whole(arrival):
+                session.move_to(SessionState.VERIFIED)
+                self._take_over(arrival, now_ns)
+            else:
+                self._abort(arrival, SequenceState.WAITING)
+        del self.arrivals[session.request_id]
         session.move_to(SessionState.RELEASED)
-        self._kv.close(sequence.request_id)
-        sequence.num_computed = sequence.capacity_tokens = 0
-        sequence.move_to(state)
-        return [self._release(session.peer, session.request_id)]
+        release = self._release(session.peer, session.request_id)
+        sequence = arrival.sequence
+        if sequence is None:
+            self.pending.remove(arrival)
+            self.bury(session.request_id)
+        elif arrival.outcome is not SequenceState.RUNNING:
+            self.kv.close(session.request_id)
+            sequence.num_computed = sequence.capacity_tokens = 0
+            sequence.is_preempted = True
+            sequence.move_to(arrival.outcome)
+        return sequence, [release]
+
+    def _is_whole(self, arrival: Arrival) -> bool:
+        """Tell whether every block that was missing has come: a peer may have offered too few."""
+        assert arrival.adoption is not None
+        return arrival.num_pulled == sum(len(g.destination_of) for g in arrival.adoption.groups)
+
+    def _take_over(self, arrival: Arrival, now_ns: int) -> None:
+        """The KV is ours now: count it, name it, and stamp when."""
+        sequence, num_tokens = arrival.sequence, arrival.offer.num_tokens
+        assert sequence is not None
+        sequence.num_computed = num_tokens
+        self.kv.advance(sequence.request_id, num_tokens, sequence.hashes)
+        timeline = sequence.timeline
+        timeline.offer_received_ns = arrival.received_ns
+        # With blocks reserved while the prefill went on, nobody has waited for room.
+        timeline.reserved_ns = max(arrival.reserved_ns, arrival.received_ns)
+        timeline.pulled_ns = now_ns
+        timeline.pull_verified = arrival.is_verified
 
     def _release(self, to: WorkerId, request_id: RequestId) -> Send:
-        return Send(to, Release(request_id=request_id, worker_id=self._config.worker_id))
+        return Send(to, Release(request_id=request_id, worker_id=self.config.worker_id))
 
     def _wake(self, now_ns: int) -> list[Command]:
         if self._is_wake_due:
             return []
         self._is_wake_due = True
-        return [WakeAt(now_ns + self._config.lease_ns // RENEWALS_PER_LEASE, RENEW_KEY)]
+        return [WakeAt(now_ns + self.config.lease_ns // RENEWALS_PER_LEASE, RENEW_KEY)]

@@ -1,18 +1,17 @@
 """`OfferDesk`: the prefill worker's half of the hand-off.
 
-Owns the sequences whose KV is ready and whose blocks a decode worker may read. They keep their
-blocks until that worker says `Release`, is known to be dead, or has let the lease run out: a
-cancelled offer is withdrawn, never simply freed, because a one-sided read may be under way.
+Owns the crossings of sequences whose blocks a decode worker may read: while they are still being
+computed (the first chunk is offered at once, the others follow as they are finished), and until
+that worker says `Release`, is known to be dead, or has let the lease run out. A cancelled offer is
+withdrawn, never simply freed, because a one-sided read may be under way. Freeing is the worker
+core's: it knows whether a step still writes the blocks.
 """
+
+from dataclasses import dataclass
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import Command, Send, WakeAt
-from penstock.core.messages import (
-    Expired,
-    Offer,
-    Offered,
-    Withdraw,
-)
+from penstock.core.messages import Expired, Offer, Offered, Progress, Renew, Withdraw
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.transfer.session import SOURCE, Session, SessionState
@@ -21,93 +20,175 @@ from penstock.worker.sequence import Sequence, SequenceState
 LEASE_KEY = "lease"
 
 
+@dataclass(slots=True)
+class Crossing:
+    """A sequence whose blocks a peer may read; the blocks of `num_ready` tokens are offered."""
+
+    sequence: Sequence
+    session: Session
+    num_ready: int = 0
+
+
 class OfferDesk:
-    """Offers finished prefills and takes their blocks back."""
+    """Offers prefills, finished or under way, and says when their blocks are free again."""
 
     def __init__(self, config: WorkerConfig, kv: KVCache) -> None:
-        self.offered: dict[RequestId, Sequence] = {}
+        self.crossings: dict[RequestId, Crossing] = {}
         self.num_expired = 0
-        self._sessions: dict[RequestId, Session] = {}
         self._config = config
         self._kv = kv
         self._wakes_ns: int | None = None
 
     def offer(self, sequence: Sequence, now_ns: int) -> list[Command]:
-        """Offer the KV of all tokens but the last to the sequence's decode worker."""
-        config, request_id = self._config, sequence.request_id
-        assert sequence.decode_worker is not None
-        assert sequence.num_computed == sequence.target_tokens, request_id
+        """Offer what is new of the KV of all tokens but the last to the sequence's decode worker.
+
+        A sequence that is still being computed goes on running, pinned, if its blocks can be read
+        meanwhile: then none of them may be taken from it.
+        """
         # A prefill worker never samples, so what it was given is what the decode worker continues.
         assert len(sequence.tokens) == sequence.request.num_tokens
-        sequence.move_to(SequenceState.HANDING_OFF)
-        sequence.timeline.offered_ns = now_ns
-        self.offered[request_id] = sequence
-        self._sessions[request_id] = Session(
-            request_id, sequence.decode_worker, SOURCE, now_ns + config.lease_ns
-        )
-        offer = Offer(
-            request=sequence.request,
-            source=config.worker_id,
-            epoch=config.epoch,
-            num_tokens=sequence.num_computed,
-            groups=self._kv.offer(request_id, sequence.num_computed),
-            timeline=sequence.timeline,
-            lease_ns=config.lease_ns,
-        )
-        offered = Offered(request_id=request_id, worker_id=config.worker_id)
-        return [
-            Send(sequence.decode_worker, offer),
-            Send(CONTROLLER, offered),
-            *self._wake(now_ns + config.lease_ns),
-        ]
+        crossing = self.crossings.get(sequence.request_id)
+        is_last = sequence.num_computed == sequence.target_tokens
+        if crossing is None:
+            if not is_last and not self._is_worth_streaming(sequence):
+                return []
+            return self._begin(sequence, now_ns)
+        if crossing.session.state is not SessionState.FILLING:
+            return []
+        before, crossing.num_ready = crossing.num_ready, self._num_ready(sequence)
+        commands = self._complete(crossing, now_ns) if is_last else []
+        if crossing.num_ready == before:
+            return commands
+        return [self._progress(crossing, before), *commands]
 
-    def renew(self, request_ids: tuple[RequestId, ...], now_ns: int) -> None:
-        """Give offers that are still here another lease; a withdrawn one may still be read."""
-        for request_id in request_ids:
-            if request_id in self._sessions:
-                self._sessions[request_id].expires_ns = now_ns + self._config.lease_ns
+    def renew(self, event: Renew, now_ns: int) -> list[Command]:
+        """Give offers that are still here another lease; a withdrawn one may still be read.
+
+        What the peer has missed is said again: progress, or that there is nothing to wait for.
+        """
+        commands: list[Command] = []
+        for request_id, known in zip(event.request_ids, event.num_ready, strict=True):
+            crossing = self.crossings.get(request_id)
+            if crossing is None:
+                commands.append(self._withdraw(request_id, event.worker_id))
+                continue
+            crossing.session.expires_ns = now_ns + self._config.lease_ns
+            if crossing.session.state is SessionState.ABORTED:
+                commands.append(self._withdraw(request_id, event.worker_id))
+            elif known < crossing.num_ready:
+                commands.append(self._progress(crossing, known))
+        return commands
 
     def withdraw(self, sequence: Sequence) -> list[Command]:
-        """Ask for the blocks back; they are freed when the answer comes, or the lease is over."""
-        session = self._sessions[sequence.request_id]
+        """Ask for the blocks back; they are free when the answer comes, or the lease is over."""
+        session = self.crossings[sequence.request_id].session
         if session.state is SessionState.ABORTED:
             return []
         session.move_to(SessionState.ABORTED)
-        message = Withdraw(request_id=sequence.request_id, source=self._config.worker_id)
-        return [Send(session.peer, message)]
+        sequence.is_pinned = False
+        return [self._withdraw(sequence.request_id, session.peer)]
 
     def release(self, request_id: RequestId) -> Sequence | None:
-        """Take an offer's blocks back; they stay as prefix cache. None: they are back already."""
-        if request_id not in self.offered:
+        """Return the sequence whose blocks nobody reads any more. None: that is known already."""
+        if request_id not in self.crossings:
             return None
         return self._end(request_id, SessionState.RELEASED)
 
     def release_all_of(self, worker_id: WorkerId) -> list[Sequence]:
         """Take back everything that was offered to a worker that is gone."""
-        lost = [s.request_id for s in self._sessions.values() if s.peer == worker_id]
+        lost = [i for i, c in self.crossings.items() if c.session.peer == worker_id]
         return [self._end(request_id, SessionState.RELEASED) for request_id in lost]
 
     def expire(self, now_ns: int) -> tuple[list[Sequence], list[Command]]:
         """Take back what nobody has claimed in time, and say so."""
         self._wakes_ns = None
-        over = [s for s in self._sessions.values() if s.expires_ns <= now_ns]
+        sessions = [c.session for c in self.crossings.values()]
+        over = [s for s in sessions if s.expires_ns <= now_ns]
         commands: list[Command] = []
         for session in over:
-            if session.state is SessionState.OFFERED:
+            if session.state is not SessionState.ABORTED:
                 expired = Expired(request_id=session.request_id, worker_id=self._config.worker_id)
                 commands.append(Send(CONTROLLER, expired))
         self.num_expired += len(over)
         sequences = [self._end(s.request_id, SessionState.EXPIRED) for s in over]
-        if self._sessions:
-            commands += self._wake(min(s.expires_ns for s in self._sessions.values()))
+        if self.crossings:
+            commands += self._wake(min(c.session.expires_ns for c in self.crossings.values()))
         return sequences, commands
 
+    def _is_worth_streaming(self, sequence: Sequence) -> bool:
+        """Tell whether a prefill can be offered while it goes on: a block is finished, and every
+        other one it will want has its place, so that it never has to give up any.
+        """
+        return (
+            self._config.is_streaming
+            and self._num_ready(sequence) > 0
+            and self._kv.is_reserved(sequence.request_id, sequence.target_tokens)
+        )
+
+    def _num_ready(self, sequence: Sequence) -> int:
+        """Tokens whose blocks will not be written any more."""
+        if sequence.num_computed == sequence.target_tokens:
+            return sequence.num_computed
+        return sequence.num_computed - sequence.num_computed % self._config.layout.block_size
+
+    def _begin(self, sequence: Sequence, now_ns: int) -> list[Command]:
+        """Offer what there is; the rest follows if that is not all."""
+        config, request_id = self._config, sequence.request_id
+        assert sequence.decode_worker is not None
+        num_ready = self._num_ready(sequence)
+        is_last = num_ready == sequence.target_tokens
+        session = Session(request_id, sequence.decode_worker, SOURCE, now_ns + config.lease_ns)
+        crossing = self.crossings[request_id] = Crossing(sequence, session, num_ready)
+        sequence.is_pinned = not is_last
+        # Stamped first: the offer carries the timeline.
+        commands = self._complete(crossing, now_ns) if is_last else []
+        offer = Offer(
+            request=sequence.request,
+            source=config.worker_id,
+            epoch=config.epoch,
+            num_tokens=sequence.target_tokens,
+            num_ready=num_ready,
+            groups=self._kv.offer(request_id, num_ready, is_last=is_last),
+            runs=self._kv.runs(request_id, sequence.target_tokens),
+            timeline=sequence.timeline,
+            lease_ns=config.lease_ns,
+        )
+        wake = self._wake(now_ns + config.lease_ns)
+        return [Send(sequence.decode_worker, offer), *commands, *wake]
+
+    def _complete(self, crossing: Crossing, now_ns: int) -> list[Command]:
+        """Note that the last block is there, and tell the controller."""
+        sequence = crossing.sequence
+        crossing.session.move_to(SessionState.OFFERED)
+        sequence.move_to(SequenceState.HANDING_OFF)
+        sequence.is_pinned = False
+        sequence.timeline.offered_ns = now_ns
+        worker_id = self._config.worker_id
+        return [Send(CONTROLLER, Offered(request_id=sequence.request_id, worker_id=worker_id))]
+
+    def _progress(self, crossing: Crossing, after: int) -> Command:
+        """Say what is ready beyond `after` tokens."""
+        sequence, num_ready = crossing.sequence, crossing.num_ready
+        is_last = num_ready == sequence.target_tokens
+        message = Progress(
+            request_id=sequence.request_id,
+            source=self._config.worker_id,
+            epoch=self._config.epoch,
+            after=after,
+            num_ready=num_ready,
+            groups=self._kv.offer(sequence.request_id, num_ready, after=after, is_last=is_last),
+            offered_ns=sequence.timeline.offered_ns,
+        )
+        return Send(crossing.session.peer, message)
+
+    def _withdraw(self, request_id: RequestId, peer: WorkerId) -> Command:
+        return Send(peer, Withdraw(request_id=request_id, source=self._config.worker_id))
+
     def _end(self, request_id: RequestId, state: SessionState) -> Sequence:
-        self._sessions.pop(request_id).move_to(state)
-        sequence = self.offered.pop(request_id)
-        self._kv.close(request_id)
-        sequence.move_to(SequenceState.GONE)
-        return sequence
+        crossing = self.crossings.pop(request_id)
+        crossing.session.move_to(state)
+        crossing.sequence.is_pinned = False
+        return crossing.sequence
 
     def _wake(self, at_ns: int) -> list[Command]:
         """Ask to be woken for the first lease that may end; one request at a time is enough."""

@@ -68,6 +68,14 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def last_pinned(self) -> Sequence | None:
+        """Return the youngest running sequence that a peer reads, if there is any.
+
+        With no step to run, that is one that wants room and holds what others want.
+        """
+        pinned = (sequence for sequence in self.running if sequence.is_pinned)
+        return max(pinned, key=_arrival, default=None)
+
     def schedule(self) -> Plan | None:
         """Return the next step, or None when nothing can run.
 
@@ -110,7 +118,9 @@ class Scheduler:
             return True
         while not self._grow(sequence, sequence.num_computed + num_new):
             scheduled = {id(part) for part, _ in parts}
-            candidates = [s for s in self.running if id(s) not in scheduled]
+            candidates = [s for s in self.running if id(s) not in scheduled and not s.is_pinned]
+            if not candidates:
+                return False  # what is left is being read by peers
             victim = max(candidates, key=_arrival)
             if victim is sequence and not parts and len(candidates) == 1:
                 return False  # alone and stuck: offers or pulls hold what it needs

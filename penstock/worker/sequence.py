@@ -35,7 +35,7 @@ SEQUENCE_TRANSITIONS: Final[dict[SequenceState, frozenset[SequenceState]]] = {
     _S.WAITING: frozenset({_S.RUNNING, _S.GONE}),
     _S.RUNNING: frozenset({_S.WAITING, _S.HANDING_OFF, _S.CLOSING, _S.GONE}),
     # Back to the line: what could not be pulled is computed here.
-    _S.HANDING_OFF: frozenset({_S.RUNNING, _S.WAITING, _S.GONE}),
+    _S.HANDING_OFF: frozenset({_S.RUNNING, _S.WAITING, _S.CLOSING, _S.GONE}),
     _S.CLOSING: frozenset({_S.GONE}),
     _S.GONE: frozenset(),
 }
@@ -46,6 +46,7 @@ class Sequence:
 
     `tokens` is prompt and output; the KV of the first `num_computed` is in the blocks, which have
     slots for `capacity_tokens`. `hashes[i]` names block i once its tokens are known.
+    `is_pinned` while a peer may read its blocks although it still runs.
     `decode_worker` is set while the request is to be handed off, and then `num_left_over`, the
     number of last tokens whose KV is not ours to compute, is 1; `prefill_worker` names the peer
     whose blocks we are pulling. The request ends with `tokens_max` tokens or with one of
@@ -58,6 +59,7 @@ class Sequence:
         "decode_worker",
         "hashes",
         "is_first_token_out",
+        "is_pinned",
         "is_preempted",
         "num_computed",
         "num_left_over",
@@ -98,6 +100,7 @@ class Sequence:
         self.hashes: list[BlockHash] = []
         self.state = SequenceState.HANDING_OFF if prefill_worker else SequenceState.WAITING
         self.is_preempted = False
+        self.is_pinned = False
         self.is_first_token_out = bool(request.output_token_ids)
 
     @property

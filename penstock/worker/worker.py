@@ -9,6 +9,8 @@ A role is a label for the controller: this code never asks for it. Whether a seq
 is said by its assignment.
 """
 
+from collections.abc import Iterable
+
 from penstock.core.config import WorkerConfig
 from penstock.core.events import (
     Command,
@@ -17,7 +19,6 @@ from penstock.core.events import (
     RunStep,
     Send,
     StepDone,
-    SubmitMove,
     Woken,
 )
 from penstock.core.messages import (
@@ -27,6 +28,7 @@ from penstock.core.messages import (
     Offer,
     PeerDown,
     PeerUp,
+    Progress,
     Release,
     Renew,
     RequestFailed,
@@ -37,19 +39,28 @@ from penstock.core.messages import (
 from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
+from penstock.kv.pool import Generations
 from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.prefill import LEASE_KEY, OfferDesk
+from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 
 
 class Worker:
-    """The core of one worker. `handle` is the only way in."""
+    """The core of one worker. `handle` is the only way in.
 
-    def __init__(self, config: WorkerConfig) -> None:
+    `generations`, one array per KV group, is where peers can see how often each block was handed
+    out.
+    """
+
+    def __init__(self, config: WorkerConfig, generations: tuple[Generations, ...] = ()) -> None:
         self.config = config
         self.kv = KVCache(
-            config.layout, config.num_blocks, is_prefix_caching=config.is_prefix_caching
+            config.layout,
+            config.num_blocks,
+            is_prefix_caching=config.is_prefix_caching,
+            generations=generations,
         )
         self.scheduler = Scheduler(config, self.kv)
         self.offers = OfferDesk(config, self.kv)
@@ -58,13 +69,12 @@ class Worker:
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
         self._num_arrived = 0
-        self._reported_ns = -config.load_interval_ns
-        self._is_report_due = False
+        self._reporter = Reporter(config, self.kv, self.scheduler, self.offers, self.pulls)
 
     @property
     def is_idle(self) -> bool:
         """True when this worker has nothing to do and keeps nothing for anybody."""
-        return not self.sequences and not self.pulls.pending and self._plan is None
+        return not self.sequences and not self.pulls.arrivals and self._plan is None
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """Take one event in; return the acts that follow, a new step among them if none is under
@@ -72,7 +82,7 @@ class Worker:
         """
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
-        return self._go_on(now_ns) + said + self._report(now_ns)
+        return self._go_on(now_ns) + said + self._reporter.report(now_ns, is_idle=self.is_idle)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
@@ -84,27 +94,27 @@ class Worker:
                 return self._receive(event, now_ns)
             case MoveDone():
                 return self._land(event, now_ns)
+            case Progress():
+                return self._note_progress(event, now_ns)
             case Release(request_id=request_id):
-                if self.offers.release(request_id):
-                    del self.sequences[request_id]
+                self._end_crossings([self.offers.release(request_id)])
                 return []
-            case Renew(request_ids=request_ids):
-                self.offers.renew(request_ids, now_ns)
-                return []
+            case Renew():
+                return self.offers.renew(event, now_ns)
             case Woken(key=key):
                 return self._wake(key, now_ns)
             case Cancel(request_id=request_id):
-                return self._cancel(request_id)
-            case Withdraw(request_id=request_id, source=source):
-                return self._withdraw(request_id, source)
+                return self._cancel(request_id, now_ns)
+            case Withdraw():
+                return self._answer_withdraw(event, now_ns)
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 return []
             case PeerDown(worker_id=worker_id):
                 self._peers.discard(worker_id)
-                for sequence in self.offers.release_all_of(worker_id):
-                    del self.sequences[sequence.request_id]
-                self.pulls.drop_all_of(worker_id)
+                self._end_crossings(self.offers.release_all_of(worker_id))
+                for sequence in self.pulls.drop_all_of(worker_id, now_ns):
+                    self._drop(sequence)
                 return []
             case _:
                 return []  # Stop concerns the runtime alone
@@ -134,14 +144,22 @@ class Worker:
             return []
         return [self._release_to(offer.source, sequence.request_id)]
 
+    def _note_progress(self, message: Progress, now_ns: int) -> list[Command]:
+        sequence = self.sequences.get(message.request_id)
+        if sequence is None or sequence.state is SequenceState.HANDING_OFF:
+            return self.pulls.progress(message, now_ns)
+        return [self._release_to(message.source, message.request_id)]
+
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
         sequence, commands = self.pulls.land(event, now_ns)
+        if sequence is None:
+            return commands
         match sequence.state:
             case SequenceState.WAITING:
                 self.scheduler.add_first(sequence)
             case SequenceState.GONE:
                 self._drop(sequence)
-            case _ if not any(isinstance(command, SubmitMove) for command in commands):
+            case _:
                 self.scheduler.start(sequence)
         return commands
 
@@ -150,42 +168,59 @@ class Worker:
             return self.pulls.renew(now_ns)
         assert key == LEASE_KEY, key
         expired, commands = self.offers.expire(now_ns)
-        for sequence in expired:
-            del self.sequences[sequence.request_id]
+        self._end_crossings(expired)
         return commands
 
-    def _cancel(self, request_id: RequestId) -> list[Command]:
+    def _cancel(self, request_id: RequestId, now_ns: int) -> list[Command]:
         """Stop a request. Blocks that a step or a copy still touches are freed after it."""
         sequence = self.sequences.get(request_id)
-        if sequence is None:
-            return self.pulls.drop(request_id)
-        match sequence.state:
-            case SequenceState.HANDING_OFF if request_id in self.offers.offered:
-                return self.offers.withdraw(sequence)
-            case SequenceState.HANDING_OFF:
-                self.pulls.cancel(sequence)
-            case SequenceState.CLOSING:
-                return []
-            case _:
-                self.scheduler.remove(sequence)
-                if self._is_in_step(sequence):
-                    sequence.move_to(SequenceState.CLOSING)
-                else:
-                    self._forget(sequence)
+        if sequence is None or request_id in self.pulls.arrivals:
+            return self._drop_arrival(request_id, now_ns)
+        if request_id in self.offers.crossings:
+            return self._take_back(sequence)
+        if sequence.state is not SequenceState.CLOSING:
+            self._stop(sequence)
         return []
 
-    def _withdraw(self, request_id: RequestId, source: WorkerId) -> list[Command]:
-        """Answer a prefill worker that wants its blocks back.
-
-        A pull under way is let finish, and its landing releases. A request that already runs here
-        has released before.
-        """
-        sequence = self.sequences.get(request_id)
-        if sequence is not None and sequence.state is SequenceState.HANDING_OFF:
-            return self._cancel(request_id)
+    def _drop_arrival(self, request_id: RequestId, now_ns: int) -> list[Command]:
+        sequence, commands = self.pulls.drop(request_id, now_ns)
         if sequence is not None:
-            return [*self._cancel(request_id), self._release_to(source, request_id)]
-        return self.pulls.drop(request_id) or [self._release_to(source, request_id)]
+            self._drop(sequence)
+        return commands
+
+    def _take_back(self, sequence: Sequence) -> list[Command]:
+        """Withdraw what is offered of a sequence, finished or not; a peer may be reading it."""
+        if sequence.state is SequenceState.RUNNING:
+            self.scheduler.remove(sequence)
+            sequence.move_to(SequenceState.HANDING_OFF)
+        return self.offers.withdraw(sequence)
+
+    def _end_crossings(self, sequences: Iterable[Sequence | None]) -> None:
+        """Stop and free sequences whose blocks no peer reads any more."""
+        for sequence in sequences:
+            if sequence is not None:
+                self._stop(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a sequence out of the line; it is freed now, or after the step that writes it."""
+        self.scheduler.remove(sequence)
+        if self._is_in_step(sequence):
+            sequence.move_to(SequenceState.CLOSING)
+        else:
+            self._forget(sequence)
+
+    def _answer_withdraw(self, event: Withdraw, now_ns: int) -> list[Command]:
+        """Answer a prefill worker that wants its blocks back, or has none of them any more.
+
+        A pull under way is let finish, and its landing releases. What has been pulled already goes
+        on: if nobody wants it, the controller says so.
+        """
+        request_id = event.request_id
+        if request_id in self.pulls.arrivals:
+            return self._drop_arrival(request_id, now_ns)
+        if request_id not in self.sequences:
+            self.pulls.bury(request_id)
+        return [self._release_to(event.source, request_id)]
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back whatever blocks a sequence holds and drop it."""
@@ -228,13 +263,15 @@ class Worker:
             commands += [c for sequence in ready for c in self._hand_off(sequence, now_ns)]
             if self._plan is not None:
                 commands.append(RunStep(self._plan.step))
+            elif (stuck := self.scheduler.last_pinned()) is not None:
+                commands += [*self._take_back(stuck), self._failed(stuck, "there was no room")]
             elif not ready:
                 break  # else: handing off without a step made a seat for the next in line
         return commands
 
     def _has_seat(self) -> bool:
         """A pending offer may come in unless a preempted sequence waits for the same blocks."""
-        taken = len(self.scheduler.running) + len(self.pulls.pulls)
+        taken = len(self.scheduler.running) + self.pulls.num_admitted
         waiting = self.scheduler.waiting
         return taken < self.config.max_num_seqs and not (waiting and waiting[0].is_preempted)
 
@@ -251,18 +288,25 @@ class Worker:
         return ready
 
     def _hand_off(self, sequence: Sequence, now_ns: int) -> list[Command]:
-        self.scheduler.remove(sequence)
+        """Offer what is new; a sequence that is complete leaves the line."""
         if sequence.decode_worker in self._peers:
-            return self.offers.offer(sequence, now_ns)
+            commands = self.offers.offer(sequence, now_ns)
+            if sequence.state is SequenceState.HANDING_OFF:
+                self.scheduler.remove(sequence)
+            return commands
         # It died while we worked. Nobody would ever release the blocks, so they are not offered.
+        self.scheduler.remove(sequence)
         self._forget(sequence)
+        return [self._failed(sequence, f"decode worker {sequence.decode_worker} was lost")]
+
+    def _failed(self, sequence: Sequence, reason: str) -> Command:
         failed = RequestFailed(
             request_id=sequence.request_id,
-            reason=f"decode worker {sequence.decode_worker} was lost before the hand-off",
+            reason=f"{reason} before the hand-off",
             is_retryable=True,
             worker_id=self.config.worker_id,
         )
-        return [Send(CONTROLLER, failed)]
+        return Send(CONTROLLER, failed)
 
     def _finish_step(self, event: StepDone, now_ns: int) -> list[Command]:
         plan, self._plan = self._plan, None
@@ -280,9 +324,11 @@ class Worker:
             if sequence.state is SequenceState.CLOSING:
                 self._forget(sequence)
                 continue
+            if sequence.state is not SequenceState.RUNNING:
+                continue  # taken back meanwhile; freed when the peer has answered
             sequence.num_computed += num_new
             self._advance(sequence)
-            if sequence.decode_worker and sequence.num_computed == sequence.target_tokens:
+            if sequence.decode_worker:
                 commands += self._hand_off(sequence, now_ns)
         outputs = [
             output
@@ -323,38 +369,11 @@ class Worker:
             timeline,
         )
 
-    # ------------------------------------------------------------------------------------ reporting
-
-    def _report(self, now_ns: int) -> list[Command]:
-        """Say how full we are: once per interval while busy, and whenever we become idle."""
-        if not self.is_idle:
-            self._is_report_due = True
-            if now_ns - self._reported_ns < self.config.load_interval_ns:
-                return []
-        elif not self._is_report_due:
-            return []
-        self._reported_ns = now_ns
-        self._is_report_due = not self.is_idle
-        return [Send(CONTROLLER, self.load())]
+    # -------------------------------------------------------------------------------- what one sees
 
     def load(self) -> Load:
         """Return how full this worker is."""
-        scheduler = self.scheduler
-        return Load(
-            worker_id=self.config.worker_id,
-            waiting=len(scheduler.waiting) + len(self.pulls.pending),
-            running=len(scheduler.running),
-            handing_off=len(self.offers.offered) + len(self.pulls.pulls),
-            free_blocks=self.kv.free_blocks,
-            cached_blocks=self.kv.cached_blocks,
-            preemptions=scheduler.num_preempted,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
-            steps=scheduler.num_steps,
-            pulls_corrupt=self.pulls.num_corrupt,
-            pulls_recomputed=self.pulls.num_recomputed,
-            leases_expired=self.offers.num_expired,
-        )
+        return self._reporter.load()
 
     def check(self) -> None:
         """Assert that the books balance; called after every event in simulation."""
@@ -367,5 +386,5 @@ class Worker:
         for sequence in self.scheduler.waiting:
             assert sequence.state is SequenceState.WAITING, (sequence.request_id, sequence.state)
         if self._plan is None and self.scheduler.waiting and not self.scheduler.running:
-            held = self.offers.offered or self.pulls.pulls
+            held = self.offers.crossings or self.pulls.num_admitted
             assert held, f"idle while {self.scheduler.waiting[0].request_id} waits"

@@ -138,16 +138,19 @@ class CacheMachine(RuleBasedStateMachine):
         offered = self.prefill.kv.offer(sequence.request_id, num_tokens)
         before = snapshot(self.decode.kv, self.decode.sequences)
 
-        adoption = self.decode.kv.adopt(sequence.request_id, sequence.hashes, num_tokens, offered)
+        runs = self.prefill.kv.runs(sequence.request_id, num_tokens)
+        adoption = self.decode.kv.adopt(sequence.request_id, sequence.hashes, num_tokens, runs)
 
         if adoption is None:
             assert snapshot(self.decode.kv, self.decode.sequences) == before
             return
         assert adoption.cached_tokens <= num_tokens
-        for offer, pull in zip(offered, adoption.pulls, strict=True):
+        pulls = adoption.pulls(offered)
+        for offer, pull, adopted in zip(offered, pulls, adoption.groups, strict=True):
+            assert len(pull.source_ids) == len(adopted.destination_of)
             assert set(pull.source_ids) <= set(offer.block_ids)
             assert len(pull.source_ids) == len(pull.destination_ids)
-        copy = Sequence(sequence.request_id, list(sequence.token_ids), num_tokens, True, adoption)
+        copy = Sequence(sequence.request_id, list(sequence.token_ids), num_tokens, True, pulls)
         self.decode.sequences[sequence.request_id] = copy
         sequence.is_pulling = True
 
@@ -159,7 +162,7 @@ class CacheMachine(RuleBasedStateMachine):
     def land(self, data):
         sequence = data.draw(st.sampled_from(self.pulling()))
         memories = zip(self.prefill.memory, self.decode.memory, strict=True)
-        for (source, destination), pull in zip(memories, sequence.pull.pulls, strict=True):
+        for (source, destination), pull in zip(memories, sequence.pull, strict=True):
             destination[list(pull.destination_ids)] = source[list(pull.source_ids)]
         self.decode.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
         sequence.is_pulling = False

@@ -1,5 +1,3 @@
-import pytest
-
 from penstock.core.events import Span
 from penstock.core.messages import GroupBlocks
 from penstock.kv.cache import KVCache
@@ -20,7 +18,7 @@ def test_an_adopted_request_lies_in_runs_like_the_peers():
     source, token_ids = prefilled(40)
     destination = KVCache(LAYOUT, (64, 32, 32))
 
-    adoption = destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    adoption = destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
 
     assert adoption.cached_tokens == 0
     assert destination.num_runs("a") == (1, 1, 1)
@@ -29,13 +27,13 @@ def test_an_adopted_request_lies_in_runs_like_the_peers():
 def test_a_second_request_with_the_same_prefix_pulls_only_the_rest():
     source, token_ids = prefilled(40)
     destination = KVCache(LAYOUT, (64, 32, 32))
-    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
     destination.advance("a", 39, hashes_of(token_ids))
 
-    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.offer("a", 39))
+    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.runs("a", 39))
 
     assert adoption.cached_tokens == 36
-    assert [len(pull.source_ids) for pull in adoption.pulls] == [1, 1, 1]
+    assert [len(pull.source_ids) for pull in adoption.pulls(source.offer("a", 39))] == [1, 1, 1]
 
 
 def test_groups_that_want_different_prefixes_agree_on_a_shorter_one():
@@ -58,22 +56,22 @@ def lose(kv, group, named):
 def test_a_block_in_the_middle_that_is_here_is_not_pulled():
     source, token_ids = prefilled(40)
     destination = KVCache(LAYOUT, (64, 32, 32))
-    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
     destination.advance("a", 39, hashes_of(token_ids))
     destination.close("a")
     lose(destination, 0, named=hashes_of(token_ids)[2])
 
-    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.offer("a", 39))
+    adoption = destination.adopt("b", hashes_of(token_ids), 39, source.runs("a", 39))
 
     assert adoption.cached_tokens == 8
-    assert len(adoption.pulls[0].source_ids) == 2
+    assert len(adoption.pulls(source.offer("a", 39))[0].source_ids) == 2
     destination.check()
 
 
 def test_blocks_that_are_hit_are_no_room_for_the_rest():
     source, token_ids = prefilled(40)
     destination = KVCache(LAYOUT, (10, 32, 32))
-    destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 39))
+    destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
     destination.advance("a", 39, hashes_of(token_ids))
     destination.close("a")
     destination.open("b", [], 0)
@@ -81,17 +79,25 @@ def test_blocks_that_are_hit_are_no_room_for_the_rest():
     # 9 of 10 blocks are cached, all of them hits, and the request needs one more.
     before = snapshot(destination, ["b"])
 
-    assert destination.adopt("c", hashes_of(token_ids), 39, source.offer("a", 39)) is None
+    assert destination.adopt("c", hashes_of(token_ids), 39, source.runs("a", 39)) is None
 
     assert snapshot(destination, ["b"]) == before
 
 
-def test_an_offer_that_does_not_cover_its_tokens_is_a_bug():
+def test_what_is_offered_in_parts_is_what_is_offered_at_once():
     source, token_ids = prefilled(40)
     destination = KVCache(LAYOUT, (64, 32, 32))
+    adoption = destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
+    whole = adoption.pulls(source.offer("a", 39))
 
-    with pytest.raises(AssertionError):
-        destination.adopt("a", hashes_of(token_ids), 39, source.offer("a", 35))
+    first = adoption.pulls(source.offer("a", 17, is_last=False))
+    rest = adoption.pulls(source.offer("a", 39, after=17))
+
+    assert [len(pull.source_ids) for pull in first] == [17 // BLOCK_SIZE, 0, 0]
+    for one, two, both in zip(first, rest, whole, strict=True):
+        assert one.source_ids + two.source_ids == both.source_ids
+        assert one.destination_ids + two.destination_ids == both.destination_ids
+        assert one.generations + two.generations == both.generations
 
 
 def test_a_peers_runs_are_reproduced():
@@ -103,9 +109,11 @@ def test_a_peers_runs_are_reproduced():
     destination.groups[0].pool.allocate(12)
     destination.groups[0].pool.release([0, 1, 2, 3, 5, 7, 8, 9, 10, 11])
 
-    adoption = destination.adopt("a", hashes_of(token_ids), 39, offered)
+    lengths = ((1, 4, 5), *source.runs("a", 39)[1:])
+    adoption = destination.adopt("a", hashes_of(token_ids), 39, lengths)
 
-    spans = align(adoption.pulls[0].source_ids, adoption.pulls[0].destination_ids)
+    pull = adoption.pulls(offered)[0]
+    spans = align(pull.source_ids, pull.destination_ids)
     assert spans == [Span(50, 5, 1), Span(30, 0, 4), Span(10, 7, 5)]
 
 

@@ -114,7 +114,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_free == NUM_BLOCKS - len(active) - len(cached)
         for block_id in range(NUM_BLOCKS):
             assert self.pool.num_holders(block_id) == self.holders(block_id)
-            assert self.pool.generation(block_id) == self.handed_out[block_id]
+            assert self.pool.generations([block_id]) == (self.handed_out[block_id],)
             self.follow(block_id)
         for block_id, block_hash in self.contents.items():
             assert self.pool.prefix_cache.find(block_hash) == block_id

@@ -65,6 +65,7 @@ def make_spec(rng: random.Random) -> ClusterSpec:
         max_num_batched_tokens=rng.choice([16, 50, 128]),
         max_model_len=200,
         eos_token_ids=(EOS,),
+        is_streaming=rng.random() < 0.7,
         step_cost=StepCost(base_ns=rng.choice([50_000, 2_000_000])),
         link_cost=LinkCost(
             latency_ns=rng.choice([10_000, 3_000_000]),
@@ -160,6 +161,42 @@ def test_faults_really_happen_in_these_seeds() -> None:
             totals["recomputed"] += load.pulls_recomputed
             totals["expired"] += load.leases_expired
     assert min(totals.values()) > 10, totals
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+def test_a_block_handed_out_anew_is_noticed_without_digests_too(
+    is_streaming: bool,
+) -> None:
+    """Copies take longer than a lease that is not renewed in time: generations must show it."""
+    num_stale = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        spec = ClusterSpec(
+            num_blocks=(14,),
+            max_model_len=200,
+            max_num_batched_tokens=32,
+            is_streaming=is_streaming,
+            has_digests=False,
+            link_cost=LinkCost(bytes_per_s=150, loss=0.6),
+        )
+        cluster = SimCluster(spec, seed)
+        requests = make_requests(rng, 12)
+        for request in requests:
+            cluster.submit(request, rng.randint(0, 200) * NS_PER_MS)
+        cluster.run()
+        for request in requests:
+            outcome = cluster.outcomes[request.request_id]
+            expected = expected_tokens(request, request.params.max_tokens, ())
+            assert outcome.token_ids == expected[: len(outcome.token_ids)]
+            assert outcome.error is not None or outcome.token_ids == expected
+        num_stale += sum(w.core.load().pulls_stale for w in cluster.workers.values())
+    assert num_stale
+
+
+def test_prompts_are_really_streamed() -> None:
+    cluster, _ = run_seed(2)
+    lines = [msgspec.json.encode(e) for w in cluster.workers.values() for e in w.log]
+    assert any(b"Progress" in line for line in lines)
 
 
 def test_a_corrupted_block_is_noticed() -> None:

@@ -15,6 +15,7 @@ from penstock.core.messages import (
     Message,
     Offer,
     PeerUp,
+    Progress,
     WorkerInfo,
 )
 from penstock.core.request import Request, SamplingParams, Timeline
@@ -132,3 +133,12 @@ def offer_of(name: str, num_prompt: int, **params: int) -> Offer:
     (offer,) = prefill.heard(Offer)
     assert isinstance(offer, Offer)
     return offer
+
+
+def streamed_to_d0(name: str, num_prompt: int, **params: int) -> list[Offer | Progress]:
+    """Have a prefill worker make a real offer in chunks of a little more than a block."""
+    prefill = Story(P0, max_num_batched_tokens=18)
+    prefill.tell(assign(request(name, num_prompt, **params), D0))
+    while prefill.steps:
+        prefill.step()
+    return [*prefill.heard(Offer), *prefill.heard(Progress)]

@@ -12,7 +12,7 @@ from penstock.core.messages import (
     Withdraw,
 )
 from penstock.core.types import RequestId
-from tests.worker.story import D0, P0, Story, offer_of
+from tests.worker.story import D0, P0, Story, offer_of, streamed_to_d0
 
 
 def test_an_offer_is_pulled_released_and_continued() -> None:
@@ -30,6 +30,79 @@ def test_an_offer_is_pulled_released_and_continued() -> None:
     (tokens,) = story.heard(Tokens)
     parts = tokens.outputs[0].timeline.ledger(delivered_ns=story.now_ns)
     assert sum(v for k, v in parts.items() if k != "ttft") == pytest.approx(parts["ttft"])
+    story.assert_empty()
+
+
+def test_parts_are_pulled_as_they_are_finished_and_run_when_all_have_landed() -> None:
+    story = Story(D0)
+    offer, *progress = streamed_to_d0("r", 40, max_tokens=1)
+    story.tell(offer)
+    story.tell(progress[1])  # too early: what lies before it is not known yet
+    assert len(story.moves) == 1
+    story.tell(progress[0])
+    story.tell(progress[0])
+    story.tell(Woken("renew"))
+    (renew,) = story.heard(Renew)
+    assert renew.num_ready == (32,)
+    story.tell(progress[1])
+    spans = [move.move.spans[0] for move in story.moves]
+    assert [span.num_blocks for (span,) in spans] == [1, 1, 1]
+    destinations = [span.destination for (span,) in spans]
+    assert destinations == list(range(destinations[0], destinations[0] + 3))  # one run
+    for _ in range(3):
+        assert not story.steps
+        assert not story.heard(Release)
+        story.land()
+    assert story.heard(Release)
+    assert story.step().num_computed.tolist() == [39]
+    (tokens,) = story.heard(Tokens)
+    timeline = tokens.outputs[0].timeline
+    assert timeline.pull_moves == 3
+    parts = timeline.ledger(delivered_ns=story.now_ns)
+    assert min(parts.values()) >= 0
+    story.assert_empty()
+
+
+@pytest.mark.parametrize("end", ["corrupt", "cancel", "withdraw", "peer_down"])
+def test_what_is_being_copied_is_let_finish_before_its_blocks_are_free(end: str) -> None:
+    story = Story(D0)
+    offer, progress, _last = streamed_to_d0("r", 40, max_tokens=1)
+    story.tell(offer)
+    story.tell(progress)
+    match end:
+        case "corrupt":
+            story.land(is_corrupt=True)  # comes again, behind the other part
+            story.land()
+            story.land(is_corrupt=True)
+        case "cancel":
+            story.tell(Cancel(request_id=RequestId("r")))
+        case "withdraw":
+            story.tell(Withdraw(request_id=RequestId("r"), source=P0))
+        case "peer_down":
+            story.tell(PeerDown(worker_id=P0, epoch=1))
+    if end == "corrupt":
+        assert story.step().num_new.tolist() == [40]
+    else:
+        assert not story.worker.is_idle
+        story.land()
+        story.land()
+    assert len(story.heard(Release)) == 1
+    story.assert_empty()
+
+
+def test_an_offer_that_is_complete_comes_in_before_one_that_is_not() -> None:
+    story = Story(D0, num_blocks=5)
+    story.tell(offer_of("first", 40, max_tokens=1))
+    story.tell(streamed_to_d0("part", 41, start=200, max_tokens=1)[0])
+    story.tell(offer_of("whole", 42, start=300, max_tokens=1))
+    story.land()
+    story.step()
+    assert [m.move.request_id for m in story.moves] == ["whole"]
+    story.land()
+    story.step()
+    assert [m.move.request_id for m in story.moves] == ["part"]
+    story.tell(Cancel(request_id=RequestId("part")))
+    story.land()
     story.assert_empty()
 
 
@@ -140,7 +213,13 @@ def test_cancel_on_the_decode_worker(moment: str, by: str) -> None:
     released = [r for r in story.heard(Release) if r.request_id == "r"]
     is_owed = moment in ("pending", "pulling") or by == "prefill_worker"
     assert bool(released) == is_owed
-    assert not [t for t in story.heard(Tokens) for o in t.outputs if o.request_id == "r"]
+    outputs = [o for t in story.heard(Tokens) for o in t.outputs if o.request_id == "r"]
+    # What is ours already is for the controller to call off, not for the prefill worker.
+    is_ours = moment == "in_step" and by == "prefill_worker"
+    assert bool(outputs) == is_ours
+    if is_ours:
+        story.tell(Cancel(request_id=RequestId("r")))
+        story.step()
     story.assert_empty()
 
 
@@ -152,6 +231,7 @@ def test_a_dead_prefill_worker_s_offers_are_forgotten_and_its_pulls_finished() -
     story.tell(PeerDown(worker_id=P0, epoch=1))
     story.tell(late)
     assert not story.worker.pulls.pending
+    assert story.worker.pulls.num_admitted == 1
     story.land()
     story.step()
     assert story.heard(Tokens)

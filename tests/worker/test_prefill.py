@@ -9,6 +9,7 @@ from penstock.core.messages import (
     Offer,
     Offered,
     PeerDown,
+    Progress,
     Release,
     Renew,
     RequestFailed,
@@ -54,13 +55,92 @@ def test_offers_carry_a_digest_of_every_block_the_last_one_too() -> None:
     assert story.moves[0].move.digests == (offer.groups[0].digests,)
 
 
+def streamed(story: Story, name: str = "r", num_prompt: int = 40) -> list[Progress]:
+    """Have a prompt computed in chunks; return what was said after the offer of the first one."""
+    story.tell(assign(request(name, num_prompt), D0))
+    while story.steps:
+        story.step()
+    return story.heard(Progress)
+
+
+def test_a_long_prompt_is_offered_chunk_by_chunk_and_completed_in_order() -> None:
+    story = Story(P0, max_num_batched_tokens=18)
+    progress = streamed(story)
+    (offer,) = story.heard(Offer)
+    assert (offer.num_tokens, offer.num_ready, offer.runs) == (39, 16, ((3,),))
+    assert [(p.after, p.num_ready) for p in progress] == [(16, 32), (32, 39)]
+    told = [block for message in (offer, *progress) for block in message.groups[0].block_ids]
+    assert told == [0, 1, 2]
+    assert [bool(p.offered_ns) for p in progress] == [False, True]
+    assert len(story.heard(Offered)) == 1
+    story.tell(Release(request_id=RequestId("r"), worker_id=D0))
+    story.assert_empty()
+
+
+def test_progress_that_the_peer_has_missed_is_said_again() -> None:
+    story = Story(P0, max_num_batched_tokens=18)
+    streamed(story)
+    story.tell(Renew(request_ids=(RequestId("r"),), num_ready=(16,), worker_id=D0))
+    (progress,) = story.heard(Progress)
+    assert (progress.after, progress.num_ready) == (16, 39)
+    assert len(progress.groups[0].block_ids) == 2
+    story.tell(Release(request_id=RequestId("r"), worker_id=D0))
+    story.assert_empty()
+
+
+@pytest.mark.parametrize("end", ["release", "cancel", "peer_down", "expired"])
+def test_a_prompt_that_is_offered_while_it_is_computed_can_end_at_any_step(end: str) -> None:
+    story = Story(P0, max_num_batched_tokens=18)
+    story.tell(assign(request("r", 60), D0))
+    story.step()
+    match end:
+        case "release":  # the peer computes it itself, or wants it no more
+            story.tell(Release(request_id=RequestId("r"), worker_id=D0))
+        case "cancel":
+            story.tell(Cancel(request_id=RequestId("r")))
+            assert story.heard(Withdraw)
+            story.tell(Release(request_id=RequestId("r"), worker_id=D0))
+        case "peer_down":
+            story.tell(PeerDown(worker_id=D0, epoch=1))
+        case "expired":
+            story.now_ns += 2 * story.worker.config.lease_ns
+            story.tell(Woken("lease"))
+            assert story.heard(Expired)
+    assert not story.worker.is_idle  # the step under way still writes
+    story.step()
+    assert not story.steps
+    story.assert_empty()
+
+
+def test_blocks_that_a_peer_reads_are_never_taken_for_another_request() -> None:
+    story = Story(P0, num_blocks=8, max_num_batched_tokens=20)
+    story.tell(assign(request("read", 90), D0))
+    story.tell(assign(request("other", 30, start=300, max_tokens=30), P0))
+    for _ in range(4):
+        story.step()
+        assert story.worker.sequences[RequestId("read")].is_pinned
+        assert story.worker.kv.num_held(RequestId("read")) == (6,)
+    while story.steps:
+        story.step()
+    assert story.worker.load().running == 1  # the other one waits for room
+    assert not story.worker.load().free_blocks[0]
+    story.tell(Release(request_id=RequestId("read"), worker_id=D0))
+    while story.steps:
+        story.step()
+    story.assert_empty()
+
+
 def test_a_lease_runs_out_unless_it_is_renewed() -> None:
     story = Story(P0)
     story.tell(assign(request("r", 40), D0))
     story.step()
     lease_ns = story.worker.config.lease_ns
     story.now_ns += lease_ns // 2
-    story.tell(Renew(request_ids=(RequestId("r"), RequestId("unknown")), worker_id=D0))
+    story.tell(
+        Renew(request_ids=(RequestId("r"), RequestId("unknown")), num_ready=(39, 0), worker_id=D0)
+    )
+    (withdraw,) = story.heard(Withdraw)
+    assert withdraw.request_id == "unknown"  # nothing to wait for
     story.now_ns += lease_ns // 2
     story.tell(Woken("lease"))
     assert not story.worker.is_idle

@@ -1,0 +1,66 @@
+"""`Reporter`: what a worker says of itself, and how often.
+
+Counts nothing: it reads what the scheduler, the cache and the two desks own. The worker core calls
+it after everything it handles.
+"""
+
+from penstock.core.config import WorkerConfig
+from penstock.core.events import Command, Send
+from penstock.core.messages import Load
+from penstock.core.types import CONTROLLER
+from penstock.kv.cache import KVCache
+from penstock.worker.decode import PullDesk
+from penstock.worker.prefill import OfferDesk
+from penstock.worker.scheduler import Scheduler
+
+
+class Reporter:
+    """Says how full a worker is: once per interval while busy, and whenever it becomes idle."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        kv: KVCache,
+        scheduler: Scheduler,
+        offers: OfferDesk,
+        pulls: PullDesk,
+    ) -> None:
+        self._config = config
+        self._kv = kv
+        self._scheduler = scheduler
+        self._offers = offers
+        self._pulls = pulls
+        self._reported_ns = -config.load_interval_ns
+        self._is_due = False
+
+    def report(self, now_ns: int, *, is_idle: bool) -> list[Command]:
+        """Return a report if one is due."""
+        if not is_idle:
+            self._is_due = True
+            if now_ns - self._reported_ns < self._config.load_interval_ns:
+                return []
+        elif not self._is_due:
+            return []
+        self._reported_ns = now_ns
+        self._is_due = not is_idle
+        return [Send(CONTROLLER, self.load())]
+
+    def load(self) -> Load:
+        """Return how full the worker is."""
+        scheduler, kv, pulls = self._scheduler, self._kv, self._pulls
+        return Load(
+            worker_id=self._config.worker_id,
+            waiting=len(scheduler.waiting) + len(pulls.pending),
+            running=len(scheduler.running),
+            handing_off=len(self._offers.crossings) + pulls.num_admitted,
+            free_blocks=kv.free_blocks,
+            cached_blocks=kv.cached_blocks,
+            preemptions=scheduler.num_preempted,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            steps=scheduler.num_steps,
+            pulls_corrupt=pulls.num_corrupt,
+            pulls_stale=pulls.num_stale,
+            pulls_recomputed=pulls.num_recomputed,
+            leases_expired=self._offers.num_expired,
+        )
