@@ -239,8 +239,9 @@ class Controller:
     def _welcome(self, info: WorkerInfo, now_ns: int) -> list[Command]:
         """Introduce a new worker and the others to each other, and give it what was queued."""
         peers = list(self.workers.values())
-        if peers and peers[0].info.layout.fingerprint() != info.layout.fingerprint():
-            return [Send(info.worker_id, Stop())]
+        refusal = info.layout.incompatibility(peers[0].info.layout) if peers else None
+        if refusal is not None:
+            return [Send(info.worker_id, Stop(reason=refusal))]
         self.workers[info.worker_id] = WorkerRecord(info)
         commands: list[Command] = []
         for peer in peers:

@@ -132,7 +132,9 @@ class PeerDown(Tagged, frozen=True):
 
 
 class Stop(Tagged, frozen=True):
-    """Leave the cluster now."""
+    """Leave the cluster now; `reason` says why a worker is refused, "" when all is over."""
+
+    reason: str = ""
 
 
 class Hello(Tagged, frozen=True):

@@ -1,5 +1,7 @@
 """The controller core as stories: events in, expected commands out."""
 
+from msgspec.structs import replace
+
 from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import CapacityExceeded, PromptTooLong, WorkersUnavailable
@@ -53,14 +55,14 @@ class Story:
         self.said += [(c.to, c.message) for c in commands if isinstance(c, Send)]
         self.wakes += [c for c in commands if isinstance(c, WakeAt)]
 
-    def join(self, name: str, epoch: int = 1, block_size: int = 16) -> None:
+    def join(self, name: str, epoch: int = 1, block_size: int = 16, model: str = "chain") -> None:
         info = WorkerInfo(
             worker_id=WorkerId(name),
             role=ROLES[name[0]],
             epoch=epoch,
             address="",
             pid=0,
-            layout=chain_layout(block_size),
+            layout=replace(chain_layout(block_size), model=model),
             num_blocks=(16,),
             max_model_len=200,
             max_num_seqs=8,
@@ -247,7 +249,13 @@ def test_workers_are_introduced_and_a_foreign_layout_is_turned_away() -> None:
     story.join("d0")
     assert {to for to, _ in story.heard(PeerUp)} == {"p0", "d0"}
     story.join("d1", block_size=32)
-    assert [to for to, _ in story.heard(Stop)] == ["d1"]
+    assert not story.heard(Stop)
+    story.join("d2", model="another")
+    ((to, stop),) = story.heard(Stop)
+    assert to == "d2"
+    ours, theirs = (chain_layout(16), replace(chain_layout(16), model="another"))
+    assert ours.fingerprint() in stop.reason
+    assert theirs.fingerprint() in stop.reason
 
 
 def test_refusals_name_what_to_do() -> None:
