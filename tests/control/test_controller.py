@@ -9,10 +9,12 @@ from penstock.core.events import (
     Command,
     Drain,
     Event,
+    Retire,
     Send,
     WakeAt,
     Woken,
     WorkerLost,
+    WorkerSuspected,
 )
 from penstock.core.messages import (
     Assign,
@@ -270,3 +272,85 @@ def test_refusals_name_what_to_do() -> None:
     story.submit("s")
     ((_, failed),) = story.heard(RequestFailed)
     assert failed.request_id == "s"
+
+
+# ------------------------------------------------------------------- leaving, and being suspected
+
+
+def retire(name: str, epoch: int = 1) -> Retire:
+    return Retire(WorkerId(name), epoch)
+
+
+def suspect(name: str, *, is_suspected: bool, epoch: int = 1) -> WorkerSuspected:
+    return WorkerSuspected(worker_id=WorkerId(name), epoch=epoch, is_suspected=is_suspected)
+
+
+def pairs(story: Story) -> list[tuple[str, str]]:
+    return [(to, assign.decode_worker) for to, assign in story.heard(Assign)]
+
+
+def test_an_idle_worker_that_retires_is_stopped_at_once_and_others_hear_of_it() -> None:
+    story = Story("p0", "d0", "d1")
+    story.tell(retire("d1"))
+    assert story.heard(Stop) == [("d1", Stop())]
+    assert [to for to, _ in story.heard(PeerDown)] == ["p0", "d0"]
+    assert set(story.controller.workers) == {"p0", "d0"}
+
+
+def test_a_decode_worker_that_retires_finishes_what_it_has_and_gets_nothing_new() -> None:
+    story = Story("p0", "d0", "d1")
+    story.submit("a")
+    story.tell(retire("d0"))
+    assert pairs(story) == [("p0", "d0")]
+    story.submit("b")
+    assert pairs(story) == [("p0", "d1")]
+    story.offered("p0", "a")
+    story.tokens("d0", "a", 1)
+    assert not story.heard(Stop)
+    assert story.controller.status().workers[1].is_leaving
+    story.tokens("d0", "a", 2, is_last=True)
+    assert story.heard(Stop) == [("d0", Stop())]
+
+
+def test_a_prefill_worker_that_retires_waits_for_its_blocks_to_be_pulled() -> None:
+    story = Story("p0", "p1", "d0")
+    story.submit("a")
+    story.tell(retire("p0"))
+    story.offered("p0", "a")
+    assert not story.heard(Stop)
+    story.tokens("d0", "a", 1)
+    assert story.heard(Stop) == [("p0", Stop())]
+    story.tokens("d0", "a", 2, is_last=True)
+    assert story.controller.status().finished == 1
+
+
+def test_a_word_about_another_incarnation_is_ignored() -> None:
+    story = Story("p0", "d0")
+    story.tell(retire("d0", epoch=2))
+    story.tell(suspect("d0", is_suspected=True, epoch=2))
+    (_, worker) = story.controller.status().workers
+    assert not worker.is_leaving
+    assert not worker.is_suspected
+
+
+def test_the_last_one_to_leave_leaves_requests_queued() -> None:
+    story = Story("m0")
+    story.tell(retire("m0"))
+    story.submit("a")
+    assert story.controller.status().queued == 1
+    story.join("m1")
+    assert pairs(story) == [("m1", "m1")]
+
+
+def test_a_suspected_worker_gets_nothing_while_there_is_another() -> None:
+    story = Story("p0", "d0", "d1")
+    story.tell(suspect("d0", is_suspected=True))
+    story.submit("a")
+    assert pairs(story) == [("p0", "d1")]
+    story.lose("d1")
+    # Now there is nobody else of its role: it may yet be alive.
+    assert story.controller.status().workers[1].is_suspected
+    story.tell(suspect("d0", is_suspected=False))
+    story.heard(Assign)
+    story.submit("b")
+    assert pairs(story) == [("p0", "d0")]
