@@ -186,7 +186,8 @@ class Load(Tagged, frozen=True):
     tokens; `pulls_corrupt` pulls whose content was not what was offered, `pulls_recomputed`
     requests whose KV was computed again because it could not be pulled, `leases_expired` offers
     nobody claimed. `step_samples` and `pull_samples` are some of what was done since the last
-    report, the latest of each kind.
+    report, the latest of each kind. `fragmentation` is, per group, the share of the blocks that may
+    be written which lie outside the longest run of them: 0 is one run.
     """
 
     worker_id: WorkerId
@@ -204,6 +205,7 @@ class Load(Tagged, frozen=True):
     leases_expired: int = 0
     step_samples: tuple[StepSample, ...] = ()
     pull_samples: tuple[PullSample, ...] = ()
+    fragmentation: tuple[float, ...] = ()
 
 
 class Tokens(Tagged, frozen=True):

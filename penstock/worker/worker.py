@@ -354,6 +354,7 @@ class Worker:
             pulls_corrupt=self.pulls.num_corrupt,
             pulls_recomputed=self.pulls.num_recomputed,
             leases_expired=self.offers.num_expired,
+            fragmentation=self.kv.fragmentation,
         )
 
     def check(self) -> None:
