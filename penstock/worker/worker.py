@@ -39,6 +39,7 @@ from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.prefill import LEASE_KEY, OfferDesk
+from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 
@@ -54,6 +55,7 @@ class Worker:
         self.scheduler = Scheduler(config, self.kv)
         self.offers = OfferDesk(config, self.kv)
         self.pulls = PullDesk(config, self.kv)
+        self.samples = Samples()
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
@@ -135,6 +137,7 @@ class Worker:
         return [self._release_to(offer.source, sequence.request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
+        self.samples.note_pull(self.pulls.pulls[event.move_id].offer.source, event)
         sequence, commands = self.pulls.land(event, now_ns)
         match sequence.state:
             case SequenceState.WAITING:
@@ -271,6 +274,7 @@ class Worker:
         # A step that fails is a bug: the process ends and the controller takes its requests
         # elsewhere.
         assert event.error is None, event.error
+        self.samples.note_step(plan.step, event)
         commands: list[Command] = []
         if event.digests:
             taken = zip(plan.step.digests_of, event.digests, strict=True)
@@ -335,7 +339,7 @@ class Worker:
             return []
         self._reported_ns = now_ns
         self._is_report_due = not self.is_idle
-        return [Send(CONTROLLER, self.load())]
+        return [Send(CONTROLLER, self.samples.move_to(self.load()))]
 
     def load(self) -> Load:
         """Return how full this worker is."""
