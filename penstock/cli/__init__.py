@@ -27,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.chat import chat
 
                 return chat(options)
+            case "doctor":
+                from penstock.cli.doctor import doctor
+
+                return doctor(options)
             case command:
                 raise AssertionError(command)
     except PenstockError as error:

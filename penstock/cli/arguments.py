@@ -13,6 +13,7 @@ examples:
   penstock serve ./Qwen3-0.6B --decode 2      a folder with a Hugging Face model
   penstock serve --mixed 1                    one worker that does both
   penstock chat                               talk to a server on this machine
+  penstock doctor                             what this machine can do, and what it lacks
 """
 
 _SERVE_EXAMPLES = """\
@@ -24,6 +25,13 @@ examples:
 
 The API is that of OpenAI: /v1/chat/completions, /v1/completions, /v1/models; beside it /health,
 /metrics and /docs. Ctrl-C finishes the requests under way; a second one ends at once.
+"""
+
+_DOCTOR_EXAMPLES = """\
+examples:
+  penstock doctor                             look at everything, about ten seconds
+  penstock doctor --quick                     without torch, and compiling nothing
+  penstock doctor --json | jq .is_ok          for a script; exit status 1 when something failed
 """
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -41,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -251,3 +260,19 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="KEY",
         help="default: $PENSTOCK_API_KEY",
     )
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="look at this machine and installation",
+        description=(
+            "Tell what this machine and installation can do, measured, and what to do about what "
+            "they cannot."
+        ),
+        epilog=_DOCTOR_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="one JSON object on standard output")
+    add("--quick", action="store_true", help="import no torch, compile nothing, move less")

@@ -19,10 +19,12 @@ from penstock.core.events import (
     Command,
     Drain,
     Event,
+    Retire,
     Send,
     WakeAt,
     Woken,
     WorkerLost,
+    WorkerSuspected,
 )
 from penstock.core.messages import (
     Assign,
@@ -83,7 +85,13 @@ class Controller:
         states = [record.state for record in self.requests.values()]
         return ClusterStatus(
             workers=tuple(
-                WorkerStatus(info=w.info, assigned=w.num_requests, load=w.load)
+                WorkerStatus(
+                    info=w.info,
+                    assigned=w.num_requests,
+                    load=w.load,
+                    is_leaving=w.is_leaving,
+                    is_suspected=w.is_suspected,
+                )
                 for w in self.workers.values()
             ),
             queued=states.count(RequestState.QUEUED),
@@ -98,6 +106,12 @@ class Controller:
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """Take one event in; return what to tell workers and the front end."""
+        commands = self._react(event, now_ns)
+        for worker in [w for w in self.workers.values() if w.is_leaving]:
+            commands += self._dismiss_if_idle(worker)
+        return commands
+
+    def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
             case Tokens():
                 return self._take_tokens(event, now_ns)
@@ -119,6 +133,10 @@ class Controller:
                 return self._welcome(info, now_ns)
             case WorkerLost():
                 return self._lose(event, now_ns)
+            case WorkerSuspected():
+                return self._suspect(event)
+            case Retire(worker_id=worker_id, epoch=epoch):
+                return self._retire(worker_id, epoch)
             case Drain():
                 self._is_draining = True
                 return []
@@ -142,7 +160,7 @@ class Controller:
         """Assign a queued request to workers, or keep it queued until one comes up or its time is
         over.
         """
-        pair = choose(self.workers.values(), record.num_tokens)
+        pair = choose(self._candidates(), record.num_tokens)
         if pair is None:
             self._queue[record.request_id] = record
             record.queued_ns = now_ns
@@ -161,6 +179,11 @@ class Controller:
         )
         assign = Assign(request=request, decode_worker=decode_worker, timeline=timeline)
         return [Send(prefill_worker, assign)]
+
+    def _candidates(self) -> list[WorkerRecord]:
+        """Return the workers that may get a request: those that are heard, if there are any."""
+        staying = [worker for worker in self.workers.values() if not worker.is_leaving]
+        return [worker for worker in staying if not worker.is_suspected] or staying
 
     def _count(self, record: RequestRecord, sign: int) -> None:
         """Book a request's expected work on its workers, or take it off again (`sign` -1).
@@ -239,8 +262,9 @@ class Controller:
     def _welcome(self, info: WorkerInfo, now_ns: int) -> list[Command]:
         """Introduce a new worker and the others to each other, and give it what was queued."""
         peers = list(self.workers.values())
-        if peers and peers[0].info.layout.fingerprint() != info.layout.fingerprint():
-            return [Send(info.worker_id, Stop())]
+        refusal = info.layout.incompatibility(peers[0].info.layout) if peers else None
+        if refusal is not None:
+            return [Send(info.worker_id, Stop(reason=refusal))]
         self.workers[info.worker_id] = WorkerRecord(info)
         commands: list[Command] = []
         for peer in peers:
@@ -260,10 +284,30 @@ class Controller:
         commands: list[Command] = [Send(other, down) for other in self.workers]
         reason = f"worker {event.worker_id} was lost ({event.reason})"
         for record in list(self.requests.values()):
-            is_past_prefill = record.state is RequestState.DECODING
-            if worker is record.decode or (worker is record.prefill and not is_past_prefill):
+            if record.needs(worker):
                 commands += self._retry(record, reason, now_ns)
         return commands
+
+    def _suspect(self, event: WorkerSuspected) -> list[Command]:
+        worker = self.workers.get(event.worker_id)
+        if worker is not None and worker.info.epoch == event.epoch:
+            worker.is_suspected = event.is_suspected
+        return []
+
+    def _retire(self, worker_id: WorkerId, epoch: int) -> list[Command]:
+        worker = self.workers.get(worker_id)
+        if worker is not None and worker.info.epoch == epoch:
+            worker.is_leaving = True
+        return []
+
+    def _dismiss_if_idle(self, worker: WorkerRecord) -> list[Command]:
+        """Let a leaving worker go when no request needs it any more. O(live requests)."""
+        if any(record.needs(worker) for record in self.requests.values()):
+            return []
+        info = worker.info
+        del self.workers[info.worker_id]
+        down = PeerDown(worker_id=info.worker_id, epoch=info.epoch)
+        return [Send(info.worker_id, Stop()), *(Send(other, down) for other in self.workers)]
 
     def _take_failure(self, event: RequestFailed, now_ns: int) -> list[Command]:
         record = self._by_wire_id.get(event.request_id)

@@ -12,10 +12,18 @@ class WorkerRecord:
 
     `prefill_tokens` are tokens assigned to it whose prefill is not known to be done;
     `decode_tokens` are the KV slots that the requests decoding there, or on their way, take now;
-    `num_requests` counts both.
+    `num_requests` counts both. One that is leaving gets nothing new.
     """
 
-    __slots__ = ("decode_tokens", "info", "load", "num_requests", "prefill_tokens")
+    __slots__ = (
+        "decode_tokens",
+        "info",
+        "is_leaving",
+        "is_suspected",
+        "load",
+        "num_requests",
+        "prefill_tokens",
+    )
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
@@ -23,6 +31,8 @@ class WorkerRecord:
         self.prefill_tokens = 0
         self.decode_tokens = 0
         self.num_requests = 0
+        self.is_leaving = False
+        self.is_suspected = False
 
 
 class RequestRecord:
@@ -68,6 +78,11 @@ class RequestRecord:
         """The workers that hold something of this request."""
         pair = (self.prefill, self.decode)
         return tuple(dict.fromkeys(w.info.worker_id for w in pair if w is not None))
+
+    def needs(self, worker: WorkerRecord) -> bool:
+        """True while this request could not go on without that worker."""
+        is_past_prefill = self.state is RequestState.DECODING
+        return worker is self.decode or (worker is self.prefill and not is_past_prefill)
 
     @property
     def num_tokens(self) -> int:

@@ -22,6 +22,7 @@ from msgspec.msgpack import encode
 from penstock.core.types import BlockHash
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CONTENT: Final = ("model", "groups of layers", "total_kv_heads", "head_dim")
 
 
 class KVGroup(Struct, frozen=True, array_like=True):
@@ -34,11 +35,13 @@ class KVGroup(Struct, frozen=True, array_like=True):
 
 
 class KVLayout(Struct, frozen=True, array_like=True):
-    """Shape of every block of a worker. Two workers may exchange blocks when their fingerprints are
-    equal.
+    """Shape of every block of a worker, and which part of a token's KV is in it.
 
     `model` identifies weights and revision: blocks of different models never mix even when shapes
-    agree.
+    agree. A worker of a tensor-parallel group holds `num_kv_heads` of the model's `total_kv_heads`
+    from `first_kv_head` on; a total of 0 is no more than are here. Blocks of layouts with the same
+    fingerprint are copied as they are, those of layouts that are not incompatible by way of
+    `transfer/reshape.py`.
     """
 
     model: str
@@ -47,6 +50,21 @@ class KVLayout(Struct, frozen=True, array_like=True):
     head_dim: int
     block_size: int
     dtype: str
+    first_kv_head: int = 0
+    total_kv_heads: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what a peer may say of itself. Raises: `ValueError` for what no pool can have."""
+        sizes = (self.num_kv_heads, self.head_dim, self.block_size)
+        if min(sizes) < 1 or self.first_kv_head < 0 or self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"no pool has this shape: {self}")
+        if self.kv_heads.stop > self._num_heads:
+            raise ValueError(f"KV heads {self.kv_heads} of {self._num_heads}: {self}")
+
+    @property
+    def kv_heads(self) -> range:
+        """The model's KV heads that lie in these blocks."""
+        return range(self.first_kv_head, self.first_kv_head + self.num_kv_heads)
 
     @property
     def block_bytes(self) -> tuple[int, ...]:
@@ -60,8 +78,33 @@ class KVLayout(Struct, frozen=True, array_like=True):
         return sum(self.block_bytes) // self.block_size
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that both ends of a transfer compare before the first block."""
+        """Return 16 hex digits of the exact shape: where they agree, blocks are exchanged as they
+        are.
+        """
         return blake2b(encode(self), digest_size=8).hexdigest()
+
+    def incompatibility(self, other: "KVLayout") -> str | None:
+        """Return why KV of `other` is of no use here in any shape, with both fingerprints, or None.
+
+        What must agree is what was computed: model, layers and windows, heads in all, head size.
+        How it is stored (block size, dtype, which heads) may differ.
+        """
+        for name, ours, theirs in zip(_CONTENT, self._content, other._content, strict=True):
+            if ours != theirs:
+                return (
+                    f"layouts {self.fingerprint()} (ours) and {other.fingerprint()} (theirs) do "
+                    f"not go together: {name} is {ours} here and {theirs} there"
+                )
+        return None
+
+    @property
+    def _content(self) -> tuple[object, ...]:
+        """What two layouts must have in common, in the order of `_CONTENT`."""
+        return self.model, self.groups, self._num_heads, self.head_dim
+
+    @property
+    def _num_heads(self) -> int:
+        return self.total_kv_heads or self.num_kv_heads
 
     def capacity_tokens(self, num_blocks: Sequence[int]) -> int:
         """Tokens whose KV fits at once into pools of `num_blocks` per group.

@@ -8,6 +8,7 @@ PenstockError
 ├── CapacityExceeded      come back after `retry_after_s`
 ├── WorkersUnavailable    nobody can take the request: the cluster is starting, draining or dead
 ├── PeerLost              the worker that had the request died, and its retries are used up
+├── BlocksCorrupt         what was copied is not what was offered: pull once more, or recompute
 ├── DeadlineExceeded      a wait reached its limit
 ├── StartupFailed         the cluster cannot come up; the message says what to change
 └── BackendUnavailable    an optional native part is missing; the message says how to get it
@@ -58,6 +59,10 @@ class WorkersUnavailable(PenstockError):
 
 class PeerLost(PenstockError):
     """The worker holding the request died and the request could not be continued elsewhere."""
+
+
+class BlocksCorrupt(PenstockError):
+    """The digest of a copied block is not that of the offer."""
 
 
 class DeadlineExceeded(PenstockError):

@@ -8,7 +8,7 @@ from enum import Enum
 
 from msgspec import Struct
 
-from penstock.core.messages import Message
+from penstock.core.messages import GroupBlocks, Message
 from penstock.core.step import Sampled, Step
 from penstock.core.types import BlockId, Digest, RequestId, WorkerId
 
@@ -21,6 +21,21 @@ class WorkerLost(Struct, frozen=True, tag=True, kw_only=True):
     worker_id: WorkerId
     epoch: int
     reason: str
+
+
+class WorkerSuspected(Struct, frozen=True, tag=True, kw_only=True):
+    """A worker has been silent for a while, or is heard again: prefer others while it is."""
+
+    worker_id: WorkerId
+    epoch: int
+    is_suspected: bool
+
+
+class Retire(Struct, frozen=True, tag=True):
+    """Give this worker nothing new, and `Stop` it once nothing is left of what it has."""
+
+    worker_id: WorkerId
+    epoch: int
 
 
 class Drain(Struct, frozen=True, tag=True):
@@ -84,11 +99,27 @@ class Span(Struct, frozen=True, array_like=True):
     num_blocks: int
 
 
+class Reshape(Struct, frozen=True, array_like=True):
+    """Tokens `[begin, end)` of a request in one group, out of a peer's blocks into ours, which have
+    another shape.
+
+    Entries of `source` count in blocks of the peer's size, those of `destination` in ours; slots
+    outside the tokens stay as they are. `source.digests` are checked, `destination` has none.
+    """
+
+    source: GroupBlocks
+    destination: GroupBlocks
+    begin: int
+    end: int
+
+
 class Move(Struct, frozen=True, kw_only=True):
     """Copy blocks of a peer into our own pool: `spans[g]` are those of group g.
 
     `digests[g]` are what the copied blocks of group g must have, in the order of the spans, and
     `generations[g]` how often the source may have handed them out; empty where the offer had none.
+    From a peer whose blocks have another shape than ours there are no spans, but `reshapes[g]` for
+    every group.
     """
 
     move_id: int
@@ -99,6 +130,7 @@ class Move(Struct, frozen=True, kw_only=True):
     spans: tuple[tuple[Span, ...], ...]
     digests: tuple[tuple[Digest, ...], ...] = ()
     generations: tuple[tuple[int, ...], ...] = ()
+    reshapes: tuple[Reshape, ...] = ()
 
 
 class Send(Struct, frozen=True, tag=True):
@@ -127,5 +159,5 @@ class WakeAt(Struct, frozen=True, tag=True):
     key: str
 
 
-Event = Message | WorkerLost | Drain | StepDone | MoveDone | Woken
+Event = Message | WorkerLost | WorkerSuspected | Retire | Drain | StepDone | MoveDone | Woken
 Command = Send | RunStep | SubmitMove | WakeAt

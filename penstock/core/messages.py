@@ -4,11 +4,13 @@ Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code
 
 who                     says                                              to
 front                   Submit, Cancel                                    controller
-controller              Assign, Cancel, PeerUp, PeerDown, Stop            worker
+controller              Assign, Cancel, PeerUp, PeerDown, Stop, Ping      worker
 controller              Tokens, RequestFailed                             front
-worker                  Hello, Load, Tokens, Offered, Expired, RequestFailed  controller
-prefill worker          Offer, Progress, Withdraw                                 decode worker
+worker                  Hello, Load, Tokens, Offered, Expired, RequestFailed, Ping  controller
+prefill worker          Offer, Progress, Withdraw                          decode worker
 decode worker           Renew, Release                                    prefill worker
+another host            Join, Ping, Leave, Gone                           controller
+controller              Admitted, Refused, Ping, Evict                    another host
 """
 
 from typing import Final
@@ -17,6 +19,7 @@ from msgspec import DecodeError, Struct
 from msgspec.msgpack import Decoder, Encoder
 
 from penstock.core.block import KVLayout
+from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.step import TokenLogprobs
 from penstock.core.types import BlockId, Digest, FinishReason, RequestId, Role, WorkerId
@@ -48,7 +51,8 @@ class Endpoint(Struct, frozen=True, array_like=True):
 class WorkerInfo(Struct, frozen=True, kw_only=True):
     """What a worker says of itself when it joins. `epoch` is new for every incarnation of a worker
     id. `regions` say how its memory is mapped on the same host, `endpoints` how it is read from
-    anywhere.
+    anywhere. `address` is where nodes of the same private folder send messages, `remote_address`
+    where all others do ("" where nothing listens). `host` names the machine, for people.
     """
 
     worker_id: WorkerId
@@ -63,6 +67,10 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
     regions: tuple[RegionDescriptor, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     engine: str = ""
+    remote_address: str = ""
+    host: str = ""
+    profile: str = ""
+    """Names what its steps are expected to take, for the time before it has run any."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -81,6 +89,30 @@ class GroupBlocks(Struct, frozen=True, array_like=True):
     block_ids: tuple[BlockId, ...]
     digests: tuple[Digest, ...] = ()
     generations: tuple[int, ...] = ()
+
+
+class StepSample(Struct, frozen=True, array_like=True):
+    """What one step had to do, and how long it took.
+
+    `prefill_tokens` are new tokens of sequences that got more than one, `prefill_work` the sum over
+    those of S^2 + 2 * S * P (S new tokens behind P). The others got one token each and look at
+    `context_tokens` in all.
+    """
+
+    prefill_tokens: int
+    prefill_work: int
+    decodes: int
+    context_tokens: int
+    duration_ns: int
+
+
+class PullSample(Struct, frozen=True, array_like=True):
+    """How long one pull from `source` took."""
+
+    source: WorkerId
+    num_bytes: int
+    num_spans: int
+    duration_ns: int
 
 
 class TokenOutput(Struct, frozen=True, array_like=True):
@@ -134,13 +166,18 @@ class PeerDown(Tagged, frozen=True):
 
 
 class Stop(Tagged, frozen=True):
-    """Leave the cluster now."""
+    """Leave the cluster now; `reason` says why a worker is refused, "" when all is over."""
+
+    reason: str = ""
 
 
 class Hello(Tagged, frozen=True):
-    """A worker joins."""
+    """A worker joins. `num_returns` counts how often it has lost its controller since it started:
+    each time it has dropped every request.
+    """
 
     info: WorkerInfo
+    num_returns: int = 0
 
 
 class Load(Tagged, frozen=True):
@@ -150,7 +187,10 @@ class Load(Tagged, frozen=True):
     `preemptions` and what follows are totals. `prefix_queries` and `prefix_hits` count prompt
     tokens; `pulls_corrupt` pulls whose content was not what was offered, `pulls_stale` those whose
     blocks had been handed out anew meanwhile, `pulls_recomputed` requests whose KV was computed
-    again because it could not be pulled, `leases_expired` offers nobody claimed.
+    again because it could not be pulled, `leases_expired` offers nobody claimed. `step_samples` and
+    `pull_samples` are some of what was done since the last report, the latest of each kind.
+    `fragmentation` is, per group, the share of the blocks that may be written which lie outside the
+    longest run of them: 0 is one run.
     """
 
     worker_id: WorkerId
@@ -167,6 +207,9 @@ class Load(Tagged, frozen=True):
     pulls_stale: int = 0
     pulls_recomputed: int = 0
     leases_expired: int = 0
+    step_samples: tuple[StepSample, ...] = ()
+    pull_samples: tuple[PullSample, ...] = ()
+    fragmentation: tuple[float, ...] = ()
 
 
 class Tokens(Tagged, frozen=True):
@@ -270,6 +313,13 @@ Message = (
     | PeerDown
     | Stop
     | Hello
+    | Join
+    | Admitted
+    | Refused
+    | Ping
+    | Gone
+    | Evict
+    | Leave
     | Load
     | Tokens
     | Offered

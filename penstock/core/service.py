@@ -25,11 +25,16 @@ reason or is a failure.
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """A worker as the controller sees it. `load` is None until its first report."""
+    """A worker as the controller sees it. `load` is None until its first report.
+
+    One that is leaving gets nothing new; one that is suspected has been silent for a while.
+    """
 
     info: WorkerInfo
     assigned: int
     load: Load | None = None
+    is_leaving: bool = False
+    is_suspected: bool = False
 
 
 class ClusterStatus(Struct, frozen=True, kw_only=True):

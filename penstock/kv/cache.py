@@ -257,6 +257,11 @@ class KVCache:
         return tuple(group.pool.num_cached for group in self.groups)
 
     @property
+    def fragmentation(self) -> tuple[float, ...]:
+        """Share of the blocks that may be written outside their longest run, per group."""
+        return tuple(group.pool.allocator.external_fragmentation for group in self.groups)
+
+    @property
     def active_blocks(self) -> tuple[int, ...]:
         """Blocks that requests hold, per group."""
         return tuple(group.pool.num_active for group in self.groups)

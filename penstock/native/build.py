@@ -51,25 +51,47 @@ class Recipe:
     """Whether the code asks for OpenMP; it gets it where the compiler has it."""
 
 
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """How a recipe is built on this machine, and where the result is, or will be, kept."""
+
+    command: tuple[str, ...]
+    target: Path
+
+    @property
+    def is_built(self) -> bool:
+        """True when nothing has to be compiled."""
+        return self.target.exists()
+
+
+def plan_build(recipe: Recipe) -> BuildPlan:
+    """Say what `build` would do; compiles nothing.
+
+    Raises: `BackendUnavailable` when there is no compiler or the cache cannot be used.
+    """
+    compiler = find_compiler()
+    command = [compiler, *_FLAGS, *_machine_flags()]
+    if recipe.is_parallel:
+        command += _openmp_flags(compiler, recipe.title)
+    name = f"{recipe.name}-{_fingerprint(command, recipe.folder)}.so"
+    return BuildPlan(tuple(command), _cache_folder() / name)
+
+
 def build(recipe: Recipe, on_progress: Callable[[str], None] = logger.info) -> Path:
     """Return the compiled library, from the cache when it is there.
 
     Raises: `BackendUnavailable` when there is no compiler, the compiler fails or the cache cannot
     be written; the message says what to do.
     """
-    compiler = find_compiler()
-    command = [compiler, *_FLAGS, *_machine_flags()]
-    if recipe.is_parallel:
-        command += _openmp_flags(compiler, recipe.title)
-    folder = _cache_folder()
-    target = folder / f"{recipe.name}-{_fingerprint(command, recipe.folder)}.so"
-    if target.exists():
+    plan = plan_build(recipe)
+    compiler, target = plan.command[0], plan.target
+    if plan.is_built:
         return target
-    with _lock(folder / f"{recipe.name}.lock"):
-        if not target.exists():
+    with _lock(target.with_name(f"{recipe.name}.lock")):
+        if not plan.is_built:
             start = time.monotonic()
             on_progress(f"compiling {recipe.title} with {compiler} (once on this machine)")
-            _compile(command, recipe, target)
+            _compile(list(plan.command), recipe, target)
             on_progress(f"compiled {recipe.title} in {time.monotonic() - start:.1f} s: {target}")
     return target
 

@@ -131,7 +131,9 @@ class _WorkerProcess:
 
     def _receive(self, message: Message) -> None:
         match message:
-            case Stop():
+            case Stop(reason=reason):
+                if reason:
+                    _log.error("%s is refused: %s", self._config.worker_id, reason)
                 if not self._end.done():
                     self._end.set_result(None)
                 return

@@ -36,7 +36,7 @@ def cut(source_ids: BlockIds, destination_ids: BlockIds) -> SpanArray:
     assert count == len(destination_ids), (count, len(destination_ids))
     if count <= 1:
         return np.array([(*source_ids, *destination_ids, 1)][:count], np.int64).reshape(-1, 3)
-    ids = np.stack([_as_array(source_ids), _as_array(destination_ids)])
+    ids = np.stack([as_array(source_ids), as_array(destination_ids)])
     is_cut = (np.diff(ids) != 1).any(axis=0)
     starts = np.concatenate(([0], np.flatnonzero(is_cut) + 1))
     spans = np.empty((len(starts), 3), np.int64)
@@ -56,7 +56,8 @@ def num_blocks(spans: Sequence[Span]) -> int:
     return sum(span.num_blocks for span in spans)
 
 
-def _as_array(block_ids: BlockIds) -> npt.NDArray[np.int64]:
+def as_array(block_ids: BlockIds) -> npt.NDArray[np.int64]:
+    """Return block ids as an array. Raises: `OverflowError` for ids that no block can have."""
     if isinstance(block_ids, np.ndarray):
         return block_ids
     return np.fromiter(block_ids, np.int64, len(block_ids))

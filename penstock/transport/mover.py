@@ -141,5 +141,5 @@ class BlockMover:
         layout = self._layouts.get((worker_id, epoch))
         if layout != self._layout:
             raise PeerLost(f"{worker_id} keeps blocks of another layout: {layout}")
-        if len(memory.regions) != 2 * len(self._regions):
+        if len(memory.regions) < len(self._regions):
             raise PeerLost(f"{worker_id} describes {len(memory.regions)} regions")

@@ -195,6 +195,10 @@ class PullDesk:
             self._keep(arrival, copy.pulls, done)
         return self._settle(arrival, now_ns)
 
+    def source_of(self, move_id: int) -> WorkerId:
+        """Return whose blocks a move under way copies."""
+        return self._copies[move_id].arrival.offer.source
+
     def drop(self, request_id: RequestId, now_ns: int) -> tuple[Sequence | None, list[Command]]:
         """Forget an arrival, if there is one, as soon as nothing is being copied for it.
 

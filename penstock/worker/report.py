@@ -11,6 +11,7 @@ from penstock.core.types import CONTROLLER
 from penstock.kv.cache import KVCache
 from penstock.worker.decode import PullDesk
 from penstock.worker.prefill import OfferDesk
+from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Scheduler
 
 
@@ -24,12 +25,14 @@ class Reporter:
         scheduler: Scheduler,
         offers: OfferDesk,
         pulls: PullDesk,
+        samples: Samples,
     ) -> None:
         self._config = config
         self._kv = kv
         self._scheduler = scheduler
         self._offers = offers
         self._pulls = pulls
+        self._samples = samples
         self._reported_ns = -config.load_interval_ns
         self._is_due = False
 
@@ -43,7 +46,7 @@ class Reporter:
             return []
         self._reported_ns = now_ns
         self._is_due = not is_idle
-        return [Send(CONTROLLER, self.load())]
+        return [Send(CONTROLLER, self._samples.move_to(self.load()))]
 
     def load(self) -> Load:
         """Return how full the worker is."""
@@ -63,4 +66,5 @@ class Reporter:
             pulls_stale=pulls.num_stale,
             pulls_recomputed=pulls.num_recomputed,
             leases_expired=self._offers.num_expired,
+            fragmentation=kv.fragmentation,
         )

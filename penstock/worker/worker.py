@@ -43,6 +43,7 @@ from penstock.kv.pool import Generations
 from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.prefill import LEASE_KEY, OfferDesk
 from penstock.worker.report import Reporter
+from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 
@@ -65,11 +66,14 @@ class Worker:
         self.scheduler = Scheduler(config, self.kv)
         self.offers = OfferDesk(config, self.kv)
         self.pulls = PullDesk(config, self.kv)
+        self.samples = Samples()
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
         self._num_arrived = 0
-        self._reporter = Reporter(config, self.kv, self.scheduler, self.offers, self.pulls)
+        self._reporter = Reporter(
+            config, self.kv, self.scheduler, self.offers, self.pulls, self.samples
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -151,6 +155,7 @@ class Worker:
         return [self._release_to(message.source, message.request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
+        self.samples.note_pull(self.pulls.source_of(event.move_id), event)
         sequence, commands = self.pulls.land(event, now_ns)
         if sequence is None:
             return commands
@@ -315,6 +320,7 @@ class Worker:
         # A step that fails is a bug: the process ends and the controller takes its requests
         # elsewhere.
         assert event.error is None, event.error
+        self.samples.note_step(plan.step, event)
         commands: list[Command] = []
         if event.digests:
             taken = zip(plan.step.digests_of, event.digests, strict=True)

@@ -31,6 +31,7 @@ from penstock.runtime.messaging import Messenger
 from penstock.runtime.transport import LaneTransport
 from penstock.sim.executor import VOCAB_SIZE, ChainModel, expected_tokens
 from penstock.sim.run import ClusterSpec, SimCluster
+from penstock.transfer.generation import COUNTER_BYTES, counters
 from penstock.transport.mover import BlockMover
 from penstock.transport.shm import SharedPool
 from penstock.transport.verify import digests_of, verified
@@ -99,6 +100,7 @@ class RealWorker:
             SharedPool(count, size)
             for count, size in zip(SPEC.num_blocks, layout.block_bytes, strict=True)
         )
+        self.counters = tuple(SharedPool(count, COUNTER_BYTES) for count in SPEC.num_blocks)
         self.mover = BlockMover(layout, [pool.region for pool in self.pools])
         self.messenger = Messenger(config.worker_id, 1, folder, self.receive)
         regions = [pool.region for pool in self.pools]
@@ -109,7 +111,7 @@ class RealWorker:
         self.transport = LaneTransport(self.messenger, verified(self.mover.execute, regions))
         self.log = DecisionLog()
         self.node = Node(
-            Worker(config),
+            Worker(config, tuple(counters(pool.region.blocks) for pool in self.counters)),
             clock=LoopClock(asyncio.get_running_loop()),
             transport=self.transport,
             executor=self.executor,
@@ -129,7 +131,7 @@ class RealWorker:
             num_blocks=config.num_blocks,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            regions=tuple(pool.descriptor for pool in self.pools),
+            regions=tuple(pool.descriptor for pool in (*self.pools, *self.counters)),
         )
         self.messenger.send(CONTROLLER, Hello(info=info))
 
@@ -143,7 +145,7 @@ class RealWorker:
     def close(self) -> None:
         assert self.executor.close(5)
         self.messenger.close()
-        for pool in self.pools:
+        for pool in (*self.pools, *self.counters):
             pool.close()
 
 

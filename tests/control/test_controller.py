@@ -1,5 +1,7 @@
 """The controller core as stories: events in, expected commands out."""
 
+from msgspec.structs import replace
+
 from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import CapacityExceeded, PromptTooLong, WorkersUnavailable
@@ -7,10 +9,12 @@ from penstock.core.events import (
     Command,
     Drain,
     Event,
+    Retire,
     Send,
     WakeAt,
     Woken,
     WorkerLost,
+    WorkerSuspected,
 )
 from penstock.core.messages import (
     Assign,
@@ -53,14 +57,14 @@ class Story:
         self.said += [(c.to, c.message) for c in commands if isinstance(c, Send)]
         self.wakes += [c for c in commands if isinstance(c, WakeAt)]
 
-    def join(self, name: str, epoch: int = 1, block_size: int = 16) -> None:
+    def join(self, name: str, epoch: int = 1, block_size: int = 16, model: str = "chain") -> None:
         info = WorkerInfo(
             worker_id=WorkerId(name),
             role=ROLES[name[0]],
             epoch=epoch,
             address="",
             pid=0,
-            layout=chain_layout(block_size),
+            layout=replace(chain_layout(block_size), model=model),
             num_blocks=(16,),
             max_model_len=200,
             max_num_seqs=8,
@@ -247,7 +251,13 @@ def test_workers_are_introduced_and_a_foreign_layout_is_turned_away() -> None:
     story.join("d0")
     assert {to for to, _ in story.heard(PeerUp)} == {"p0", "d0"}
     story.join("d1", block_size=32)
-    assert [to for to, _ in story.heard(Stop)] == ["d1"]
+    assert not story.heard(Stop)
+    story.join("d2", model="another")
+    ((to, stop),) = story.heard(Stop)
+    assert to == "d2"
+    ours, theirs = (chain_layout(16), replace(chain_layout(16), model="another"))
+    assert ours.fingerprint() in stop.reason
+    assert theirs.fingerprint() in stop.reason
 
 
 def test_refusals_name_what_to_do() -> None:
@@ -262,3 +272,85 @@ def test_refusals_name_what_to_do() -> None:
     story.submit("s")
     ((_, failed),) = story.heard(RequestFailed)
     assert failed.request_id == "s"
+
+
+# ------------------------------------------------------------------- leaving, and being suspected
+
+
+def retire(name: str, epoch: int = 1) -> Retire:
+    return Retire(WorkerId(name), epoch)
+
+
+def suspect(name: str, *, is_suspected: bool, epoch: int = 1) -> WorkerSuspected:
+    return WorkerSuspected(worker_id=WorkerId(name), epoch=epoch, is_suspected=is_suspected)
+
+
+def pairs(story: Story) -> list[tuple[str, str]]:
+    return [(to, assign.decode_worker) for to, assign in story.heard(Assign)]
+
+
+def test_an_idle_worker_that_retires_is_stopped_at_once_and_others_hear_of_it() -> None:
+    story = Story("p0", "d0", "d1")
+    story.tell(retire("d1"))
+    assert story.heard(Stop) == [("d1", Stop())]
+    assert [to for to, _ in story.heard(PeerDown)] == ["p0", "d0"]
+    assert set(story.controller.workers) == {"p0", "d0"}
+
+
+def test_a_decode_worker_that_retires_finishes_what_it_has_and_gets_nothing_new() -> None:
+    story = Story("p0", "d0", "d1")
+    story.submit("a")
+    story.tell(retire("d0"))
+    assert pairs(story) == [("p0", "d0")]
+    story.submit("b")
+    assert pairs(story) == [("p0", "d1")]
+    story.offered("p0", "a")
+    story.tokens("d0", "a", 1)
+    assert not story.heard(Stop)
+    assert story.controller.status().workers[1].is_leaving
+    story.tokens("d0", "a", 2, is_last=True)
+    assert story.heard(Stop) == [("d0", Stop())]
+
+
+def test_a_prefill_worker_that_retires_waits_for_its_blocks_to_be_pulled() -> None:
+    story = Story("p0", "p1", "d0")
+    story.submit("a")
+    story.tell(retire("p0"))
+    story.offered("p0", "a")
+    assert not story.heard(Stop)
+    story.tokens("d0", "a", 1)
+    assert story.heard(Stop) == [("p0", Stop())]
+    story.tokens("d0", "a", 2, is_last=True)
+    assert story.controller.status().finished == 1
+
+
+def test_a_word_about_another_incarnation_is_ignored() -> None:
+    story = Story("p0", "d0")
+    story.tell(retire("d0", epoch=2))
+    story.tell(suspect("d0", is_suspected=True, epoch=2))
+    (_, worker) = story.controller.status().workers
+    assert not worker.is_leaving
+    assert not worker.is_suspected
+
+
+def test_the_last_one_to_leave_leaves_requests_queued() -> None:
+    story = Story("m0")
+    story.tell(retire("m0"))
+    story.submit("a")
+    assert story.controller.status().queued == 1
+    story.join("m1")
+    assert pairs(story) == [("m1", "m1")]
+
+
+def test_a_suspected_worker_gets_nothing_while_there_is_another() -> None:
+    story = Story("p0", "d0", "d1")
+    story.tell(suspect("d0", is_suspected=True))
+    story.submit("a")
+    assert pairs(story) == [("p0", "d1")]
+    story.lose("d1")
+    # Now there is nobody else of its role: it may yet be alive.
+    assert story.controller.status().workers[1].is_suspected
+    story.tell(suspect("d0", is_suspected=False))
+    story.heard(Assign)
+    story.submit("b")
+    assert pairs(story) == [("p0", "d0")]

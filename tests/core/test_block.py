@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from penstock.core.block import KVGroup, KVLayout, extend_hashes, root_hash
 from penstock.core.types import BlockHash
@@ -65,6 +68,60 @@ def test_groups_have_their_own_block_size_and_fingerprints_tell_layouts_apart() 
         KVLayout("m", (KVGroup((0, 1, 2)),), 2, 64, 32, "float32"),
     ]
     assert len({layout.fingerprint(), *(other.fingerprint() for other in others)}) == 5
+
+
+LAYOUT = KVLayout("m", (KVGroup((0, 2)), KVGroup((1,), 128)), 4, 64, 32, "float32")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"block_size": 16, "dtype": "bfloat16"},
+        {"num_kv_heads": 2, "first_kv_head": 2, "total_kv_heads": 4},
+    ],
+)
+def test_the_same_content_in_another_shape_is_compatible(other) -> None:
+    other = replace(LAYOUT, **other)
+    assert other.fingerprint() != LAYOUT.fingerprint()
+    assert LAYOUT.incompatibility(other) is None
+    assert other.incompatibility(LAYOUT) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("model", {"model": "m at another revision"}),
+        ("groups of layers", {"groups": LAYOUT.groups[:1]}),
+        ("groups of layers", {"groups": (KVGroup((0, 2)), KVGroup((1,), 64))}),
+        ("total_kv_heads", {"total_kv_heads": 8}),
+        ("head_dim", {"head_dim": 32}),
+    ],
+)
+def test_other_content_is_refused_with_both_fingerprints(field, other) -> None:
+    other = replace(LAYOUT, **other)
+    reason = LAYOUT.incompatibility(other)
+    assert f"{field} is" in reason
+    assert LAYOUT.fingerprint() in reason
+    assert other.fingerprint() in reason
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"block_size": 0},
+        {"dtype": "int8"},
+        {"num_kv_heads": -1},
+        {"first_kv_head": -1, "total_kv_heads": 8},
+        {"first_kv_head": 1},
+        {"total_kv_heads": 3},
+    ],
+)
+def test_a_shape_that_no_pool_has_is_no_layout(other) -> None:
+    with pytest.raises(ValueError, match=r"KV heads|shape"):
+        replace(LAYOUT, **other)
+    row = msgspec.to_builtins({**msgspec.structs.asdict(LAYOUT), **other}).values()
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(list(row), KVLayout)
 
 
 def test_capacity_is_that_of_the_full_attention_group() -> None:

@@ -236,6 +236,16 @@ def test_without_prefix_caching_nothing_is_kept():
     assert kv.free_blocks == (64, 32, 32)
 
 
+def test_fragmentation_is_what_lies_outside_the_longest_run_of_writable_blocks():
+    kv = KVCache(LAYOUT, (64, 32, 32), is_prefix_caching=False)
+    assert kv.fragmentation == (0, 0, 0)
+    for name in "abc":
+        kv.open(name, [], 0)
+        kv.grow(name, 16)
+    kv.close("b")  # blocks 4 to 7 between a and c; 52 and 20 behind c
+    assert kv.fragmentation == pytest.approx((4 / 56, 4 / 24, 4 / 24))
+
+
 def test_opening_twice_is_a_bug():
     kv = KVCache(LAYOUT, (64, 32, 32))
     kv.open("a", [], 0)

@@ -194,7 +194,10 @@ def test_a_block_handed_out_anew_is_noticed_without_digests_too(
 
 
 def test_prompts_are_really_streamed() -> None:
-    cluster, _ = run_seed(2)
+    cluster = SimCluster(ClusterSpec(max_num_batched_tokens=32))
+    for request in make_requests(random.Random(0), 5):
+        cluster.submit(request, 10 * NS_PER_MS)
+    cluster.run()
     lines = [msgspec.json.encode(e) for w in cluster.workers.values() for e in w.log]
     assert any(b"Progress" in line for line in lines)
 

@@ -76,6 +76,7 @@ def test_load_is_said_when_idle_again() -> None:
     story.step()
     (load,) = story.heard(Load)
     assert (load.waiting, load.running, load.free_blocks) == (0, 0, (16,))
+    assert load.fragmentation == (0.0,)
     assert all(send.to == CONTROLLER for send in story.said)
 
 

@@ -1,0 +1,122 @@
+"""What things will take: a step of a worker, a transfer between two. Pure formulas and what feeds
+them.
+
+    prefill   a + b * S + c * (S^2 + 2 * S * P)       S new tokens behind P that are there already
+    decode    d + e * batch + f * context_tokens
+    transfer  T0 + R * alpha + bytes / bandwidth       R spans
+
+A step that does both costs both, but reads the weights once: d stands for a then. Each worker's
+coefficients start from its profile and follow the steps that it reports (`control/fit.py`), so
+hardware may be mixed without anybody saying so; each pair of workers has a transfer of its own
+as soon as it has reported a few.
+
+Source: FlowKV's and Splitwise's step models; the transfer's is FlowKV's table (2 ms + 33 us a call
++ bytes at the link's rate), fitted.
+"""
+
+from collections import OrderedDict
+from typing import Final
+
+import numpy as np
+
+from penstock.control.fit import Fit, Float64
+from penstock.control.profiles import coefficients_ns
+from penstock.core.messages import PullSample, StepSample
+from penstock.core.types import WorkerId
+
+A, B, C, D, E, F = range(6)
+"""Columns of a worker's coefficients, in ns (per token, per S^2 + 2SP, per sequence)."""
+
+TRANSFER_PRIOR_NS: Final = (500_000.0, 33_000.0, 0.2)
+"""T0, alpha and ns per byte of a pair that nobody has measured: 5 GB/s."""
+PAIRS_MAX: Final = 4096
+OWN_AFTER: Final = 4
+"""Transfers of a pair after which its own fit is used instead of that of all pairs."""
+
+
+def step_row(sample: StepSample) -> tuple[float, ...]:
+    """Return what a step had of each coefficient."""
+    has_decodes = sample.decodes > 0
+    return (
+        float(sample.prefill_tokens > 0 and not has_decodes),
+        sample.prefill_tokens,
+        sample.prefill_work,
+        float(has_decodes),
+        sample.decodes,
+        sample.context_tokens,
+    )
+
+
+def prefill_ns(coefficients: Float64, new: Float64, prefix: Float64, chunk: Float64) -> Float64:
+    """Return the time to compute `new` tokens behind `prefix`, in steps of `chunk` tokens.
+
+    Coefficients are [..., 6]; the others broadcast against [...].
+    """
+    num_steps = np.ceil(new / chunk)
+    work = new * (new + 2 * prefix)
+    return (
+        coefficients[..., A] * num_steps + coefficients[..., B] * new + coefficients[..., C] * work
+    )
+
+
+def decode_ns(coefficients: Float64, batch: Float64, context_tokens: Float64) -> Float64:
+    """Return the time of a step that gives each of `batch` sequences a token."""
+    return (
+        coefficients[..., D] + coefficients[..., E] * batch + coefficients[..., F] * context_tokens
+    )
+
+
+class WorkerCost:
+    """The step times of one worker: its profile, corrected by what it reports."""
+
+    __slots__ = ("fit",)
+
+    def __init__(self, profile: str = "") -> None:
+        self.fit = Fit(coefficients_ns(profile))
+
+    def learn(self, samples: tuple[StepSample, ...]) -> Float64:
+        """Take in steps that were run; return the coefficients from now on."""
+        for sample in samples:
+            self.fit.update(step_row(sample), sample.duration_ns)
+        return self.fit.coefficients
+
+
+class TransferCosts:
+    """The transfer times between workers, per pair where there is something to go by."""
+
+    def __init__(self) -> None:
+        self.all_pairs = Fit(TRANSFER_PRIOR_NS)
+        self._pairs: OrderedDict[tuple[WorkerId, WorkerId], Fit] = OrderedDict()
+
+    def learn(self, to: WorkerId, samples: tuple[PullSample, ...]) -> None:
+        """Take in pulls that `to` has made. Keeps the `PAIRS_MAX` pairs heard of last."""
+        for sample in samples:
+            row = (1.0, sample.num_spans, sample.num_bytes)
+            if not self.all_pairs.update(row, sample.duration_ns):
+                continue
+            pair = (sample.source, to)
+            fit = self._pairs.get(pair)
+            if fit is None:
+                fit = self._pairs[pair] = Fit(self.all_pairs.coefficients)
+            self._pairs.move_to_end(pair)
+            fit.update(row, sample.duration_ns)
+            if len(self._pairs) > PAIRS_MAX:
+                self._pairs.popitem(last=False)
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """Drop what is known of a worker that is gone: its successor may be elsewhere."""
+        for pair in [pair for pair in self._pairs if worker_id in pair]:
+            del self._pairs[pair]
+
+    def coefficients(self, source: WorkerId, to: WorkerId) -> Float64:
+        """Return T0, alpha and ns per byte from `source` to `to`."""
+        fit = self._pairs.get((source, to))
+        is_known = fit is not None and fit.num_samples >= OWN_AFTER
+        return fit.coefficients if fit is not None and is_known else self.all_pairs.coefficients
+
+    def predict_ns(
+        self, source: WorkerId, to: WorkerId, num_bytes: float, num_spans: float
+    ) -> float:
+        """Return the expected time of one transfer."""
+        fixed, per_span, per_byte = self.coefficients(source, to).tolist()
+        return float(fixed + per_span * num_spans + per_byte * num_bytes)

@@ -1,0 +1,125 @@
+"""What keeps two processes from moving blocks is found; the rest is measured all the same."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from penstock.cli.checks import handoff, rates
+from penstock.cli.checks.finding import Extent, Finding, State
+from penstock.cli.checks.handoff import check_handoff
+from penstock.cli.checks.rates import Plain, _rate_findings
+from penstock.core.errors import PeerLost
+from penstock.core.types import MIB
+from penstock.transport.shm import MappedPool, SharedMemory
+from penstock.transport.tcp import Tcp
+
+EXTENT = Extent(is_quick=True, moved_bytes=MIB, repetitions=2)
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+def look() -> dict[str, Finding]:
+    return {finding.name: finding for finding in check_handoff(EXTENT)}
+
+
+def refuse(*_arguments: object) -> None:
+    raise PeerLost("Permission denied")
+
+
+def test_memory_of_others_that_cannot_be_mapped(monkeypatch):
+    monkeypatch.setattr(SharedMemory, "open", refuse)
+    found = look()
+    assert found["shm"].state is State.FAILED
+    assert "Permission denied" in found["shm"].said
+    assert "--transport tcp" in found["shm"].advice
+    assert found["tcp"].state is State.OK
+    assert "tcp in 16 spans" in found
+    assert "shm in 1 span" not in found
+
+
+def test_loopback_that_is_closed(monkeypatch):
+    monkeypatch.setattr(Tcp, "open", refuse)
+    found = look()
+    assert found["tcp"].state is State.WARNING
+    assert "firewall" in found["tcp"].advice
+    assert found["shm"].state is State.OK
+
+
+def test_wrong_bytes_are_seen(monkeypatch):
+    pull = MappedPool.pull
+
+    def flip(self: MappedPool, destination, spans) -> None:
+        pull(self, destination, spans)
+        destination.blocks[3, 7] ^= 1
+
+    monkeypatch.setattr(MappedPool, "pull", flip)
+    assert look()["shm"].state is State.FAILED
+
+
+def test_a_stranger_who_is_let_in_is_a_failure(monkeypatch):
+    monkeypatch.setattr(handoff.secrets, "token_bytes", lambda count: b"k" * count)
+    found = look()
+    assert found["authentication"].state is State.FAILED
+
+
+def test_a_second_process_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(handoff.sys, "executable", "/bin/false")
+    (finding,) = check_handoff(EXTENT)
+    assert finding.state is State.FAILED
+    assert finding.advice
+    monkeypatch.setattr(handoff.sys, "executable", "/no/such/python")
+    (finding,) = check_handoff(EXTENT)
+    assert "No such file" in finding.said
+
+
+def test_other_names_and_another_clock(monkeypatch):
+    monkeypatch.setattr(handoff, "name_of_a_block", lambda: "another")
+    monkeypatch.setattr(Plain, "skew_ns", lambda _self: (5_000_000_000, 20_000))
+    found = look()
+    assert found["names of blocks"].state is State.FAILED
+    assert found["clock"].state is State.WARNING
+    assert found["clock"].figures["clock_skew_s"] == 5.0
+
+
+def test_the_clock_of_a_process_on_this_machine_is_ours():
+    assert abs(look()["clock"].figures["clock_skew_s"]) < 0.5
+
+
+def test_a_rate_far_below_what_is_possible_is_a_warning():
+    measured = {
+        "memcpy": 20e9, "socket": 4e9,
+        "shm in 1": 19e9, "shm in n": 4e9, "tcp in 1": 1e9, "tcp in n": 3.9e9,
+    }  # fmt: skip
+    found = {f.name: f for f in _rate_findings(measured, Extent(), 1024)}
+    assert [name for name, f in found.items() if f.state is State.WARNING] == [
+        "shm in 1,024 spans",
+        "tcp in 1 span",
+    ]
+    assert found["shm in 1,024 spans"].figures["share"] == pytest.approx(0.2)
+    slow = next(_rate_findings(measured | {"memcpy": 1e9}, Extent(), 1024))
+    assert slow.state is State.WARNING
+
+
+def test_what_is_scattered_takes_as_many_spans_as_blocks():
+    @dataclasses.dataclass
+    class Seen:
+        spans: list[np.ndarray]
+
+        def pull(self, _destination, spans: np.ndarray) -> None:
+            self.spans.append(spans)
+
+    seen = Seen([])
+    region = handoff.SharedPool(16, 64).region
+    moves = rates._moves(None, {"x": (seen, seen)}, region)
+    moves["x in 1"]()
+    moves["x in n"]()
+    assert [len(spans) for spans in seen.spans] == [1, 16]
+    assert int(seen.spans[1][:, 0].max()) < 32
+
+
+@pytest.fixture(autouse=True)
+def _private_key(monkeypatch, tmp_path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return
