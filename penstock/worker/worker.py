@@ -280,6 +280,7 @@ class Worker:
             taken = zip(plan.step.digests_of, event.digests, strict=True)
             for group, (block_ids, digests) in enumerate(taken):
                 self.kv.note_digests(group, zip(block_ids, digests, strict=True))
+        drawn = plan.run_ahead(event.sampled)
         for sequence, num_new in plan.parts:
             if sequence.state is SequenceState.CLOSING:
                 self._forget(sequence)
@@ -290,8 +291,8 @@ class Worker:
                 commands += self._hand_off(sequence, now_ns)
         outputs = [
             output
-            for sample, sampled in zip(plan.step.samples, event.sampled, strict=True)
-            if (output := self._append(plan.parts[sample.row][0], sampled, now_ns))
+            for sample, (ahead, last) in zip(plan.step.samples, drawn, strict=True)
+            if (output := self._append(plan.parts[sample.row][0], ahead, last, now_ns))
         ]
         if outputs:
             tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
@@ -305,8 +306,10 @@ class Worker:
             sequence.name_blocks(block_size)
         self.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
 
-    def _append(self, sequence: Sequence, sampled: Sampled, now_ns: int) -> TokenOutput | None:
-        """Give a sequence its new token; the last one ends it."""
+    def _append(
+        self, sequence: Sequence, ahead: tuple[int, ...], sampled: Sampled, now_ns: int
+    ) -> TokenOutput | None:
+        """Give a sequence its new token; the last one ends it. It has those `ahead` already."""
         if sequence.state is not SequenceState.RUNNING:
             return None
         reason = sequence.append(sampled.token_id)
@@ -321,7 +324,7 @@ class Worker:
             self._forget(sequence)
         return TokenOutput(
             sequence.request_id,
-            (sampled.token_id,),
+            (*ahead, sampled.token_id),
             (sampled.logprobs,) if sampled.logprobs else (),
             reason,
             timeline,
