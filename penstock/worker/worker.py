@@ -38,6 +38,7 @@ from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.worker.decode import RENEW_KEY, PullDesk
+from penstock.worker.names import NameReports
 from penstock.worker.prefill import LEASE_KEY, OfferDesk
 from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Plan, Scheduler
@@ -56,6 +57,7 @@ class Worker:
         self.offers = OfferDesk(config, self.kv)
         self.pulls = PullDesk(config, self.kv)
         self.samples = Samples()
+        self.names = NameReports(config, self.kv)
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
@@ -74,7 +76,8 @@ class Worker:
         """
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
-        return self._go_on(now_ns) + said + self._report(now_ns)
+        acts = self._go_on(now_ns) + said
+        return acts + self.names.due(now_ns, is_idle=self.is_idle) + self._report(now_ns)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
