@@ -48,8 +48,9 @@ SIM_FORBIDDEN_CLASSES = ("Scheduler", "Allocator", "Policy", "Router")
 MODULE_OF = {"pyzmq": "zmq", "prometheus-client": "prometheus_client"}
 # Dependencies that nobody imports, each used by the one behind it.
 USED_THROUGH = {"jinja2": "transformers", "uvloop": "uvicorn", "httptools": "uvicorn"}
-# Modules that are used where they happen to be installed: triton comes with torch for CUDA.
-OPTIONAL_MODULES = {"triton"}
+# Modules that are used where they are installed: triton comes with torch for CUDA, NIXL with the
+# extra of its name.
+OPTIONAL_MODULES = {"triton", "nixl"}
 
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 PICKLING_METHODS = {"send_pyobj", "recv_pyobj"}

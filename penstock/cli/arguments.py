@@ -120,10 +120,6 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--executor", choices=("model", "instant"), default="model", help=argparse.SUPPRESS
     )
-    # How KV blocks cross between workers. On one host nothing is better than shared memory.
-    parser.add_argument(
-        "--transport", choices=("auto", "shm", "tcp"), default="auto", help=argparse.SUPPRESS
-    )
 
 
 def _add_workers(group: "argparse._ArgumentGroup") -> None:
@@ -170,6 +166,13 @@ def _add_workers(group: "argparse._ArgumentGroup") -> None:
         choices=(16, 32, 64, 128),
         default=32,
         help="tokens of a KV block (default: 32)",
+    )
+    add(
+        "--transport",
+        choices=("auto", "shm", "tcp"),
+        default="auto",
+        help="how KV gets from worker to worker (default: auto, the fastest that leads there: "
+        "shared memory on one host)",
     )
     add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
     add(

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class ServeConsole:
-    """The voice of `penstock serve`."""
+    """The voice of `penstock serve`. `transport` is what was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str = "auto") -> None:
+        self._transport = transport
         self._is_terminal = sys.stderr.isatty()
         self._progress: Progress | None = None
         self._last_stage = ""
@@ -67,7 +68,7 @@ class ServeConsole:
             ("model", f"{name}, up to {model.max_model_len} tokens{_limit_note(model)}"),
             ("engine", model.description),
             ("KV cache", _kv_line(model)),
-            ("transport", _transport_line(workers)),
+            ("transport", _transport_line(workers, self._transport)),
             ("address", address),
         ]
         if self._is_terminal:
@@ -119,10 +120,13 @@ def _kv_line(model: ModelFacts) -> str:
     )
 
 
-def _transport_line(workers: list[WorkerInfo]) -> str:
-    """Say how KV blocks get from each worker that hands off to each that takes over."""
+def _transport_line(workers: list[WorkerInfo], asked: str) -> str:
+    """Say how KV blocks get from each worker that hands off to each that takes over.
+
+    What was asked for is taken or nothing is moved; otherwise it is what the memory is made for.
+    """
     pairs = [
-        f"{source.worker_id} → {taker.worker_id} {_kinds(source)}"
+        f"{source.worker_id} → {taker.worker_id} {_kinds(source) if asked == 'auto' else asked}"
         for source in workers
         for taker in workers
         if source.role is Role.PREFILL and taker.role is Role.DECODE
@@ -133,7 +137,8 @@ def _transport_line(workers: list[WorkerInfo]) -> str:
 
 
 def _kinds(info: WorkerInfo) -> str:
-    return "/".join(dict.fromkeys(region.kind for region in info.regions))
+    kinds = "/".join(dict.fromkeys(region.kind for region in info.regions))
+    return f"shm ({kinds})"
 
 
 def _show_table(facts: list[tuple[str, str]], workers: list[WorkerInfo]) -> None:

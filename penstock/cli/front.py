@@ -42,7 +42,7 @@ class Front:
         self._listener = listener
         self._options = options
         self._started_s = started_s
-        self._console = ServeConsole()
+        self._console = ServeConsole(options.transport)
         self._num_signals = 0
 
     async def run(self) -> int:

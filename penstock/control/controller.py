@@ -28,6 +28,7 @@ from penstock.core.events import (
 )
 from penstock.core.messages import (
     Assign,
+    BlocksChanged,
     Cancel,
     Expired,
     Hello,
@@ -124,6 +125,8 @@ class Controller:
             case Load(worker_id=worker_id):
                 if worker_id in self.workers:
                     self.workers[worker_id].load = event
+                return []
+            case BlocksChanged():
                 return []
             case RequestFailed():
                 return self._take_failure(event, now_ns)

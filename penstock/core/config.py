@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import StartupFailed
-from penstock.core.types import NS_PER_S, Role, WorkerId
+from penstock.core.types import NS_PER_MS, NS_PER_S, Role, WorkerId
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
@@ -58,6 +58,12 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     load_interval_ns: int = NS_PER_S
     lease_ns: int = 5 * NS_PER_S
     """How long offered blocks are kept for a decode worker that says nothing."""
+    names_interval_ns: int | None = 100 * NS_PER_MS
+    """How often the controller is told, at most, which blocks came and went; None: never."""
+    max_repeats: int = 1
+    """Decode steps that the executor may run in a row while nobody waits. Whoever asks for more
+    than one has an executor that stops when something else comes: the simulator.
+    """
 
 
 class ControllerConfig(Struct, frozen=True, kw_only=True):

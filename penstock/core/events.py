@@ -45,6 +45,8 @@ class Drain(Struct, frozen=True, tag=True):
 class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     """The executor finished a step; `sampled[i]` belongs to `samples[i]`, `digests` to `digests_of`
     (empty when this executor takes none). `error` is set when it failed as a whole.
+
+    Of a step that was run several times, `sampled` has as many rounds of samples.
     """
 
     step_id: int

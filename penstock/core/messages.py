@@ -6,8 +6,9 @@ who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, PeerUp, PeerDown, Stop, Ping      worker
 controller              Tokens, RequestFailed                             front
-worker                  Hello, Load, Tokens, Offered, Expired, RequestFailed, Ping  controller
-prefill worker          Offer, Progress, Withdraw                          decode worker
+worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
+                        Expired, RequestFailed, Ping
+prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release                                    prefill worker
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
@@ -22,7 +23,15 @@ from penstock.core.block import KVLayout
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.step import TokenLogprobs
-from penstock.core.types import BlockId, Digest, FinishReason, RequestId, Role, WorkerId
+from penstock.core.types import (
+    BlockHash,
+    BlockId,
+    Digest,
+    FinishReason,
+    RequestId,
+    Role,
+    WorkerId,
+)
 
 # ---------------------------------------------------------------------------------- what they carry
 
@@ -212,6 +221,17 @@ class Load(Tagged, frozen=True):
     fragmentation: tuple[float, ...] = ()
 
 
+class BlocksChanged(Tagged, frozen=True):
+    """Names of blocks that this incarnation of a worker has for prefix hits since it last said so,
+    and of those that it has no more.
+    """
+
+    worker_id: WorkerId
+    epoch: int
+    stored: tuple[BlockHash, ...]
+    removed: tuple[BlockHash, ...] = ()
+
+
 class Tokens(Tagged, frozen=True):
     """What one step produced."""
 
@@ -321,6 +341,7 @@ Message = (
     | Evict
     | Leave
     | Load
+    | BlocksChanged
     | Tokens
     | Offered
     | Expired

@@ -42,6 +42,9 @@ class Step(Struct, frozen=True):
     samples      the sequences whose last new token is their last known one
     digests_of   per group, the blocks whose content is complete with this step: a digest is
                  taken of each when the step is over
+    repeats      how often in a row it may be run, each time on the tokens just sampled; more than
+                 once only when every sequence has one new token, is sampled, cannot end before
+                 the last time and has blocks for all. The executor may stop early
     """
 
     step_id: int
@@ -51,6 +54,7 @@ class Step(Struct, frozen=True):
     block_tables: tuple[Int32, ...]
     samples: tuple[SampleRow, ...]
     digests_of: tuple[tuple[BlockId, ...], ...] = ()
+    repeats: int = 1
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

@@ -222,6 +222,13 @@ class KVCache:
         for block_id, digest in digests:
             self.groups[group].pool.note_digest(block_id, digest)
 
+    def watch_names(self) -> dict[BlockHash, bool]:
+        """Return the names that a prefix look-up needs as they come (True) and go, from all there
+        are now; the caller empties it. Of a full-attention group, where there is one.
+        """
+        groups = sorted(self.groups, key=lambda group: group.window > 0)
+        return groups[0].pool.prefix_cache.watch()
+
     # --- queries
 
     def tables(self, request_ids: Iterable[RequestId], max_tokens: int) -> tuple[Int32, ...]:

@@ -25,6 +25,8 @@ class PrefixCache:
         self._hash_of: dict[BlockId, BlockHash] = {}
         self._kept: OrderedDict[BlockId, None] = OrderedDict()
         self._spare: set[BlockId] = set()
+        self.changes: dict[BlockHash, bool] | None = None
+        """Names that came (True) or went since this was last emptied; None while nobody asks."""
 
     @property
     def num_indexed(self) -> int:
@@ -91,6 +93,8 @@ class PrefixCache:
         assert block_id not in self._hash_of, f"block {block_id} has a name already"
         self._block_of[block_hash] = block_id
         self._hash_of[block_id] = block_hash
+        if self.changes is not None:
+            self.changes[block_hash] = True
 
     def park(self, block_id: BlockId) -> None:
         """Keep a block that nobody holds any more, as the latest of all."""
@@ -119,7 +123,17 @@ class PrefixCache:
         """Drop the names of those blocks that are spare: they are about to be overwritten."""
         for block_id in self._spare.intersection(block_ids):
             self._spare.remove(block_id)
-            del self._block_of[self._hash_of.pop(block_id)]
+            block_hash = self._hash_of.pop(block_id)
+            del self._block_of[block_hash]
+            if self.changes is not None:
+                self.changes[block_hash] = False
+
+    def watch(self) -> dict[BlockHash, bool]:
+        """Note from now on which names come and go; begin with all there are. The caller empties
+        what is returned.
+        """
+        self.changes = dict.fromkeys(self._block_of, True)
+        return self.changes
 
     def check(self) -> None:
         """Assert that the index is one to one and that idle blocks are in it once."""

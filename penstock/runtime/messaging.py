@@ -1,12 +1,14 @@
-"""`Messenger`: messages between nodes over ZeroMQ, one private Unix socket per node.
+"""`Messenger`: messages between nodes over ZeroMQ: a private Unix socket per node, and a port
+beside it where other hosts take part.
 
-Each node binds one PULL socket and opens a PUSH socket to a peer when it first has an address for
-it: there is no world to join. A frame is an `Envelope`: the sender, its epoch, and all messages
-that one turn of the loop had for this peer. Messages between two nodes arrive in order or, from
-some point on, not at all: a link whose peer is gone or does not read is cut for good rather than
-left with a gap. An address belongs to one incarnation of a worker, so nothing meant for a dead one
-reaches its successor; what a dead one had said is dropped once `forget` has been called; and what a
-peer says before the controller has introduced it waits until then.
+Each node binds one PULL socket, or two, and opens a PUSH socket to a peer when it first has an
+address for it: there is no world to join. What crosses TCP is encrypted, and only members of the
+cluster can speak or listen (`curve.py`). A frame is an `Envelope`: the sender, its epoch, and all
+messages that one turn of the loop had for this peer. Messages between two nodes arrive in order or,
+from some point on, not at all: a link whose peer is gone or does not read is cut for good rather
+than left with a gap. An address belongs to one incarnation of a worker, so nothing meant for a dead
+one reaches its successor; what a dead one had said is dropped once `forget` has been called; and
+what a peer says before the controller has introduced it waits until then.
 
 The raw socket with its descriptor in the loop costs 9 µs of CPU per message where `zmq.asyncio`
 costs 28 (Zen 5, both ends decoding 16 tokens). It knows no core: `transport.py` puts it behind the
@@ -16,6 +18,8 @@ port.
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -25,6 +29,7 @@ from msgspec import Raw, Struct
 from penstock.core.errors import StartupFailed
 from penstock.core.messages import WIRE_ERRORS, Message, encode_message
 from penstock.core.types import MIB, WorkerId
+from penstock.runtime.curve import CurveKeys, Gatekeeper
 
 HIGH_WATER_MARK = 10_000
 """Frames that wait for a peer before its link is cut. One worker sends a frame per model step."""
@@ -37,6 +42,18 @@ HELD_FRAMES_MAX = 1000
 """Frames kept for peers that have not been introduced yet."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Where a node listens for other hosts: `host` is one of this machine's addresses, `advertised`
+    what others call it by, the same if "". Port 0 takes a free one.
+    """
+
+    keys: CurveKeys
+    host: str
+    port: int = 0
+    advertised: str = ""
 
 
 class Envelope(Struct, frozen=True, array_like=True):
@@ -58,9 +75,10 @@ class OpenedEnvelope(Struct, frozen=True, array_like=True):
 class _Link:
     """The way to one incarnation of a peer. `socket` is None once the link is cut."""
 
-    def __init__(self, epoch: int, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, epoch: int, address: str, socket: zmq.Socket[bytes] | None) -> None:
         self.epoch = epoch
-        self.socket: zmq.Socket[bytes] | None = socket
+        self.address = address
+        self.socket = socket
         self.outbox: list[Raw] = []
 
 
@@ -76,11 +94,20 @@ class Messenger:
         *,
         hears_strangers: bool = False,
         high_water_mark: int = HIGH_WATER_MARK,
+        network: Network | None = None,
+        on_fenced: Callable[[WorkerId, int], None] = lambda sender, epoch: None,
     ) -> None:
         self.name = name
         self.epoch = epoch
         self.num_dropped = 0
         """Frames and messages that were not delivered: not understood, fenced off, or to nobody."""
+        self.heard_s: dict[WorkerId, tuple[int, float]] = {}
+        """Of each sender the incarnation that was heard last, and when, by the loop's clock."""
+        self.remote_address = ""
+        """Where nodes on other hosts reach this one, once it is open."""
+        self._network = network
+        self._on_fenced = on_fenced
+        self._gatekeeper: Gatekeeper | None = None
         self._path = folder / f"{name}.{epoch}.sock"
         self._deliver = deliver
         self._hears_strangers = hears_strangers
@@ -94,7 +121,7 @@ class Messenger:
 
     @property
     def address(self) -> str:
-        """Where peers reach this incarnation of this node."""
+        """Where nodes of the same private folder reach this incarnation of this node."""
         return f"ipc://{self._path}"
 
     def open(self) -> None:
@@ -109,23 +136,49 @@ class Messenger:
             )
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.setsockopt(zmq.RCVHWM, self._high_water_mark)
-        self._inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+        self._inboxes: list[zmq.Socket[bytes]] = []
+        self._listen(self.address)
+        if self._network is not None:
+            self._gatekeeper = Gatekeeper(self._context, self._network.keys)
+            self._listen_to_hosts(self._network)
+
+    def _listen(self, address: str, keys: CurveKeys | None = None) -> zmq.Socket[bytes]:
+        inbox = self._context.socket(zmq.PULL)
+        inbox.setsockopt(zmq.RCVHWM, self._high_water_mark)
+        inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+        if keys is not None:
+            keys.guard(inbox)
+            inbox.setsockopt(zmq.IPV6, "[" in address)
         try:
-            self._inbox.bind(self.address)
+            inbox.bind(address)
         except zmq.ZMQError as error:
-            raise StartupFailed(f"cannot listen at {self._path}: {error}") from error
-        self._inbox_fd = int(self._inbox.getsockopt(zmq.FD))
-        self._loop.add_reader(self._inbox_fd, self._read)
+            inbox.close(0)
+            raise StartupFailed(f"cannot listen at {address}: {error}") from error
+        self._inboxes.append(inbox)
+        read = partial(self._read, inbox)
+        self._loop.add_reader(int(inbox.getsockopt(zmq.FD)), read)
         # The descriptor signals edges: whatever came before it was watched is read now.
-        self._loop.call_soon(self._read)
+        self._loop.call_soon(read)
+        return inbox
+
+    def _listen_to_hosts(self, network: Network) -> None:
+        host = f"[{network.host}]" if ":" in network.host else network.host
+        inbox = self._listen(f"tcp://{host}:{network.port or '*'}", network.keys)
+        endpoint = inbox.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes), endpoint
+        port = endpoint.rstrip(b"\0").rpartition(b":")[2].decode()
+        known_as = network.advertised or network.host
+        known_as = f"[{known_as}]" if ":" in known_as else known_as
+        self.remote_address = f"tcp://{known_as}:{port}"
 
     def close(self) -> None:
         """Send what is queued, waiting at most `LINGER_MS`, and forget all links."""
         self._flush()
-        self._loop.remove_reader(self._inbox_fd)
-        self._inbox.close(0)
+        for inbox in self._inboxes:
+            self._loop.remove_reader(int(inbox.getsockopt(zmq.FD)))
+            inbox.close(0)
+        if self._gatekeeper is not None:
+            self._gatekeeper.close()
         for link in self._links.values():
             _cut(link, LINGER_MS)
         self._links.clear()
@@ -138,12 +191,39 @@ class Messenger:
         if link is not None and link.epoch >= epoch:
             return
         self.forget(peer, epoch - 1)
+        self._links[peer] = _Link(epoch, address, self._call(address))
+
+    def renew(self, peer: WorkerId) -> None:
+        """Open the link to a peer anew, for another program at the same address; what was queued
+        for the old one is dropped.
+        """
+        link = self._links[peer]
+        _cut(link, 0)
+        link.socket = self._call(link.address)
+
+    def route(self, address: str, remote_address: str) -> str:
+        """Return which of a node's two addresses leads there from here."""
+        is_near = Path(address.removeprefix("ipc://")).parent == self._path.parent
+        return address if is_near or not remote_address else remote_address
+
+    def _call(self, address: str) -> zmq.Socket[bytes] | None:
+        """Return a socket that calls; None where a peer's address is none."""
         socket = self._context.socket(zmq.PUSH)
         socket.setsockopt(zmq.SNDHWM, self._high_water_mark)
-        # An address is never bound twice, so there is nothing to reconnect to.
+        # A worker's address is never bound twice, and what a cut connection swallowed is missing.
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        socket.connect(address)
-        self._links[peer] = _Link(epoch, socket)
+        if address.startswith("tcp:"):
+            assert self._network is not None, f"{self.name} has no key for {address}"
+            self._network.keys.unlock(socket)
+            socket.setsockopt(zmq.IPV6, "[" in address)
+            socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            _log.warning("%r cannot be called: %s", address, error)
+            socket.close(0)
+            return None
+        return socket
 
     def forget(self, peer: WorkerId, epoch: int) -> None:
         """Cut the link to a dead incarnation, and drop what it may still have said."""
@@ -181,21 +261,21 @@ class Messenger:
                 _log.warning("%s is gone or does not read: its link is cut", peer)
             link.outbox = []
 
-    def _read(self) -> None:
+    def _read(self, inbox: zmq.Socket[bytes]) -> None:
         """Deliver what has come in. Unless the socket is empty in the end, ask for another turn:
         the descriptor tells of a change only once.
         """
         is_empty = False
         try:
             for _ in range(FRAMES_PER_TURN):
-                if self._inbox.closed:
+                if inbox.closed:
                     return
-                self._take(self._inbox.recv(zmq.DONTWAIT))
+                self._take(inbox.recv(zmq.DONTWAIT))
         except zmq.Again:
             is_empty = True
         finally:
-            if not is_empty and not self._inbox.closed:
-                self._loop.call_soon(self._read)
+            if not is_empty and not inbox.closed:
+                self._loop.call_soon(self._read, inbox)
 
     def _take(self, frame: bytes) -> None:
         try:
@@ -204,6 +284,7 @@ class Messenger:
             self.num_dropped += 1
             _log.warning("a frame of %d bytes was dropped: %s", len(frame), error)
             return
+        self.heard_s[envelope.sender] = envelope.epoch, self._loop.time()
         if not self._held and self._is_introduced(envelope):
             self._deliver_all(envelope)
             return
@@ -225,6 +306,8 @@ class Messenger:
         return link is not None and link.epoch >= envelope.epoch
 
     def _deliver_all(self, envelope: OpenedEnvelope) -> None:
+        if envelope.epoch <= self._fences.get(envelope.sender, -1):
+            self._on_fenced(envelope.sender, envelope.epoch)
         for message in envelope.messages:
             # Looked up each time: the message before may have told of the sender's end.
             if envelope.epoch <= self._fences.get(envelope.sender, -1):

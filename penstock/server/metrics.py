@@ -9,6 +9,7 @@ counts, `app.py` scrapes.
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.metrics_core import (
@@ -22,8 +23,8 @@ from prometheus_client.registry import Collector
 from penstock.core.errors import PenstockError
 from penstock.core.messages import Load, WorkerInfo
 from penstock.core.request import Timeline
-from penstock.core.service import ClusterStatus
-from penstock.core.types import KIB, NS_PER_S
+from penstock.core.service import ClusterStatus, WorkerStatus
+from penstock.core.types import NS_PER_S
 from penstock.server.choice import Choice
 from penstock.server.errors import error_kind
 
@@ -31,12 +32,13 @@ _STEPS = (1.0, 2.5, 5.0)
 SECONDS = tuple(step * 10.0**power for power in range(-4, 3) for step in _STEPS)
 TOKEN_SECONDS = tuple(step * 10.0**power for power in range(-5, 1) for step in _STEPS)
 TOKENS = tuple(step * 10.0**power for power in range(6) for step in (1.0, 2.0, 5.0))
-BYTES = tuple(float(KIB * 4**power) for power in range(14))
+BYTES_PER_SECOND = tuple(step * 10.0**power for power in range(6, 12) for step in _STEPS)
 SPANS = tuple(float(2**power) for power in range(14))
 
 
 Series = dict[tuple[str, ...], float]
 """Values by the labels that come behind `model_name`."""
+Value = TypeVar("Value")
 
 
 class Histogram:
@@ -64,6 +66,18 @@ class Histogram:
         return result
 
 
+class Histograms(dict[str, Histogram]):
+    """Histograms of one kind by a label, made when the label is first seen."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        super().__init__()
+        self._bounds = bounds
+
+    def __missing__(self, label: str) -> Histogram:
+        made = self[label] = Histogram(self._bounds)
+        return made
+
+
 class Metrics(Collector):
     """Everything one application counts, with a registry of its own."""
 
@@ -79,11 +93,13 @@ class Metrics(Collector):
             "request_prefill_time_seconds": Histogram(SECONDS),
             "request_prompt_tokens": Histogram(TOKENS),
             "request_generation_tokens": Histogram(TOKENS),
-            "kv_transfer_bytes": Histogram(BYTES),
-            "kv_transfer_spans": Histogram(SPANS),
+            "handoff_spans": Histogram(SPANS),
         }
-        self._transfer_seconds: dict[str, Histogram] = {}
-        self._ttft_parts: dict[str, Histogram] = {}
+        self._handoff_seconds = Histograms(SECONDS)
+        self._handoff_rates = Histograms(BYTES_PER_SECOND)
+        self._handoff_bytes: defaultdict[str, int] = defaultdict(int)
+        self._handoff_verified: defaultdict[str, int] = defaultdict(int)
+        self._ttft_parts = Histograms(SECONDS)
         self._finished: defaultdict[str, int] = defaultdict(int)
         self._failed: defaultdict[str, int] = defaultdict(int)
         self._between_tokens = self._histograms["inter_token_latency_seconds"]
@@ -132,11 +148,20 @@ class Metrics(Collector):
         self._histograms["request_prefill_time_seconds"].observe(parts["prefill"])
         for part, seconds in parts.items():
             if part != "ttft":
-                _labelled(self._ttft_parts, part).observe(seconds)
-        if timeline.pulled_ns:
-            _labelled(self._transfer_seconds, timeline.transport).observe(parts["pull"])
-            self._histograms["kv_transfer_bytes"].observe(timeline.pull_bytes)
-            self._histograms["kv_transfer_spans"].observe(timeline.pull_spans)
+                self._ttft_parts[part].observe(seconds)
+        # What was all in the prefix cache of the decode worker was not moved.
+        if timeline.pulled_ns and timeline.pull_bytes:
+            self._observe_handoff(timeline)
+
+    def _observe_handoff(self, timeline: Timeline) -> None:
+        transport = timeline.transport
+        seconds = (timeline.pulled_ns - timeline.reserved_ns) / NS_PER_S
+        self._handoff_seconds[transport].observe(seconds)
+        self._handoff_bytes[transport] += timeline.pull_bytes
+        self._handoff_verified[transport] += timeline.pull_verified
+        self._histograms["handoff_spans"].observe(timeline.pull_spans)
+        if seconds > 0:
+            self._handoff_rates[transport].observe(timeline.pull_bytes / seconds)
 
     # ------------------------------------------------------------------------------------- scraping
 
@@ -150,14 +175,11 @@ class Metrics(Collector):
         yield from self._collect_counters()
         for name, histogram in self._histograms.items():
             yield self._histogram(name, {(): histogram}, ())
+        yield self._histogram("handoff_seconds", _keyed(self._handoff_seconds), ("transport",))
         yield self._histogram(
-            "kv_transfer_seconds",
-            {(k,): h for k, h in self._transfer_seconds.items()},
-            ("transport",),
+            "handoff_bytes_per_second", _keyed(self._handoff_rates), ("transport",)
         )
-        yield self._histogram(
-            "ttft_part_seconds", {(k,): h for k, h in self._ttft_parts.items()}, ("part",)
-        )
+        yield self._histogram("ttft_part_seconds", _keyed(self._ttft_parts), ("part",))
         yield from self._collect_cluster(self._status())
 
     def _collect_counters(self) -> Iterator[Metric]:
@@ -167,25 +189,31 @@ class Metrics(Collector):
         yield self._counter("request_success", finished, ("finished_reason",))
         failed: Series = {(code,): count for code, count in self._failed.items()}
         yield self._counter("request_failure", failed, ("code",))
+        yield self._counter("handoff_bytes", _keyed(self._handoff_bytes), ("transport",))
+        yield self._counter("handoff_verified", _keyed(self._handoff_verified), ("transport",))
 
     def _collect_cluster(self, status: ClusterStatus) -> Iterator[Metric]:
         running = status.prefilling + status.handing_off + status.decoding
         yield self._gauge("num_requests_running", {(): running})
         yield self._gauge("num_requests_waiting", {(): status.queued})
         yield self._counter("request_retries", {(): status.retried})
-        usage, queries, hits, preemptions = Series(), Series(), Series(), Series()
-        for worker in status.workers:
-            if worker.load is not None:
-                key = (worker.info.worker_id, worker.info.role.value)
-                usage[key] = kv_cache_usage(worker.info, worker.load)
-                queries[key] = worker.load.prefix_queries
-                hits[key] = worker.load.prefix_hits
-                preemptions[key] = worker.load.preemptions
+        yield from self._collect_workers([w for w in status.workers if w.load is not None])
+
+    def _collect_workers(self, workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
         names = ("worker", "role")
+        loads = {(w.info.worker_id, w.info.role.value): w.load for w in workers if w.load}
+        infos = {(w.info.worker_id, w.info.role.value): w.info for w in workers}
+        usage: Series = {key: kv_cache_usage(infos[key], load) for key, load in loads.items()}
         yield self._gauge("kv_cache_usage_perc", usage, names)
-        yield self._counter("prefix_cache_queries", queries, names)
-        yield self._counter("prefix_cache_hits", hits, names)
-        yield self._counter("num_preemptions", preemptions, names)
+        scattered: Series = {
+            (*key, str(group)): share
+            for key, load in loads.items()
+            for group, share in enumerate(load.fragmentation)
+        }
+        yield self._gauge("kv_fragmentation", scattered, (*names, "group"))
+        for name, field in _WORKER_TOTALS.items():
+            totals: Series = {key: getattr(load, field) for key, load in loads.items()}
+            yield self._counter(name, totals, names)
 
     # --------------------------------------------------------------------------------------- forms
 
@@ -232,15 +260,24 @@ def kv_cache_usage(info: WorkerInfo, load: Load) -> float:
     return max((1.0 - (free + cached) / total for total, free, cached in groups), default=0.0)
 
 
-def _labelled(series: dict[str, Histogram], label: str) -> Histogram:
-    if label not in series:
-        series[label] = Histogram(SECONDS)
-    return series[label]
+def _keyed(series: Mapping[str, Value]) -> dict[tuple[str, ...], Value]:
+    """Return what is known by one label in the form of those that have several."""
+    return {(label,): value for label, value in series.items()}
 
 
 def _named(name: str) -> tuple[str, str]:
     return f"penstock:{name}", _HELP[name]
 
+
+_WORKER_TOTALS = {
+    "prefix_cache_queries": "prefix_queries",
+    "prefix_cache_hits": "prefix_hits",
+    "num_preemptions": "preemptions",
+    "handoff_corrupt": "pulls_corrupt",
+    "handoff_recomputed": "pulls_recomputed",
+    "handoff_expired": "leases_expired",
+}
+"""Totals of a worker, by the field of `Load` that has them."""
 
 _HELP = {
     "prompt_tokens": "Prompt tokens of requests that got a first token.",
@@ -257,9 +294,15 @@ _HELP = {
     "request_prompt_tokens": "Prompt tokens per request.",
     "request_generation_tokens": "Generated tokens per request.",
     "ttft_part_seconds": "Parts that add up to the time to first token.",
-    "kv_transfer_seconds": "Time of pulling one request's KV from its prefill worker.",
-    "kv_transfer_bytes": "Bytes pulled per request.",
-    "kv_transfer_spans": "Copies it took to pull one request's KV.",
+    "handoff_seconds": "Time of pulling and verifying one request's KV.",
+    "handoff_bytes": "Bytes pulled from prefill workers, by the transport really used.",
+    "handoff_bytes_per_second": "Rate of pulling one request's KV, verifying included.",
+    "handoff_spans": "Copies it took to pull one request's KV; 1 is one piece.",
+    "handoff_verified": "Requests whose pulled KV was compared with the digests of its offer.",
+    "handoff_corrupt": "Pulls whose content was not what was offered; they were pulled again.",
+    "handoff_recomputed": "Requests whose KV could not be pulled and was computed again.",
+    "handoff_expired": "Offers that nobody claimed within their lease.",
+    "kv_fragmentation": "Share of writable KV blocks outside their longest run, 0 is one piece.",
     "num_requests_running": "Requests that workers have.",
     "num_requests_waiting": "Requests waiting for a worker.",
     "kv_cache_usage_perc": "Share of KV blocks held by requests, 1 is full.",

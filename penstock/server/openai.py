@@ -103,10 +103,16 @@ def _ledger_of(choice: Choice) -> Ledger:
     if timeline is None:
         return {}
     entry: Ledger = dict(timeline.ledger(choice.delivered_ns or choice.first_ns))
-    for name in ("prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_spans"):
+    for name in _PROVEN:
         entry[name] = getattr(timeline, name)
-    entry["cached_tokens"] = timeline.cached_tokens
     return entry
+
+
+_PROVEN = (
+    "prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_spans", "pull_verified",
+    "cached_tokens",
+)  # fmt: skip
+"""Fields of a timeline that prove what was done, beside those that say how long it took."""
 
 
 def whole_chat(

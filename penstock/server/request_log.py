@@ -6,6 +6,7 @@ Owns the form of the line. `generation.py` calls it.
 import logging
 
 from penstock.core.errors import PenstockError
+from penstock.core.request import Timeline
 from penstock.core.types import NS_PER_MS
 from penstock.server.choice import Choice
 
@@ -20,12 +21,13 @@ def log_choice(choice: Choice, failure: PenstockError | None) -> None:
         ttft_ms = ((choice.delivered_ns or choice.first_ns) - request.arrived_ns) / NS_PER_MS
         if choice.num_tokens > 1:
             tpot_ms = (choice.last_ns - choice.first_ns) / NS_PER_MS / (choice.num_tokens - 1)
-    workers = "none"
+    workers, moved = "none", ""
     if timeline is not None:
         names = dict.fromkeys((timeline.prefill_worker, timeline.decode_worker))
         workers = "->".join(filter(None, names)) or "none"
+        moved = _moved(timeline)
     logger.info(
-        "%s prompt=%d cached=%d output=%d finish=%s ttft_ms=%.2f tpot_ms=%.3f workers=%s%s",
+        "%s prompt=%d cached=%d output=%d finish=%s ttft_ms=%.2f tpot_ms=%.3f workers=%s%s%s",
         request.request_id,
         len(request.prompt_token_ids),
         choice.cached_tokens,
@@ -34,5 +36,17 @@ def log_choice(choice: Choice, failure: PenstockError | None) -> None:
         ttft_ms,
         tpot_ms,
         workers,
+        moved,
         f" error={str(failure)!r}" if failure is not None else "",
+    )
+
+
+def _moved(timeline: Timeline) -> str:
+    """Say how the KV got from one worker to the other; nothing when it did not have to."""
+    if not (timeline.pulled_ns and timeline.pull_bytes):
+        return ""
+    milliseconds = (timeline.pulled_ns - timeline.reserved_ns) / NS_PER_MS
+    return (
+        f" transport={timeline.transport.replace(' ', '')} pull_bytes={timeline.pull_bytes}"
+        f" spans={timeline.pull_spans} pull_ms={milliseconds:.2f}"
     )

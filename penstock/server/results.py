@@ -5,7 +5,7 @@ The structs are encoded as they are and published by `openapi.py`; `openai.py` f
 
 from msgspec import UNSET, Struct, UnsetType
 
-Ledger = dict[str, float | str]
+Ledger = dict[str, float | str | bool]
 """Parts of the time to first token in seconds, and where and how the KV went."""
 
 

@@ -1,22 +1,25 @@
-"""`Reporter`: what a worker says of itself, and how often.
+"""`Reporter`: what a worker says of itself, and how often: how full it is, what its latest steps
+and pulls took, which named blocks came and went.
 
-Counts nothing: it reads what the scheduler, the cache and the two desks own. The worker core calls
+Decides nothing: it reads what the scheduler, the cache and the two desks own. The worker core calls
 it after everything it handles.
 """
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, Send
+from penstock.core.events import Command, MoveDone, Send, StepDone
 from penstock.core.messages import Load
-from penstock.core.types import CONTROLLER
+from penstock.core.step import Step
+from penstock.core.types import CONTROLLER, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.worker.decode import PullDesk
+from penstock.worker.names import NameReports
 from penstock.worker.prefill import OfferDesk
 from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Scheduler
 
 
 class Reporter:
-    """Says how full a worker is: once per interval while busy, and whenever it becomes idle."""
+    """Says it once per interval while the worker is busy, and whenever it becomes idle."""
 
     def __init__(
         self,
@@ -25,19 +28,31 @@ class Reporter:
         scheduler: Scheduler,
         offers: OfferDesk,
         pulls: PullDesk,
-        samples: Samples,
     ) -> None:
         self._config = config
         self._kv = kv
         self._scheduler = scheduler
         self._offers = offers
         self._pulls = pulls
-        self._samples = samples
+        self._names = NameReports(config, kv)
+        self._samples = Samples()
         self._reported_ns = -config.load_interval_ns
         self._is_due = False
 
-    def report(self, now_ns: int, *, is_idle: bool) -> list[Command]:
-        """Return a report if one is due."""
+    def note_step(self, step: Step, done: StepDone) -> None:
+        """Remember what a step took."""
+        self._samples.note_step(step, done)
+
+    def note_pull(self, source: WorkerId, done: MoveDone) -> None:
+        """Remember what a pull took."""
+        self._samples.note_pull(source, done)
+
+    def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
+        """Return what is due to be said."""
+        names = self._names.due(now_ns, is_idle=is_idle)
+        return names + self._fullness(now_ns, is_idle=is_idle)
+
+    def _fullness(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         if not is_idle:
             self._is_due = True
             if now_ns - self._reported_ns < self._config.load_interval_ns:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.core.config import WorkerConfig
-from penstock.core.step import Int32, SampleRow, Step
+from penstock.core.step import Int32, Sampled, SampleRow, Step
 from penstock.core.types import BlockId
 from penstock.kv.cache import KVCache
 from penstock.worker.sequence import Sequence, SequenceState
@@ -30,6 +30,25 @@ class Plan:
 
     step: Step
     parts: tuple[tuple[Sequence, int], ...]
+
+    def run_ahead(self, sampled: tuple[Sampled, ...]) -> list[tuple[tuple[int, ...], Sampled]]:
+        """Take in all rounds but the last of a step that was run several times.
+
+        Returns, for each sample, the tokens of those rounds and what it got in the last. None of
+        them can end a sequence.
+        """
+        size = len(self.step.samples)
+        if len(sampled) == size:
+            return [((), last) for last in sampled]
+        drawn = []
+        for i, sample in enumerate(self.step.samples):
+            *before, last = sampled[i::size]
+            ahead = tuple(s.token_id for s in before)
+            sequence = self.parts[sample.row][0]
+            sequence.tokens += ahead
+            sequence.num_computed += len(ahead)
+            drawn.append((ahead, last))
+        return drawn
 
 
 class Scheduler:
@@ -192,12 +211,13 @@ class Scheduler:
                         row, sequence.request.params, sequence.num_prompt, end, sequence.tokens
                     )
                 )
+        repeats = self._repeats(parts)
         num_computed = [sequence.num_computed for sequence, _ in parts]
         num_new_tokens = [num_new for _, num_new in parts]
         self.num_steps += 1
         block_tables = self._kv.tables(
             [sequence.request_id for sequence, _ in parts],
-            max(map(int.__add__, num_computed, num_new_tokens)),
+            max(map(int.__add__, num_computed, num_new_tokens)) + repeats - 1,
         )
         step = Step(
             step_id=self.num_steps,
@@ -207,8 +227,24 @@ class Scheduler:
             block_tables=block_tables,
             samples=tuple(samples),
             digests_of=self._completed(parts, block_tables),
+            repeats=repeats,
         )
         return Plan(step, tuple(parts))
+
+    def _repeats(self, parts: list[tuple[Sequence, int]]) -> int:
+        """Return how often the step may be run in a row: until the first sequence ends, and once
+        where another step could differ in more than its tokens.
+        """
+        most = self._config.max_repeats
+        if most == 1 or self.waiting:
+            return 1
+        for sequence, _ in parts:
+            wants_one = len(sequence.tokens) - sequence.num_computed == 1
+            if not wants_one or sequence.stop_ids or not sequence.is_first_token_out:
+                return 1
+            most = min(most, sequence.tokens_max - len(sequence.tokens))
+        has_room = all(self._grow(s, s.num_computed + most) for s, _ in parts)
+        return most if has_room else 1
 
     def _completed(
         self, parts: list[tuple[Sequence, int]], block_tables: tuple[Int32, ...]

@@ -43,7 +43,6 @@ from penstock.kv.pool import Generations
 from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.prefill import LEASE_KEY, OfferDesk
 from penstock.worker.report import Reporter
-from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 
@@ -66,14 +65,11 @@ class Worker:
         self.scheduler = Scheduler(config, self.kv)
         self.offers = OfferDesk(config, self.kv)
         self.pulls = PullDesk(config, self.kv)
-        self.samples = Samples()
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
         self._num_arrived = 0
-        self._reporter = Reporter(
-            config, self.kv, self.scheduler, self.offers, self.pulls, self.samples
-        )
+        self._reporter = Reporter(config, self.kv, self.scheduler, self.offers, self.pulls)
 
     @property
     def is_idle(self) -> bool:
@@ -86,7 +82,7 @@ class Worker:
         """
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
-        return self._go_on(now_ns) + said + self._reporter.report(now_ns, is_idle=self.is_idle)
+        return self._go_on(now_ns) + said + self._reporter.due(now_ns, is_idle=self.is_idle)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
@@ -155,7 +151,7 @@ class Worker:
         return [self._release_to(message.source, message.request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
-        self.samples.note_pull(self.pulls.source_of(event.move_id), event)
+        self._reporter.note_pull(self.pulls.source_of(event.move_id), event)
         sequence, commands = self.pulls.land(event, now_ns)
         if sequence is None:
             return commands
@@ -320,12 +316,13 @@ class Worker:
         # A step that fails is a bug: the process ends and the controller takes its requests
         # elsewhere.
         assert event.error is None, event.error
-        self.samples.note_step(plan.step, event)
+        self._reporter.note_step(plan.step, event)
         commands: list[Command] = []
         if event.digests:
             taken = zip(plan.step.digests_of, event.digests, strict=True)
             for group, (block_ids, digests) in enumerate(taken):
                 self.kv.note_digests(group, zip(block_ids, digests, strict=True))
+        drawn = plan.run_ahead(event.sampled)
         for sequence, num_new in plan.parts:
             if sequence.state is SequenceState.CLOSING:
                 self._forget(sequence)
@@ -338,8 +335,8 @@ class Worker:
                 commands += self._hand_off(sequence, now_ns)
         outputs = [
             output
-            for sample, sampled in zip(plan.step.samples, event.sampled, strict=True)
-            if (output := self._append(plan.parts[sample.row][0], sampled, now_ns))
+            for sample, (ahead, last) in zip(plan.step.samples, drawn, strict=True)
+            if (output := self._append(plan.parts[sample.row][0], ahead, last, now_ns))
         ]
         if outputs:
             tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
@@ -353,8 +350,10 @@ class Worker:
             sequence.name_blocks(block_size)
         self.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
 
-    def _append(self, sequence: Sequence, sampled: Sampled, now_ns: int) -> TokenOutput | None:
-        """Give a sequence its new token; the last one ends it."""
+    def _append(
+        self, sequence: Sequence, ahead: tuple[int, ...], sampled: Sampled, now_ns: int
+    ) -> TokenOutput | None:
+        """Give a sequence its new token; the last one ends it. It has those `ahead` already."""
         if sequence.state is not SequenceState.RUNNING:
             return None
         reason = sequence.append(sampled.token_id)
@@ -369,7 +368,7 @@ class Worker:
             self._forget(sequence)
         return TokenOutput(
             sequence.request_id,
-            (sampled.token_id,),
+            (*ahead, sampled.token_id),
             (sampled.logprobs,) if sampled.logprobs else (),
             reason,
             timeline,

@@ -25,7 +25,7 @@ def test_a_table_of_what_came_up_and_ctrl_c_ends_it(free_port: int):
             workers = {row[0]: row for row in rows if len(row) == 5 and row[2].isdecimal()}
             assert set(workers) == {"prefill-0", "decode-0", "decode-1"}
             assert workers["decode-1"][1] == "decode"
-            assert "prefill-0 → decode-1 memfd" in plain
+            assert "prefill-0 → decode-1 shm (memfd)" in plain
             assert "NO MODEL RUNS" in plain
             assert f"curl http://127.0.0.1:{free_port}/v1/chat/completions" in plain
             terminal.type("\x03")

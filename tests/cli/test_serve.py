@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,7 +49,7 @@ def test_it_serves_and_says_what_came_up(free_port: int, folder: Path):
         "worker prefill-0: prefill, pid ",
         "worker prefill-1: prefill, pid ",
         "worker decode-0: decode, pid ",
-        "prefill-1 → decode-0 memfd",
+        "prefill-1 → decode-0 shm (memfd)",
         f"http://127.0.0.1:{free_port}",
         "curl ",
         "KV for ",
@@ -72,7 +73,25 @@ def test_requests_are_logged_when_asked_for(free_port: int, folder: Path):
         server.wait_until_up()
         server.complete(3)
         server.wait_for(lambda: "output=3" in server.text)
-        assert "workers=prefill-0->decode-0" in server.text
+        assert "workers=prefill-0->decode-0 transport=shm" in server.text
+
+
+def test_the_transport_that_was_asked_for_is_used_and_proven(
+    free_port: int, folder: Path, monkeypatch
+):
+    monkeypatch.setenv("PENSTOCK_CLUSTER_KEY", "a key for this test alone")
+    with serving("--transport", "tcp", port=free_port, folder=folder) as server:
+        server.wait_until_up()
+        headers = {"x-penstock-ledger": "1"}
+        body = {"prompt": "Once upon a time", "max_tokens": 2}
+        ledger = server.post("/v1/completions", body, **headers)[1]["penstock_ledger"]
+        assert ledger["transport"].split(" ")[0] == "tcp"
+        assert ledger["pull_spans"] == 1
+        metrics = server.get("/metrics")[1].decode()
+        (moved,) = re.findall(r'handoff_bytes_total{.*transport="tcp.*"} (\S+)', metrics)
+        assert float(moved) == ledger["pull_bytes"] > 0
+        assert re.search(r'handoff_seconds_count{.*transport="tcp.*"} 1.0', metrics)
+        assert "prefill-0 → decode-0 tcp" in server.text
 
 
 def test_one_mixed_worker_is_enough(free_port: int, folder: Path):

@@ -38,7 +38,7 @@ from penstock.transport.verify import digests_of, verified
 from penstock.worker.worker import Worker
 
 SPEC = ClusterSpec(num_blocks=(24,), max_num_batched_tokens=48)
-IGNORED = ("Load", "PeerUp")
+IGNORED = ("Load", "BlocksChanged", "PeerUp")
 """Reports depend on how long things take; introductions carry process ids and addresses. Timers are
 left out too: leases run out in simulated seconds that a real run of a second never sees.
 """

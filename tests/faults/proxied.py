@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,7 +167,10 @@ class Site:
         """Let a worker do nothing meanwhile, while everybody thinks that it is there."""
         pid = self.pid(worker_id)
         os.kill(pid, signal.SIGSTOP)
+        deadline = time.monotonic() + DEADLINE_S
         try:
+            while not all(map(_is_stopped, Path(f"/proc/{pid}/task").iterdir())):
+                assert time.monotonic() < deadline, f"{worker_id} does not stop"
             yield
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -217,6 +221,11 @@ def a_site(**options) -> Iterator[Tell]:
             yield lambda story: runner.run(tell(story))
         finally:
             runner.run(cluster.stop())
+
+
+def _is_stopped(thread: Path) -> bool:
+    """Tell whether a thread stands still: the first to hear of it stops the others."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def prompt(num_tokens: int) -> list[int]:

@@ -21,6 +21,10 @@ LOAD = Load(
     preemptions=4,
     prefix_queries=50,
     prefix_hits=20,
+    pulls_corrupt=5,
+    pulls_recomputed=6,
+    leases_expired=7,
+    fragmentation=(0.0, 0.75),
 )
 
 
@@ -94,14 +98,40 @@ def test_one_request_is_in_every_histogram():
         "request_prefill_time_seconds": 0.002,
         "request_prompt_tokens": 2,
         "request_generation_tokens": 3,
-        "kv_transfer_bytes": 4096,
-        "kv_transfer_spans": 2,
+        "handoff_spans": 2,
     }.items():
         assert _value(metrics, f"{name}_count") == 1, name
         assert _value(metrics, f"{name}_sum") == pytest.approx(expected), name
     assert _value(metrics, "inter_token_latency_seconds_count") == 2
     assert _value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.004)
-    assert _value(metrics, "kv_transfer_seconds_sum", transport="shm") == pytest.approx(0.002)
+
+
+def test_what_was_moved_is_told_by_the_transport_really_used():
+    metrics = _metrics()
+    _served(metrics)
+    _served(metrics)
+    shm = {"transport": "shm"}
+    assert _value(metrics, "handoff_seconds_count", **shm) == 2
+    assert _value(metrics, "handoff_seconds_sum", **shm) == pytest.approx(0.004)
+    assert _value(metrics, "handoff_bytes_total", **shm) == 8192
+    assert _value(metrics, "handoff_bytes_per_second_count", **shm) == 2
+    assert _value(metrics, "handoff_bytes_per_second_sum", **shm) == pytest.approx(2 * 4096 / 0.002)
+    assert _value(metrics, "handoff_verified_total", **shm) == 0
+    assert _value(metrics, "handoff_spans_sum") == 4
+
+
+def test_what_was_in_the_cache_already_was_not_moved():
+    metrics = _metrics()
+    choice = choice_of(query_of())
+    choice.take(output_of(choice, "a", FinishReason.LENGTH))
+    choice.first_ns = choice.last_ns = choice.request.arrived_ns + 1
+    choice.timeline.pull_bytes = choice.timeline.pull_spans = 0
+    choice.timeline.pull_verified = True
+    metrics.observe(choice, has_failed=False)
+    assert not [key for key in _samples(metrics) if "transport" in dict(key[1:])]
+    choice.timeline.pull_bytes = 1
+    metrics.observe(choice, has_failed=False)
+    assert _value(metrics, "handoff_verified_total", transport="shm") == 1
 
 
 def test_the_parts_of_ttft_add_up():
@@ -139,6 +169,11 @@ def test_workers_are_read_at_the_scrape():
     assert _value(metrics, "prefix_cache_queries_total", **labels) == 50
     assert _value(metrics, "prefix_cache_hits_total", **labels) == 20
     assert _value(metrics, "num_preemptions_total", **labels) == 4
+    assert _value(metrics, "handoff_corrupt_total", **labels) == 5
+    assert _value(metrics, "handoff_recomputed_total", **labels) == 6
+    assert _value(metrics, "handoff_expired_total", **labels) == 7
+    assert _value(metrics, "kv_fragmentation", **labels, group="0") == 0
+    assert _value(metrics, "kv_fragmentation", **labels, group="1") == 0.75
     assert _value(metrics, "num_requests_running") == 0
     assert _value(metrics, "num_requests_waiting") == 0
 

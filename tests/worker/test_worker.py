@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from penstock.core.events import StepDone
 from penstock.core.messages import Hello, Load, Tokens
+from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, FinishReason
 from tests.worker.story import D0, P0, Story, assign, info_of, request
 
@@ -78,6 +80,42 @@ def test_load_is_said_when_idle_again() -> None:
     assert (load.waiting, load.running, load.free_blocks) == (0, 0, (16,))
     assert load.fragmentation == (0.0,)
     assert all(send.to == CONTROLLER for send in story.said)
+
+
+def repeated(story: Story, rounds: int) -> Step:
+    """Finish the step under way after so many rounds, each with the next token."""
+    step = story.steps.pop(0)
+    tokens = [Sampled(50 + i) for i in range(rounds) for _ in step.samples]
+    story.tell(StepDone(step_id=step.step_id, sampled=tuple(tokens), started_ns=0, finished_ns=0))
+    return step
+
+
+def test_decode_steps_may_be_run_in_a_row_until_the_first_sequence_ends() -> None:
+    story = Story(P0, max_repeats=10)
+    story.tell(assign(request("r", 20, max_tokens=5, ignore_eos=True), P0))
+    assert story.step().repeats == 1  # a prompt, and then a first token, is waited for
+    story.tell(assign(request("s", 10, max_tokens=30, ignore_eos=True), P0))
+    assert story.step().repeats == 4  # ended by the arrival of s
+    assert story.step().repeats == 1
+    story.heard(Tokens)
+    assert repeated(story, 2).repeats == 2
+    (tokens,) = story.heard(Tokens)
+    assert [o.token_ids for o in tokens.outputs] == [(50, 51), (50, 51)]
+    assert [o.finish_reason for o in tokens.outputs] == [FinishReason.LENGTH, None]
+    step = repeated(story, 4)  # stopped early
+    assert step.repeats == 10
+    assert step.num_computed.tolist() == [12]
+    assert story.steps[0].num_computed.tolist() == [16]
+    assert story.steps[0].token_ids.tolist() == [53]
+
+
+def test_steps_are_run_one_by_one_while_somebody_waits_or_may_end_any_time() -> None:
+    story = Story(P0, max_repeats=10, max_num_seqs=1)
+    story.tell(assign(request("r", 20, max_tokens=9, ignore_eos=True), P0))
+    story.tell(assign(request("s", 20, max_tokens=9), P0))
+    assert [story.step().repeats for _ in range(9)] == [1] * 9
+    assert [story.step().repeats for _ in range(9)] == [1] * 9
+    story.assert_empty()
 
 
 def test_tables_of_a_step_are_copies() -> None:

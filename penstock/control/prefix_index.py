@@ -1,0 +1,194 @@
+"""`PrefixIndex`: which workers have which named blocks, so that a request can go to its prefix.
+
+Fed by what workers say of their prefix caches (`BlocksChanged`). It is a hint: a worker that has
+evicted a block since just computes it. Workers are bits: each has a slot, a name maps to the set of
+slots that have its block, and the longest prefix of all workers is found in one walk along the
+prompt's names. A worker that is gone loses its slot, and with it everything at once; its bits are
+swept out later.
+
+Memory is bounded: the index holds two generations of names, and when the younger one is full the
+older one is forgotten. A name that is looked up or stored again becomes young.
+
+The walk takes strides that double. A worker that has block j of a chain is taken to have all before
+it: caches give up a prefix from its end. Only what is walked is hashed, so a prompt that nobody has
+costs the hash of its first block.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.block import block_hash, root_hash
+from penstock.core.types import BlockHash
+
+BLOCKS_MAX: Final = 4_000_000
+"""Names in the index, about 150 bytes each."""
+STRIDE_MAX: Final = 32
+DEAD_SLOTS_MAX: Final = 64
+
+Int64 = npt.NDArray[np.int64]
+
+
+class PromptBlocks:
+    """The names of a prompt's full blocks, hashed as far as somebody asks."""
+
+    __slots__ = ("_block_size", "_hashes", "_salt", "_token_ids", "num_blocks")
+
+    def __init__(self, token_ids: Sequence[int], block_size: int, salt: str) -> None:
+        self.num_blocks = len(token_ids) // block_size
+        self._token_ids = token_ids
+        self._block_size = block_size
+        self._salt = salt
+        self._hashes: list[BlockHash] = []
+
+    def name(self, index: int) -> BlockHash:
+        """Return the name of block `index`, which names all before it too."""
+        hashes, size = self._hashes, self._block_size
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else root_hash(self._salt)
+            hashes.append(block_hash(parent, self._token_ids[start : start + size]))
+        return hashes[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The workers, as bits, whose longest prefix is `num_blocks` long."""
+
+    num_blocks: int
+    workers: int
+
+
+class PrefixIndex:
+    """From block names to the workers that have them."""
+
+    def __init__(self, blocks_max: int = BLOCKS_MAX) -> None:
+        self._young: dict[BlockHash, int] = {}
+        self._old: dict[BlockHash, int] = {}
+        self._generation_max = max(blocks_max // 2, 1)
+        self._live = 0
+        self._free: list[int] = []
+        self._dead: list[int] = []
+        self._num_slots = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Names in the index."""
+        return len(self._young) + len(self._old)
+
+    @property
+    def num_slots(self) -> int:
+        """All slots are below this."""
+        return self._num_slots
+
+    def add_worker(self) -> int:
+        """Return a slot for a new worker, or a new incarnation of one. It has no blocks yet."""
+        if not self._free and len(self._dead) >= max(DEAD_SLOTS_MAX, self._live.bit_count()):
+            self._sweep()
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot = self._num_slots
+            self._num_slots += 1
+        self._live |= 1 << slot
+        return slot
+
+    def drop_worker(self, slot: int) -> None:
+        """Forget a worker and all its blocks at once. O(1)."""
+        assert self._live >> slot & 1, f"slot {slot} is not in use"
+        self._live &= ~(1 << slot)
+        self._dead.append(slot)
+
+    def apply(
+        self, slot: int, stored: Iterable[BlockHash], removed: Iterable[BlockHash] = ()
+    ) -> None:
+        """Note what a worker has and has no more. O(1) a block."""
+        bit = 1 << slot
+        young, old = self._young, self._old
+        for name in removed:
+            for generation in (young, old):
+                workers = generation.get(name, 0)
+                if workers & bit:
+                    if workers == bit:
+                        del generation[name]
+                    else:
+                        generation[name] = workers & ~bit
+        for name in stored:
+            having = young.get(name)
+            young[name] = (old.pop(name, 0) if having is None else having) | bit
+        if len(young) > self._generation_max:
+            self._age()
+
+    def levels(self, blocks: PromptBlocks) -> list[Level]:
+        """Return which workers have how much of a prompt, least first; each worker is in one level.
+
+        O(log stride) look-ups a level, and one for `STRIDE_MAX` blocks on the way.
+        """
+        levels: list[Level] = []
+        live, index, stride = self._live, 0, 1
+        while live and index < blocks.num_blocks:
+            end = min(index + stride, blocks.num_blocks)
+            having = self._workers(blocks.name(end - 1)) & live
+            if having == live:
+                index, stride = end, min(stride * 2, STRIDE_MAX)
+            elif end > index + 1:
+                stride = (end - index) // 2
+            else:
+                levels.append(Level(index, live & ~having))
+                live, index = having, end
+        if live:
+            levels.append(Level(index, live))
+        return levels
+
+    def tokens(self, token_ids: Sequence[int], block_size: int, salt: str) -> Int64:
+        """Return how many tokens of a prompt each slot has, [num_slots]."""
+        blocks = PromptBlocks(token_ids, block_size, salt)
+        tokens = np.zeros(self._num_slots, dtype=np.int64)
+        for level in self.levels(blocks):
+            if level.num_blocks:
+                tokens[slots_of(level.workers)] = level.num_blocks * block_size
+        return tokens
+
+    def _workers(self, name: BlockHash) -> int:
+        workers = self._young.get(name)
+        if workers is not None:
+            return workers
+        workers = self._old.pop(name, None)
+        if workers is None:
+            return 0
+        self._young[name] = workers
+        if len(self._young) > self._generation_max:
+            self._age()
+        return workers
+
+    def _age(self) -> None:
+        self._old = self._young
+        self._young = {}
+
+    def _sweep(self) -> None:
+        """Take the bits of dead workers out of every name. O(names), once in many deaths."""
+        live = self._live
+        for generation in (self._young, self._old):
+            kept = {name: workers & live for name, workers in generation.items() if workers & live}
+            generation.clear()
+            generation.update(kept)
+        self._free += self._dead
+        self._dead.clear()
+
+    def check(self) -> None:
+        """Assert that slots are in one state each, and that names are bounded and not empty."""
+        live = [slot for slot in range(self._num_slots) if self._live >> slot & 1]
+        assert sorted(live + self._free + self._dead) == list(range(self._num_slots))
+        assert len(self._young) <= self._generation_max
+        assert not self._young.keys() & self._old.keys()
+
+
+def slots_of(workers: int) -> Int64:
+    """Return the slots of a set of workers, ascending."""
+    if workers.bit_count() == 1:
+        return np.array([workers.bit_length() - 1])
+    data = workers.to_bytes((workers.bit_length() + 7) // 8, "little")
+    return np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"))

@@ -1,0 +1,106 @@
+"""Shared memory that is not any more what was offered when it is read, and a worker that sleeps.
+
+A decode worker copies out of the prefill worker's pool whenever it comes to it; what it finds there
+may have changed. Nothing but the digests can tell.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from penstock.core.types import RequestId
+from tests.cluster.client import Stream
+from tests.faults.proxied import Site, Tell, a_site
+
+NUM_BLOCKS = 96
+BLOCK_BYTES = 32 * 5120
+LENGTH = 1500  # 47 blocks: two of them fill a pool
+SHORT = 700
+
+
+@pytest.fixture(scope="module")
+def tell() -> Iterator[Tell]:
+    pool = {"kv_cache_bytes": NUM_BLOCKS * BLOCK_BYTES}
+    with a_site(transport="shm", is_prefix_caching=False, engine=pool) as tell:
+        tell(lambda site: site.undisturbed(LENGTH, SHORT))
+        yield tell
+
+
+def test_a_decode_worker_that_slept_through_the_lease_serves_no_stale_byte(tell: Tell):
+    async def story(site: Site) -> None:
+        with site.stopped("decode-0"):
+            streams = site.start_both(LENGTH)
+            await site.until(lambda: site.cluster.status().handing_off == 2)
+            # Waits for room, hence gets what the first two lose with their leases.
+            late = site.start(SHORT)
+            log, sent = site.log_of("prefill-0"), offer_of(late)
+            await site.until(lambda: sent in log.read_text())
+        first, blocks = streams[0].request.request_id, offers(site)
+        assert set(blocks[first]) & set(blocks[late.request.request_id])
+        await site.finish([*streams, late])
+        await site.settle()
+        assert any(move["is_corrupt"] for move in site.moves())
+        assert site.cluster.status().retried
+        assert site.cluster.status().failed == 0
+
+    tell(story)
+
+
+def test_bytes_changed_behind_the_owner_s_back_between_offer_and_pull(tell: Tell):
+    async def story(site: Site) -> None:
+        await site.settle()
+        corrupt, recomputed = site.counts()
+        with site.stopped("decode-0"):
+            stream = site.start(SHORT)
+            await site.until(lambda: site.cluster.status().handing_off == 1)
+            block_ids = offers(site)[stream.request.request_id]
+            flip_in_pool(site, block_ids[len(block_ids) // 2])
+        await site.finish([stream])
+        await site.settle()
+        assert site.counts() == (corrupt + 2, recomputed + 1)
+
+    tell(story)
+
+
+def test_a_prefill_worker_that_sleeps_is_read_all_the_same(tell: Tell):
+    async def story(site: Site) -> None:
+        await site.settle()
+        counts = site.counts()
+        with ExitStack() as sleep:
+            with site.stopped("decode-0"):
+                streams = site.start_both(SHORT)
+                await site.until(lambda: site.cluster.status().handing_off == 2)
+                sleep.enter_context(site.stopped("prefill-0"))
+            await site.finish(streams)
+        await site.settle()
+        assert site.counts() == counts
+
+    tell(story)
+
+
+def offers(site: Site) -> dict[RequestId, list[int]]:
+    """Return the blocks of every offer of the prefill worker so far, by request."""
+    sent = [part.get("message") for part in site.decisions("prefill-0")]
+    return {
+        message["request"]["request_id"]: message["groups"][0][1]
+        for message in sent
+        if isinstance(message, dict) and message["type"] == "Offer"
+    }
+
+
+def offer_of(stream: Stream) -> str:
+    """Return the words with which an offer of this request begins in the log."""
+    return f'{{"type":"Offer","request":{{"request_id":"{stream.request.request_id}"'
+
+
+def flip_in_pool(site: Site, block_id: int) -> None:
+    """Flip one bit in a block of the prefill worker's pool."""
+    (region,) = site.info("prefill-0").regions
+    pid, number, _ = region.location.split(":")
+    with Path(f"/proc/{pid}/fd/{number}").open("r+b", buffering=0) as pool:
+        pool.seek(block_id * BLOCK_BYTES + BLOCK_BYTES // 3)
+        (byte,) = pool.read(1)
+        pool.seek(-1, 1)
+        pool.write(bytes([byte ^ 1 << 4]))

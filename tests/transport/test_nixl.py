@@ -1,0 +1,319 @@
+"""NIXL for real: its UCX back end over loopback, agents of one process and of several."""
+
+import base64
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from penstock.core.errors import PeerLost
+from penstock.core.messages import Endpoint, RegionDescriptor
+from penstock.transfer.plan import cut
+from penstock.transfer.region import PeerMemory, Region
+from penstock.transport.nixl import Nixl
+from penstock.transport.nixl_owner import NixlAddress, NixlOwner
+
+pytest.importorskip("nixl")
+
+BLOCK_BYTES = 4096
+ROOT = Path(__file__).parents[2]
+
+
+def region_of(num_blocks: int, block_bytes: int = BLOCK_BYTES) -> Region:
+    blocks = np.zeros((num_blocks, block_bytes), np.uint8)
+    blocks[:] = np.arange(1, num_blocks + 1)[:, None] % 251
+    return Region(blocks)
+
+
+def empty(num_blocks: int, block_bytes: int = BLOCK_BYTES) -> Region:
+    return Region(np.zeros((num_blocks, block_bytes), np.uint8))
+
+
+def memory_of(owner: NixlOwner, *regions: Region, epoch: int = 1, name: str = "p") -> PeerMemory:
+    descriptors = tuple(
+        RegionDescriptor("", "", region.capacity_bytes, region.block_bytes) for region in regions
+    )
+    return PeerMemory(name, epoch, descriptors, (owner.endpoint,))
+
+
+def address_in(memory: PeerMemory) -> NixlAddress:
+    text = memory.endpoints[0].address
+    return msgspec.msgpack.decode(base64.b64decode(text), type=NixlAddress)
+
+
+def with_address(memory: PeerMemory, address: NixlAddress) -> PeerMemory:
+    text = base64.b64encode(msgspec.msgpack.encode(address)).decode()
+    return msgspec.structs.replace(memory, endpoints=(Endpoint("nixl", text),))
+
+
+@pytest.fixture
+def way():
+    way = Nixl(silence_s=2.0)
+    yield way
+    way.close()
+
+
+@pytest.fixture
+def owner():
+    owner = NixlOwner(epoch=1)
+    yield owner
+    owner.close()
+
+
+def test_blocks_land_where_they_belong(way, owner):
+    small, large = region_of(64), region_of(8, 1 << 20)
+    assert [owner.add(small), owner.add(large)] == [0, 1]
+    memory = memory_of(owner, small, large)
+    rng = np.random.default_rng(1)
+    for index, region in enumerate((small, large)):
+        source = way.open(memory, index)
+        assert (source.name, source.num_blocks) == ("nixl", region.num_blocks)
+        into = empty(region.num_blocks, region.block_bytes)
+        order = rng.permutation(region.num_blocks)
+        for half in np.array_split(order, 2):  # the second time everything is prepared
+            source.pull(into, cut(half, order[half]))
+        assert (into.blocks[order] == region.blocks).all()
+    one, run = empty(64), np.arange(10, 40)
+    way.open(memory, 0).pull(one, cut(run, run + 2))
+    assert one.blocks[12:42].tobytes() == small.blocks[10:40].tobytes()
+    assert not one.blocks[:12].any()
+    assert not one.blocks[42:].any()
+
+
+def test_regions_that_are_registered_later_are_read(way, owner):
+    first, second = region_of(4), region_of(8)
+    owner.add(first)
+    into = empty(8)
+    opened = way.open(memory_of(owner, first), 0)
+    opened.pull(into, cut([1], [0]))
+    owner.add(second)
+    way.open(memory_of(owner, first, second), 1).pull(into, cut([7], [1]))
+    opened.pull(into, cut([2], [2]))
+
+    assert into.blocks[:4, 0].tolist() == [2, 8, 3, 0]
+
+
+def test_a_peer_that_came_back_is_another(way, owner):
+    region = region_of(4)
+    owner.add(region)
+    known = memory_of(owner, region)
+    way.open(known, 0)
+    way.forget("p", 1)
+
+    with pytest.raises(PeerLost, match="another epoch"):
+        way.open(memory_of(owner, region, epoch=2), 0)
+
+    # The same memory at the same address, of somebody else: only the page tells.
+    address = address_in(known)
+    strange = msgspec.structs.replace(address, token=secrets.token_bytes(32))
+    with pytest.raises(PeerLost, match="another epoch"):
+        way.open(with_address(known, strange), 0)
+    # What is right is not in the way of what was wrong.
+    into = empty(4)
+    way.open(known, 0).pull(into, cut([0], [0]))
+    assert into.blocks[0, 0] == 1
+
+
+def test_memory_that_is_not_registered_is_not_read(way, owner):
+    region, secret = region_of(4), region_of(4)
+    owner.add(region)
+    memory = memory_of(owner, region)
+    address = address_in(memory)
+    elsewhere = msgspec.structs.replace(address, bases=(secret.address,))
+    with pytest.raises(PeerLost, match="outside what is registered"):
+        way.open(with_address(memory, elsewhere), 0)
+    larger = msgspec.structs.replace(
+        memory, regions=(RegionDescriptor("", "", 5 * BLOCK_BYTES, BLOCK_BYTES),)
+    )
+    with pytest.raises(PeerLost, match="outside what is registered"):
+        way.open(larger, 0)
+    with pytest.raises(PeerLost, match="serves 1 regions"):
+        way.open(memory_of(owner, region, region), 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "!", "AAAA", base64.b64encode(msgspec.msgpack.encode((b"x", 1, b"y", ()))).decode()],
+)
+def test_junk_is_no_address(way, text):
+    memory = PeerMemory("p", 1, (RegionDescriptor("", "", 64, 64),), (Endpoint("nixl", text),))
+    with pytest.raises(PeerLost, match="makes no sense"):
+        way.open(memory, 0)
+    with pytest.raises(PeerLost, match="serves no reads"):
+        way.open(msgspec.structs.replace(memory, endpoints=()), 0)
+
+
+def test_junk_is_no_metadata(way, owner):
+    region = region_of(4)
+    owner.add(region)
+    memory = memory_of(owner, region)
+    address = address_in(memory)
+    whole = address.metadata
+    for metadata in (b"", b"junk", whole[:-1], whole[: len(whole) // 2]):
+        junk = msgspec.structs.replace(address, metadata=metadata)
+        with pytest.raises(PeerLost):
+            way.open(with_address(memory, junk), 0)
+    way.open(memory, 0)
+
+
+def test_who_is_forgotten_is_not_read(way, owner):
+    region, into = region_of(4), empty(4)
+    owner.add(region)
+    memory = memory_of(owner, region)
+    opened = way.open(memory, 0)
+    way.forget("p", 2)
+    opened.pull(into, cut([0], [0]))
+    way.forget("p", 1)
+    with pytest.raises(PeerLost, match="forgotten"):
+        opened.pull(into, cut([1], [1]))
+    assert into.blocks[:, 0].tolist() == [1, 0, 0, 0]
+    way.open(memory, 0).pull(into, cut([1], [1]))
+    way.close()
+    with pytest.raises(PeerLost, match="forgotten"):
+        way.open(memory, 0)
+
+
+def test_several_threads_pull_at_once(way, owner):
+    region = region_of(256)
+    owner.add(region)
+    source = way.open(memory_of(owner, region), 0)
+    pools = [empty(256) for _ in range(4)]
+    blocks = np.arange(256)
+
+    def pull(into: Region) -> None:
+        for _ in range(10):
+            source.pull(into, cut(blocks, blocks[::-1]))
+
+    threads = [threading.Thread(target=pull, args=(pool,)) for pool in pools]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((pool.blocks[::-1] == region.blocks).all() for pool in pools)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+OWNER = """
+import sys
+import msgspec
+import numpy as np
+from penstock.transfer.region import Region
+from penstock.transport.nixl_owner import NixlOwner
+
+owner = NixlOwner(epoch=int(sys.argv[1]))
+blocks = np.zeros((4096, 4096), np.uint8)
+blocks[:] = (np.arange(4096)[:, None] + int(sys.argv[1])) % 251
+owner.add(Region(blocks))
+print(owner.endpoint.address, flush=True)
+sys.stdin.read()
+owner.close()
+"""
+
+
+def start_owner(epoch: int) -> tuple[subprocess.Popen[str], PeerMemory]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(epoch)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    address = process.stdout.readline().strip()
+    regions = (RegionDescriptor("", "", 4096 * 4096, 4096),)
+    return process, PeerMemory("p", epoch, regions, (Endpoint("nixl", address),))
+
+
+@pytest.mark.slow
+def test_an_owner_ends_cleanly_and_one_that_is_killed_is_lost(way, no_leaks):
+    into, blocks = empty(4096), np.arange(4096)
+    process, memory = start_owner(1)
+    with process:
+        source = way.open(memory, 0)
+        source.pull(into, cut(blocks, blocks[::-1]))
+        assert (into.blocks[::-1, 0] == (blocks + 1) % 251).all()
+        process.stdin.close()
+        assert process.wait(20) == 0
+    with pytest.raises(PeerLost):
+        source.pull(into, cut(blocks, blocks))
+
+    process, memory = start_owner(2)
+    with process:
+        source = way.open(memory, 0)
+        source.pull(into, cut(blocks, blocks))
+        assert (into.blocks[:, 0] == (blocks + 2) % 251).all()
+        process.kill()
+        process.wait()
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(PeerLost):
+            source.pull(into, cut(blocks, blocks))
+        assert time.monotonic() < started + 10
+
+
+READER = """
+import atexit
+import signal
+import sys
+import time
+import numpy as np
+from penstock.core.errors import DeadlineExceeded, PeerLost
+from penstock.transfer.plan import cut
+from penstock.transfer.region import Region
+from penstock.transport.nixl import Nixl
+from tests.transport.test_nixl import start_owner
+
+blocks = np.arange(4096)
+process, memory = start_owner(1)
+atexit.register(process.kill)
+way = Nixl(silence_s=1.0)
+source = way.open(memory, 0)
+into = Region(np.zeros((4096, 4096), np.uint8))
+source.pull(into, cut(blocks, blocks))
+assert (into.blocks[:, 0] == (blocks + 1) % 251).all()
+if sys.argv[1] == "stopped":
+    process.send_signal(signal.SIGSTOP)
+    into.blocks[:] = 0
+    try:
+        source.pull(into, cut(blocks, blocks[::-1]))
+        sys.exit("a process that is stopped has answered")
+    except DeadlineExceeded:
+        pass
+    into.blocks[:] = 7
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert (into.blocks == 7).all(), "late bytes have landed"
+process.kill()
+process.wait()
+started = time.monotonic()
+try:
+    source.pull(into, cut(blocks, blocks))
+    sys.exit("the dead have answered")
+except (PeerLost, DeadlineExceeded):
+    assert time.monotonic() < started + 10
+process, memory = start_owner(2)
+source = way.open(memory, 0)
+source.pull(into, cut(blocks, blocks))
+assert (into.blocks[:, 0] == (blocks + 2) % 251).all()
+process.stdin.close()
+process.wait()
+way.close()
+print("right")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_over_ucx_tcp_silence_has_a_limit_and_nothing_lands_late(how, no_leaks, monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    command = [sys.executable, "-c", READER, how]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT
+    )
+    assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr
