@@ -8,6 +8,7 @@ ways. See `examples/move_tensor.py`.
 
     CONNECT    descriptor() there, connect() here     once for each pair
     TRANSFER   pull(peer, blocks, into, blocks)       only numbers of blocks travel
+               pull_tokens(peer, wanted, into)        between KV pools of different shapes
     COMPLETE   notify(peer, data), notifications()    once for each request
 """
 
@@ -21,13 +22,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest
+from penstock.core.events import Reshape
 from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import BlockIds, cut
 from penstock.transfer.region import PeerMemory, Region, bounds_error
+from penstock.transfer.reshape import plan_reshape
 from penstock.transport import wire
 from penstock.transport.key import cluster_key
 from penstock.transport.peers import Peers
+from penstock.transport.reshape import Reshaper
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
@@ -50,7 +55,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull took: by which transport, in how many spans."""
+    """What a pull took: by which transport, how much was read in how many spans."""
 
     transport: str
     num_bytes: int
@@ -64,6 +69,8 @@ class Agent:
     `transport` is auto (shared memory on one host, else TCP), shm or tcp. `host` is where to
     listen: other hosts need more than the loopback of the default; `advertised` is what they call
     when that is not the same. `key` is what every peer must know, `cluster_key()` by default.
+    `layout` says that the regions are the groups of a KV pool, in its order; peers with a layout
+    can then be pulled from in any shape, and those of another model are refused.
     Raises: `StartupFailed` when the key or the address cannot be used.
     """
 
@@ -76,6 +83,7 @@ class Agent:
         port: int = 0,
         advertised: str | None = None,
         key: bytes | None = None,
+        layout: KVLayout | None = None,
     ) -> None:
         self.name = name or f"agent-{secrets.token_hex(4)}"
         self.epoch = secrets.randbits(62) + 1
@@ -89,6 +97,8 @@ class Agent:
         self._owner = TcpOwner(self.epoch, key, host=host, port=port, advertised=advertised)
         self._descriptors: list[RegionDescriptor] = []
         self._pools: list[SharedPool] = []
+        self._layout = layout
+        self._reshaper = Reshaper()
 
     def __enter__(self) -> "Agent":
         return self
@@ -133,14 +143,16 @@ class Agent:
     def descriptor(self) -> bytes:
         """Return what a peer needs to read all that is registered by now; it holds no secret."""
         endpoints = (self._owner.endpoint,)
-        memory = PeerMemory(self.name, self.epoch, tuple(self._descriptors), endpoints)
+        regions = tuple(self._descriptors)
+        memory = PeerMemory(self.name, self.epoch, regions, endpoints, self._layout)
         return msgspec.msgpack.encode(memory)
 
     def connect(self, descriptor: bytes) -> Peer:
         """Know a peer by its descriptor; nothing is opened before the first pull.
 
         A peer that came back is a new incarnation: what is asked of the old one is refused.
-        Raises: `BadRequest` when it is not a descriptor.
+        Raises: `BadRequest` when it is not a descriptor, or that of a KV pool which does not go
+        together with ours: the message has both fingerprints.
         """
         if len(descriptor) > DESCRIPTOR_BYTES_MAX:
             raise BadRequest(f"{len(descriptor)} bytes are too long for a descriptor")
@@ -150,6 +162,10 @@ class Agent:
             raise BadRequest(f"not a descriptor: {error}") from error
         if not 0 < memory.epoch < 1 << 64:
             raise BadRequest(f"not a descriptor: {memory.epoch} is no epoch")
+        if self._layout is not None and memory.layout is not None:
+            refusal = self._layout.incompatibility(memory.layout)
+            if refusal is not None:
+                raise BadRequest(f"{memory.name} is refused: {refusal}")
         self._peers.add(memory)
         return Peer(memory.name, memory.epoch)
 
@@ -194,6 +210,31 @@ class Agent:
         source.pull(into, spans)
         num_bytes = len(source_blocks) * into.block_bytes
         return Pulled(source.name, num_bytes, len(spans), time.perf_counter() - started)
+
+    def pull_tokens(self, peer: Peer, wanted: Reshape, into: Region, *, group: int = 0) -> Pulled:
+        """Bring tokens out of the peer's KV blocks into ours, whatever the shapes of both.
+
+        `wanted` says which tokens, and the blocks on both sides: entry i of a table of blocks holds
+        the tokens from i times its block size on. Block sizes, dtypes and KV heads held may differ:
+        the heads that both hold are written, so a pool is filled from the shards of a
+        tensor-parallel group by a pull from each. Numbers are rounded to nearest even. Where
+        `wanted.source` has digests, nothing is written of a block that has another one.
+        Raises: as `pull`; `BadRequest` also when either side has no layout; `BlocksCorrupt`.
+        """
+        started = time.perf_counter()
+        theirs = self._peers.memory(peer.name, peer.epoch).layout
+        if self._layout is None or theirs is None:
+            raise BadRequest("both agents must have been made with a layout")
+        if not 0 <= group < len(self._layout.groups):
+            raise BadRequest(f"there is no group {group}")
+        try:
+            plan = plan_reshape(theirs, self._layout, group, wanted)
+        except OverflowError as error:
+            raise BadRequest(f"not the number of a block: {error}") from error
+        source = self._peers.source(peer.name, peer.epoch, group)
+        done = self._reshaper.carry_out(plan, source, into)
+        seconds = time.perf_counter() - started
+        return Pulled(source.name, done.num_bytes, done.num_spans, seconds)
 
     def notify(self, peer: Peer, data: bytes) -> None:
         """Leave up to 65,000 bytes with a peer, which finds them in `notifications`.
