@@ -31,6 +31,9 @@ from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transfer.reshape import plan_reshape
 from penstock.transport import wire
 from penstock.transport.key import cluster_key
+from penstock.transport.nixl import Nixl
+from penstock.transport.nixl_agent import is_worthwhile
+from penstock.transport.nixl_owner import NixlOwner
 from penstock.transport.peers import Peers
 from penstock.transport.reshape import Reshaper
 from penstock.transport.shm import SharedMemory, SharedPool
@@ -66,12 +69,14 @@ class Pulled:
 class Agent:
     """This process's end. Serves reads from construction to `close`; a context manager.
 
-    `transport` is auto (shared memory on one host, else TCP), shm or tcp. `host` is where to
-    listen: other hosts need more than the loopback of the default; `advertised` is what they call
-    when that is not the same. `key` is what every peer must know, `cluster_key()` by default.
+    `transport` is auto (shared memory on one host, else NIXL where both have it and RDMA, else
+    TCP), shm, nixl or tcp. `host` is where to listen: other hosts need more than the loopback of
+    the default; `advertised` is what they call when that is not the same; NIXL finds both by
+    itself. `key` is what every peer must know, `cluster_key()` by default.
     `layout` says that the regions are the groups of a KV pool, in its order; peers with a layout
     can then be pulled from in any shape, and those of another model are refused.
-    Raises: `StartupFailed` when the key or the address cannot be used.
+    Raises: `StartupFailed` when the key or the address cannot be used, `BackendUnavailable` when
+    NIXL is asked for and missing.
     """
 
     def __init__(
@@ -90,10 +95,13 @@ class Agent:
         assert len(self.name.encode()) <= NAME_BYTES_MAX, self.name
         key = cluster_key() if key is None else key
         self._tcp = Tcp(key)
-        ways: dict[str, Way] = {SharedMemory.kind: SharedMemory(), Tcp.kind: self._tcp}
-        if transport not in (AUTO, *ways):
-            raise BadRequest(f"transport {transport!r} is none of {[AUTO, *ways]}", "transport")
-        self._peers = Peers(list(ways.values()) if transport == AUTO else [ways[transport]])
+        kinds = [AUTO, SharedMemory.kind, Nixl.kind, Tcp.kind]
+        if transport not in kinds:
+            raise BadRequest(f"transport {transport!r} is none of {kinds}", "transport")
+        has_nixl = transport == Nixl.kind or (transport == AUTO and is_worthwhile())
+        ways: list[Way] = [SharedMemory(), *([Nixl()] if has_nixl else []), self._tcp]
+        self._peers = Peers([way for way in ways if transport in (AUTO, way.kind)])
+        self._nixl_owner = NixlOwner(self.epoch) if has_nixl else None
         self._owner = TcpOwner(self.epoch, key, host=host, port=port, advertised=advertised)
         self._descriptors: list[RegionDescriptor] = []
         self._pools: list[SharedPool] = []
@@ -120,12 +128,11 @@ class Agent:
         """
         pool = SharedPool(num_blocks, block_bytes)
         self._pools.append(pool)
-        self._descriptors.append(pool.descriptor)
-        self._owner.add(pool.region)
+        self._serve(pool.region, pool.descriptor)
         return pool.region
 
     def register(self, array: npt.NDArray[Any]) -> Region:
-        """Register memory that exists, [num_blocks, ...] of any type; peers read it over TCP.
+        """Register memory that exists, [num_blocks, ...] of any type; peers cannot map it.
 
         `array[i]` is block i. It is not copied, and must not be freed before `close`. A torch
         tensor is passed as `tensor.view(torch.uint8).numpy()`.
@@ -134,17 +141,21 @@ class Agent:
         if array.ndim < 1 or not array.nbytes or not array.flags.c_contiguous:
             raise BadRequest(f"memory of shape {array.shape} is empty or not contiguous", "array")
         region = Region(array.reshape(len(array), -1).view(np.uint8))
-        self._descriptors.append(
-            RegionDescriptor(_PRIVATE, "", region.capacity_bytes, region.block_bytes)
+        self._serve(
+            region, RegionDescriptor(_PRIVATE, "", region.capacity_bytes, region.block_bytes)
         )
-        self._owner.add(region)
         return region
 
     def descriptor(self) -> bytes:
-        """Return what a peer needs to read all that is registered by now; it holds no secret."""
-        endpoints = (self._owner.endpoint,)
+        """Return what a peer needs to read all that is registered by now.
+
+        It holds no secret, unless this agent serves reads through NIXL.
+        """
+        endpoints = [self._owner.endpoint]
+        if self._nixl_owner is not None:
+            endpoints.append(self._nixl_owner.endpoint)
         regions = tuple(self._descriptors)
-        memory = PeerMemory(self.name, self.epoch, regions, endpoints, self._layout)
+        memory = PeerMemory(self.name, self.epoch, regions, tuple(endpoints), self._layout)
         return msgspec.msgpack.encode(memory)
 
     def connect(self, descriptor: bytes) -> Peer:
@@ -263,5 +274,13 @@ class Agent:
         self._peers.close()
         self._tcp.close()
         self._owner.close()
+        if self._nixl_owner is not None:
+            self._nixl_owner.close()
         for pool in self._pools:
             pool.close()
+
+    def _serve(self, region: Region, descriptor: RegionDescriptor) -> None:
+        self._descriptors.append(descriptor)
+        self._owner.add(region)
+        if self._nixl_owner is not None:
+            self._nixl_owner.add(region)
