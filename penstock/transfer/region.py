@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from penstock.core.block import KVLayout
 from penstock.core.events import Span
 from penstock.core.messages import Endpoint, RegionDescriptor
 from penstock.core.types import BlockId
@@ -58,12 +59,16 @@ def address_of(array: npt.NDArray[np.uint8] | SpanArray) -> int:
 
 
 class PeerMemory(Struct, frozen=True):
-    """All that a peer may know of this process's memory; `epoch` is new for every incarnation."""
+    """All that a peer may know of this process's memory; `epoch` is new for every incarnation.
+
+    Where there is a `layout`, region g holds the blocks of its group g.
+    """
 
     name: str
     epoch: int
     regions: tuple[RegionDescriptor, ...]
     endpoints: tuple[Endpoint, ...] = ()
+    layout: KVLayout | None = None
 
 
 def described_blocks(descriptor: RegionDescriptor) -> int:

@@ -35,7 +35,7 @@ _STORED: Final = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.fl
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReshapePlan:
-    """How wanted tokens of a group with `num_layers` layers come from `theirs` to `ours`.
+    """How wanted tokens of a group come from `theirs` to `ours`.
 
     Source block `source_ids[i]`, whose digest is `digests[i]` if there are digests, becomes staged
     block i. A direct plan has no pieces: `source_ids[i]` goes into our block `direct_ids[i]`.
@@ -43,7 +43,7 @@ class ReshapePlan:
 
     theirs: KVLayout
     ours: KVLayout
-    num_layers: int
+    group: int
     source_ids: Int64
     digests: tuple[Digest, ...]
     pieces: Pieces
@@ -53,6 +53,16 @@ class ReshapePlan:
     def is_direct(self) -> bool:
         """True when blocks are copied as they are."""
         return not len(self.pieces)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers in the group."""
+        return len(self.ours.groups[self.group].layers)
+
+    @property
+    def kv_heads(self) -> range:
+        """The model's KV heads that cross: those that both sides hold."""
+        return _shared_heads(self.theirs, self.ours)
 
     def rounds(self, num_staged: int) -> Iterator[tuple[slice, SpanArray, Pieces]]:
         """Cut the plan so that staging memory of `num_staged` blocks is enough.
@@ -94,7 +104,7 @@ def plan_reshape(theirs: KVLayout, ours: KVLayout, group: int, wanted: Reshape) 
     return ReshapePlan(
         theirs=theirs,
         ours=ours,
-        num_layers=len(ours.groups[group].layers),
+        group=group,
         source_ids=source_ids,
         digests=wanted.source.digests[used],
         pieces=pieces[:0] if is_direct else pieces,
@@ -104,10 +114,8 @@ def plan_reshape(theirs: KVLayout, ours: KVLayout, group: int, wanted: Reshape) 
 
 def cut_staged(plan: ReshapePlan, staged: Bytes2D, ours: Bytes2D, pieces: Pieces) -> None:
     """Cut staged blocks into ours, both [num_blocks, block_bytes] uint8; rounds to nearest even."""
-    theirs_held, ours_held = plan.theirs.kv_heads, plan.ours.kv_heads
-    heads = _shared_heads(plan.theirs, plan.ours)
-    from_heads = slice(heads.start - theirs_held.start, heads.stop - theirs_held.start)
-    to_heads = slice(heads.start - ours_held.start, heads.stop - ours_held.start)
+    from_heads = _place(plan.kv_heads, plan.theirs)
+    to_heads = _place(plan.kv_heads, plan.ours)
     source = _view(staged, plan.theirs, plan.num_layers)
     destination = _view(ours, plan.ours, plan.num_layers)
     for block, slot, our_block, our_slot, count in pieces.tolist():
@@ -145,6 +153,11 @@ def _is_same_shape(theirs: KVLayout, ours: KVLayout) -> bool:
 def _shared_heads(theirs: KVLayout, ours: KVLayout) -> range:
     start = max(theirs.first_kv_head, ours.first_kv_head)
     return range(start, min(theirs.kv_heads.stop, ours.kv_heads.stop))
+
+
+def _place(heads: range, layout: KVLayout) -> slice:
+    """Return where heads lie in the blocks of a layout."""
+    return slice(heads.start - layout.first_kv_head, heads.stop - layout.first_kv_head)
 
 
 def _used(blocks: GroupBlocks, wanted: Reshape, block_size: int) -> slice:

@@ -10,23 +10,26 @@ nothing on being read.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from penstock.core.block import KVLayout
-from penstock.core.errors import DeadlineExceeded, PeerLost
+from penstock.core.errors import BadRequest, BlocksCorrupt, DeadlineExceeded, PeerLost
 from penstock.core.events import Move, MoveDone
 from penstock.core.messages import WorkerInfo
-from penstock.core.types import WorkerId
+from penstock.core.types import BlockId, WorkerId
 from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters, is_stale
-from penstock.transfer.plan import SpanArray, span_array
+from penstock.transfer.plan import SpanArray, cut, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error
+from penstock.transfer.reshape import plan_reshape
 from penstock.transport.peers import Peers
+from penstock.transport.reshape import Carried, Reshaper, check
 from penstock.transport.shm import SharedMemory
 from penstock.transport.way import Source, Way
 
 _Pull = tuple[Source, Region, SpanArray]
+_Landed = tuple[Source, Carried]
 
 
 class BlockMover:
@@ -49,67 +52,97 @@ class BlockMover:
         self._layout = layout
         self._regions = tuple(regions)
         self._clock = clock
-        self._layouts: dict[tuple[str, int], KVLayout] = {}
+        self._reshaper = Reshaper()
         self._peers = Peers(ways if ways is not None else [SharedMemory()])
 
     def add_peer(self, info: WorkerInfo) -> None:
         """Know a peer; a new incarnation takes the place of the old one."""
-        self._layouts[info.worker_id, info.epoch] = info.layout
-        self._peers.add(PeerMemory(info.worker_id, info.epoch, info.regions, info.endpoints))
+        self._peers.add(
+            PeerMemory(info.worker_id, info.epoch, info.regions, info.endpoints, info.layout)
+        )
 
     def forget(self, worker_id: WorkerId, epoch: int) -> None:
         """Let go of this incarnation of a peer, as soon as no move reads it any more.
 
         A newer one that has joined already is left alone.
         """
-        self._layouts.pop((worker_id, epoch), None)
         self._peers.forget(worker_id, epoch)
 
     def execute(self, move: Move) -> MoveDone:
-        """Copy all spans of a move, or return `error`; blocks until it is done.
+        """Carry out a move, or return `error`; blocks until it is done.
 
         Everything is checked before the first byte. Memory that is mapped stays when its owner
-        ends; a connection that is lost is an error, within its deadline.
+        ends; a connection that is lost is an error, within its deadline. Digests of blocks that are
+        reshaped are compared here, those of others by `verify.py`.
         """
         started_ns = self._clock()
-        pulls: list[_Pull] = []
-        error = None
-        is_too_late = False
+        landed: list[_Landed] = []
+        error, is_corrupt, is_too_late = None, False, False
         try:
-            pulls = self._pulls(move)
-            for source, destination, spans in pulls:
-                source.pull(destination, spans)
+            landed = self._reshape(move) if move.reshapes else self._copy(move)
             is_too_late = self._is_stale(move)
-        except (PeerLost, DeadlineExceeded, OverflowError) as failure:
+        except BlocksCorrupt:
+            is_corrupt = True
+        except (PeerLost, DeadlineExceeded, BadRequest, OverflowError) as failure:
             error = str(failure)
         if is_too_late:
             error = f"{move.source} had handed out a block anew before it was read to the end"
-        num_bytes = sum(int(spans[:, 2].sum()) * to.block_bytes for _, to, spans in pulls)
         return MoveDone(
             move_id=move.move_id,
-            num_bytes=num_bytes if error is None else 0,
-            num_spans=sum(map(len, move.spans)) if error is None else 0,
-            transport="+".join(dict.fromkeys(source.name for source, _, _ in pulls)) or "none",
+            num_bytes=sum(part.num_bytes for _, part in landed),
+            num_spans=sum(part.num_spans for _, part in landed),
+            transport="+".join(dict.fromkeys(source.name for source, _ in landed)) or "none",
             started_ns=started_ns,
             finished_ns=self._clock(),
             error=error,
+            is_corrupt=is_corrupt,
             is_stale=is_too_late,
         )
 
     def _is_stale(self, move: Move) -> bool:
         """Tell whether the peer has handed out a block of the move anew since it was offered."""
-        for group, (spans, offered) in enumerate(zip(move.spans, move.generations, strict=False)):
+        for group, (spans, offered) in enumerate(_blocks_read(move)):
             if not offered:
                 continue
             source = self._peers.source(move.source, move.epoch, len(self._regions) + group)
-            array = counter_spans(span_array(spans))
-            found = Region(np.empty((len(offered), COUNTER_BYTES), np.uint8))
-            if array[:, 2].sum() != len(offered) or source.block_bytes != COUNTER_BYTES:
+            if spans[:, 2].sum() != len(offered) or source.block_bytes != COUNTER_BYTES:
                 raise PeerLost(f"{move.source} has offered something else than it describes")
-            source.pull(found, array)
+            found = Region(np.empty((len(offered), COUNTER_BYTES), np.uint8))
+            source.pull(found, counter_spans(spans))
             if is_stale(counters(found.blocks), offered):
                 return True
         return False
+
+    def _copy(self, move: Move) -> list[_Landed]:
+        """Copy the spans of every group. Raises: as `_pulls`, and for what a pull raises."""
+        landed = []
+        for source, destination, spans in self._pulls(move):
+            source.pull(destination, spans)
+            num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
+            landed.append((source, Carried(num_bytes, len(spans))))
+        return landed
+
+    def _reshape(self, move: Move) -> list[_Landed]:
+        """Bring the wanted tokens of every group into blocks of our shape.
+
+        Raises: `PeerLost` when the peer is not what the move expects or lacks heads of ours,
+        `BadRequest` for a plan that cannot be, `BlocksCorrupt`.
+        """
+        if len(move.reshapes) != len(self._regions):
+            raise PeerLost(f"{len(move.reshapes)} reshapes for {len(self._regions)} groups")
+        theirs = self._layout_of(move)
+        if not set(self._layout.kv_heads) <= set(theirs.kv_heads):
+            held, needed = theirs.kv_heads, self._layout.kv_heads
+            raise PeerLost(f"{move.source} holds KV heads {held}, we need {needed}")
+        ready = []
+        for index, (region, wanted) in enumerate(zip(self._regions, move.reshapes, strict=True)):
+            plan = plan_reshape(theirs, self._layout, index, wanted)
+            if len(plan.source_ids):
+                source = self._peers.source(move.source, move.epoch, index)
+                check(plan, source, region)
+                ready.append((plan, source, region))
+        carry_out = self._reshaper.carry_out
+        return [(source, carry_out(plan, source, region)) for plan, source, region in ready]
 
     def _pulls(self, move: Move) -> list[_Pull]:
         """Return what to pull from where for each group that the move touches, opened and checked.
@@ -119,7 +152,10 @@ class BlockMover:
         """
         if len(move.spans) != len(self._regions):
             raise PeerLost(f"{len(move.spans)} groups of spans for {len(self._regions)} groups")
-        self._check_layout(move.source, move.epoch)
+        layout = self._layout_of(move)
+        if layout != self._layout:
+            reason = self._layout.incompatibility(layout) or "the move does not reshape"
+            raise PeerLost(f"{move.source} keeps blocks of another layout: {reason}")
         pulls = []
         for index, (destination, spans) in enumerate(zip(self._regions, move.spans, strict=True)):
             if not spans:
@@ -136,10 +172,19 @@ class BlockMover:
             pulls.append((source, destination, array))
         return pulls
 
-    def _check_layout(self, worker_id: WorkerId, epoch: int) -> None:
-        memory = self._peers.memory(worker_id, epoch)
-        layout = self._layouts.get((worker_id, epoch))
-        if layout != self._layout:
-            raise PeerLost(f"{worker_id} keeps blocks of another layout: {layout}")
-        if len(memory.regions) < len(self._regions):
-            raise PeerLost(f"{worker_id} describes {len(memory.regions)} regions")
+    def _layout_of(self, move: Move) -> KVLayout:
+        """Return the peer's layout. Raises: `PeerLost` when its regions are not those of it."""
+        memory = self._peers.memory(move.source, move.epoch)
+        if memory.layout is None or len(memory.regions) < len(self._regions):
+            raise PeerLost(f"{move.source} describes {len(memory.regions)} regions")
+        return memory.layout
+
+
+def _blocks_read(move: Move) -> Iterator[tuple[SpanArray, tuple[int, ...]]]:
+    """Return the peer's blocks that a move reads, and their generations as offered, per group."""
+    for reshape in move.reshapes:
+        block_ids = reshape.source.block_ids
+        order = [BlockId(i) for i in range(len(block_ids))]
+        yield cut(block_ids, order), reshape.source.generations
+    for spans, generations in zip(move.spans, move.generations, strict=False):
+        yield span_array(spans), generations

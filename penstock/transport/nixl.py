@@ -14,6 +14,7 @@ network has to be the cluster's own. On one host it reads the owner's memory thr
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,6 +29,8 @@ from penstock.transport.nixl_agent import NIXL, Entries, NixlAgent, Rows
 from penstock.transport.nixl_owner import PAGE, NixlAddress, address_of_owner
 from penstock.transport.tcp import BYTES_PER_S_MIN, SILENCE_S
 
+DESTINATIONS_MAX: Final = 64
+"""Regions to pull into that stay registered."""
 _NOTHING: Final = np.empty((0, 3), np.int64)
 
 
@@ -45,7 +48,8 @@ class Nixl:
     """The way to peers that serve reads through NIXL. A pull may take `silence_s` and its size.
 
     One pull at a time; others wait for it. Memory that is pulled into is registered at the first
-    pull and kept until `close`. Raises: `BackendUnavailable` when NIXL is missing or cannot start.
+    pull and kept, as long as it is among the last `DESTINATIONS_MAX`.
+    Raises: `BackendUnavailable` when NIXL is missing or cannot start.
     """
 
     kind: Final = NIXL
@@ -188,7 +192,7 @@ class _Reader:
         self._landed = Region(np.zeros((1, PAGE.size), np.uint8))
         self._agent.register(self._landed)
         self._page_alone = self._agent.prepare(None, _rows(0, 0, 0, page=self._landed.address))
-        self._destinations: dict[tuple[int, int, int], tuple[Region, int]] = {}
+        self._destinations: OrderedDict[tuple[int, int, int], tuple[Region, int]] = OrderedDict()
 
     def read(
         self,
@@ -242,9 +246,14 @@ class _Reader:
     def _destination(self, region: Region) -> int:
         key = (region.address, region.num_blocks, region.block_bytes)
         if key not in self._destinations:
+            if len(self._destinations) >= DESTINATIONS_MAX:
+                oldest, prepared = self._destinations.popitem(last=False)[1]
+                self._agent.release(prepared)
+                self._agent.unregister(oldest)
             self._agent.register(region)
             rows = _rows(*key, page=self._landed.address)
             self._destinations[key] = region, self._agent.prepare(None, rows)
+        self._destinations.move_to_end(key)
         return self._destinations[key][1]
 
 

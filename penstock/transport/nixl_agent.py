@@ -48,6 +48,11 @@ def has_rdma(devices: Path = RDMA_DEVICES) -> bool:
     return devices.is_dir() and any(devices.iterdir())
 
 
+def is_worthwhile() -> bool:
+    """Tell whether reads through NIXL are better than over TCP from here."""
+    return is_installed() and has_rdma()
+
+
 class NixlAgent:
     """One agent with UCX as its backend. Not for several threads at once.
 
@@ -71,10 +76,13 @@ class NixlAgent:
 
     def register(self, region: Region) -> None:
         """Register memory, which must outlive the agent. Raises: `BackendUnavailable`."""
-        rows = [(region.address, region.capacity_bytes, 0, "")]
-        memory = self._library.nixlRegDList(self._library.DRAM_SEG, rows)
         with self._failing(BackendUnavailable, f"NIXL cannot register {region.capacity_bytes} B"):
-            self._agent.registerMem(memory, self._backends)
+            self._agent.registerMem(self._memory(region), self._backends)
+
+    def unregister(self, region: Region) -> None:
+        """Let go of memory that no read is under way into. Raises: `BackendUnavailable`."""
+        with self._failing(BackendUnavailable, "NIXL cannot let go of memory"):
+            self._agent.deregisterMem(self._memory(region), self._backends)
 
     @property
     def metadata(self) -> bytes:
@@ -139,6 +147,10 @@ class NixlAgent:
     def close(self) -> None:
         """End the agent, and with it every read that is under way on either side."""
         self._agent = None
+
+    def _memory(self, region: Region) -> Any:  # noqa: ANN401 - theirs, without a type
+        rows = [(region.address, region.capacity_bytes, 0, "")]
+        return self._library.nixlRegDList(self._library.DRAM_SEG, rows)
 
     @contextmanager
     def _failing(self, kind: type[PenstockError], what: str) -> Iterator[None]:

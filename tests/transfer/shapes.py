@@ -71,14 +71,11 @@ def write(
     for token in tokens:
         block = pool[blocks.block_ids[token // size - blocks.first]]
         values = block.view(TYPES[layout.dtype]).reshape(num_layers, 2, size, len(heads), -1)
-        for layer in range(num_layers):
-            for kv in range(2):
-                for head in heads:
-                    exact = content[token, layer, kv, head]
-                    stored = exact.astype(values.dtype)
-                    if layout.dtype == "bfloat16":  # whole numbers up to 256 lose nothing
-                        stored = (exact.view(np.uint32) >> 16).astype(np.uint16)
-                    values[layer, kv, token % size, head - heads.start] = stored
+        exact = content[token][:, :, heads.start : heads.stop]
+        if layout.dtype == "bfloat16":  # whole numbers up to 256 lose nothing by this
+            values[:, :, token % size] = exact.view(np.uint32) >> 16
+        else:
+            values[:, :, token % size] = exact
 
 
 def with_digests(pool: npt.NDArray[np.uint8], blocks: GroupBlocks) -> GroupBlocks:

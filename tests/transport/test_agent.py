@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.errors import BadRequest, PeerLost
+from penstock.core.errors import BackendUnavailable, BadRequest, PeerLost
 from penstock.transport import Agent
 
 KEY = bytes(range(32))
@@ -67,16 +67,43 @@ def test_a_transport_can_be_forced():
         Agent(key=KEY, transport="carrier pigeon")
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_nixl_that_is_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nixl._bindings", None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'penstock\[nixl\]'"):
+        Agent(key=KEY, transport="nixl")
+
+
+def test_auto_takes_nixl_where_both_ends_have_it_and_rdma(monkeypatch):
+    pytest.importorskip("nixl")
+    with Agent(key=KEY) as old, monkeypatch.context() as patch:
+        # RDMA is what this machine may lack: UCX then finds another way to the same memory.
+        patch.setattr("penstock.transport.agent.is_worthwhile", lambda: True)
+        with Agent(key=KEY) as giver, Agent(key=KEY) as taker:
+            used = []
+            for owner in (giver, old):
+                owner.register(np.full((4, 64), 7, np.uint8))
+                owner.allocate(4, 64).blocks[:] = 7
+                into, peer = taker.allocate(4, 64), taker.connect(owner.descriptor())
+                pulls = [taker.pull(peer, [1], into, [to], region=to) for to in (0, 1)]
+                used += [pulled.transport for pulled in pulls]
+                assert into.blocks[:, 0].tolist() == [7, 7, 0, 0]
+            peer = old.connect(giver.descriptor())
+            used.append(old.pull(peer, [1], old.allocate(1, 64), [0]).transport)
+    assert used == ["nixl", "shm", "tcp", "shm", "tcp"]
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 def test_a_peer_that_came_back_is_another(transport):
+    if transport == "nixl":
+        pytest.importorskip("nixl")
     with Agent("taker", key=KEY, transport=transport) as taker:
         into = taker.allocate(4, 64)
-        with Agent("giver", key=KEY) as giver:
+        with Agent("giver", key=KEY, transport=transport) as giver:
             giver.allocate(4, 64).blocks[:] = 1
             old_descriptor = giver.descriptor()
             old = taker.connect(old_descriptor)
             taker.pull(old, [0], into, [0])
-        with Agent("giver", key=KEY) as giver:
+        with Agent("giver", key=KEY, transport=transport) as giver:
             giver.allocate(4, 64).blocks[:] = 2
             new = taker.connect(giver.descriptor())
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from penstock.core.block import KVGroup, KVLayout
-from penstock.core.events import Move, MoveClass, Span
-from penstock.core.messages import RegionDescriptor, WorkerInfo
+from penstock.core.events import Move, MoveClass, Reshape, Span
+from penstock.core.messages import GroupBlocks, RegionDescriptor, WorkerInfo
 from penstock.core.types import Role, WorkerId
+from penstock.transfer.digest import take_digests
 from penstock.transfer.region import Region
 from penstock.transport.mover import BlockMover
 from penstock.transport.shm import HOST_KIND, MEMFD, SharedPool
@@ -100,6 +101,78 @@ def test_another_layout_is_refused(mover, regions, pools):
     mover.add_peer(info_of(pools, layout=other))
 
     assert_refused(mover, regions, move([Span(0, 0, 1)], []), "another layout")
+
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), LAYOUT.fingerprint())
+    assert_refused(mover, regions, move([Span(0, 0, 1)], []), other.fingerprint())
+
+
+SMALLER = msgspec.structs.replace(LAYOUT, block_size=2)
+
+
+@pytest.fixture
+def smaller_pools():
+    pools = [SharedPool(n, b) for n, b in zip((24, 12), SMALLER.block_bytes, strict=True)]
+    for pool in pools:
+        pool.region.blocks[:] = np.arange(pool.region.num_blocks)[:, None] + 1
+    yield pools
+    for pool in pools:
+        pool.close()
+
+
+def reshaping(pools, begin=0, end=7):
+    """Tokens out of blocks 5, 6, 1 and 0 into our blocks 2 and 3, and nothing of the window."""
+    ids = (5, 6, 1, 0)
+    source = GroupBlocks(0, ids, take_digests(pools[0].region.blocks, ids))
+    wanted = Reshape(source, GroupBlocks(0, (2, 3)), begin, end)
+    nothing = Reshape(GroupBlocks(0, ()), GroupBlocks(0, ()), end, end)
+    return msgspec.structs.replace(move(), reshapes=(wanted, nothing))
+
+
+def test_blocks_of_another_size_are_reshaped(mover, regions, smaller_pools):
+    mover.add_peer(info_of(smaller_pools, layout=SMALLER))
+
+    done = mover.execute(reshaping(smaller_pools))
+
+    assert (done.error, done.is_corrupt, done.transport) == (None, False, "shm")
+    slots = regions[0].blocks[2:4].reshape(2, 4, 4, -1)[:, 0, :, 0]
+    assert slots.tolist() == [[6, 6, 7, 7], [2, 2, 1, 0]]
+    assert (done.num_bytes, done.num_spans) == (4 * SMALLER.block_bytes[0], 3)
+    assert not regions[0].blocks[:2].any()
+    assert not regions[1].blocks.any()
+
+
+def test_what_is_not_as_offered_is_corrupt(mover, regions, smaller_pools):
+    mover.add_peer(info_of(smaller_pools, layout=SMALLER))
+    asked = reshaping(smaller_pools)
+    smaller_pools[0].region.blocks[1, -1] ^= 1
+
+    done = mover.execute(asked)
+
+    assert (done.error, done.is_corrupt) == (None, True)
+    assert not any(region.blocks.any() for region in regions)
+
+
+def test_a_reshape_from_a_peer_that_lacks_heads_of_ours_is_refused(mover, regions, smaller_pools):
+    shard = msgspec.structs.replace(SMALLER, first_kv_head=1, total_kv_heads=2)
+    ours = msgspec.structs.replace(LAYOUT, total_kv_heads=2)
+    mover = BlockMover(ours, regions)
+    mover.add_peer(info_of(smaller_pools, layout=shard))
+    assert_refused(mover, regions, reshaping(smaller_pools), "holds KV heads")
+
+
+def test_a_reshape_that_cannot_be_is_refused(mover, regions, smaller_pools):
+    other = msgspec.structs.replace(SMALLER, model="other weights")
+    mover.add_peer(info_of(smaller_pools, layout=other))
+    assert_refused(mover, regions, reshaping(smaller_pools), other.fingerprint())
+
+    mover.add_peer(info_of(smaller_pools, layout=SMALLER))
+    assert_refused(mover, regions, reshaping(smaller_pools, end=9), "tokens 0 to 9")
+    one = reshaping(smaller_pools).reshapes[:1]
+    asked = msgspec.structs.replace(move(), reshapes=one)
+    assert_refused(mover, regions, asked, "1 reshapes for 2 groups")
+    far = Reshape(GroupBlocks(0, (24,)), GroupBlocks(0, (0,)), 0, 1)
+    asked = msgspec.structs.replace(move(), reshapes=(far, one[0]))
+    assert_refused(mover, regions, asked, "block 24 is none")
 
 
 @pytest.mark.parametrize("bad", [Span(11, 0, 2), Span(0, 11, 2), Span(-1, 0, 1)])

@@ -198,6 +198,18 @@ def test_several_threads_pull_at_once(way, owner):
     assert all((pool.blocks[::-1] == region.blocks).all() for pool in pools)
 
 
+def test_what_was_pulled_into_long_ago_is_let_go_and_can_come_back(way, owner, monkeypatch):
+    monkeypatch.setattr("penstock.transport.nixl.DESTINATIONS_MAX", 2)
+    region = region_of(4)
+    owner.add(region)
+    source = way.open(memory_of(owner, region), 0)
+    pools = [empty(4) for _ in range(4)]
+    for block in range(4):
+        for pool in pools:
+            source.pull(pool, cut([block], [block]))
+    assert all((pool.blocks == region.blocks).all() for pool in pools)
+
+
 # ------------------------------------------------------------------------------- several processes
 
 OWNER = """

@@ -12,6 +12,27 @@ extern "C" {
 int64_t penstock_copy(const uint8_t* source, uint8_t* destination, int64_t block_bytes,
                       const int64_t* spans, int64_t num_spans);
 
+// Blocks of one side of a cutting: [tokens, heads, head_dim] in every plane. Mirrored by
+// `library.Side`, with the dtypes numbered as there.
+struct penstock_side {
+    uint8_t* blocks;
+    int64_t block_size;
+    int64_t num_heads;   // in its blocks
+    int64_t first_head;  // in its blocks, of those that both sides hold
+    int64_t dtype;
+};
+
+// How staged blocks become ours; `library.Cutting`.
+struct penstock_cutting {
+    penstock_side theirs, ours;
+    int64_t num_planes;  // keys and values of every layer
+    int64_t num_heads;   // that both sides hold
+    int64_t head_dim;
+};
+
+// A piece is five int64: staged block, slot in it, our block, slot in it, number of tokens.
+void penstock_cut(const penstock_cutting* cutting, const int64_t* pieces, int64_t num_pieces);
+
 // One read of a peer's region. Mirrored by `library.Reading`.
 struct penstock_reading {
     const int32_t* streams;  // connected, authenticated sockets

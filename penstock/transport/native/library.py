@@ -35,8 +35,37 @@ class Reading(Structure):
     ]
 
 
+DTYPES: Final = ("float32", "bfloat16", "float16")
+"""Types of numbers in blocks, as the native side counts them."""
+
+
+class Side(Structure):
+    """Blocks of one side of a cutting: `penstock_side` of `api.h`."""
+
+    _fields_ = [
+        ("blocks", c_void_p),
+        ("block_size", c_int64),
+        ("num_heads", c_int64),
+        ("first_head", c_int64),
+        ("dtype", c_int64),
+    ]
+
+
+class Cutting(Structure):
+    """How staged blocks become ours: `penstock_cutting` of `api.h`."""
+
+    _fields_ = [
+        ("theirs", Side),
+        ("ours", Side),
+        ("num_planes", c_int64),
+        ("num_heads", c_int64),
+        ("head_dim", c_int64),
+    ]
+
+
 _FUNCTIONS: Final = {
     "penstock_copy": (c_int64, (c_void_p, c_void_p, c_int64, c_void_p, c_int64)),
+    "penstock_cut": (None, (POINTER(Cutting), c_void_p, c_int64)),
     "penstock_read": (c_int64, (POINTER(Reading),)),
     "penstock_notify": (c_int64, (c_int32, c_uint64, c_void_p, c_int64, c_int64)),
     "penstock_server_new": (c_void_p, (c_uint64, c_int64, c_int64)),

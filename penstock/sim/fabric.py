@@ -1,0 +1,131 @@
+"""`Fabric`: the transport of a performance simulation, where moves take time and carry no bytes.
+
+Workers sit on hosts. A move between two hosts leaves through the one's network card and enters
+through the other's, and shares both with every other move there; between workers of one host it
+takes that host's inner link. A move takes
+
+    latency + spans * span + bytes / (fair share of the links)
+
+Messages take the latency and are never lost: what goes wrong on the way is tested over
+`penstock/sim/network.py`, where blocks hold real bytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from penstock.core.events import Move, MoveDone
+from penstock.core.messages import Message
+from penstock.core.types import WorkerId
+from penstock.sim.clock import SimClock
+from penstock.sim.links import Link, SharedLinks
+
+Deliver = Callable[[Message], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FabricCost:
+    """What connects hosts (`card`, each way) and the workers of one host (`inner`, shared)."""
+
+    latency_ns: int = 20_000
+    span_ns: int = 5_000
+    card_bytes_per_s: float = 25e9
+    inner_bytes_per_s: float = 300e9
+
+
+class Fabric:
+    """All links of a simulated cluster; nodes join and leave."""
+
+    def __init__(self, clock: SimClock, cost: FabricCost, host_of: dict[WorkerId, int]) -> None:
+        self.clock = clock
+        self.cost = cost
+        self.num_messages = 0
+        self._host_of = host_of
+        self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
+        self._epochs: dict[WorkerId, int] = {}
+        self.links = SharedLinks(clock, _capacities(set(host_of.values()), cost))
+
+    def join(self, node: WorkerId, epoch: int, deliver: Deliver) -> None:
+        """Connect a node; one that is there already is replaced."""
+        self._nodes[node] = (epoch, deliver)
+
+    def leave(self, node: WorkerId) -> None:
+        """Cut a node off; what is on its way to it is swallowed."""
+        self._nodes.pop(node, None)
+
+    def send(self, to: WorkerId, message: Message) -> None:
+        """Deliver after the latency, unless the receiver is gone or replaced by then."""
+        receiver = self._nodes.get(to)
+        if receiver is None:
+            return
+        self.num_messages += 1
+
+        def arrive() -> None:
+            if self._nodes.get(to) is receiver:
+                receiver[1](message)
+
+        self.clock.call_at(self.clock.now_ns() + self.cost.latency_ns, arrive)
+
+    def submit(
+        self,
+        reader: WorkerId,
+        block_bytes: tuple[int, ...],
+        move: Move,
+        done: Callable[[MoveDone], None],
+    ) -> None:
+        """Carry a move's bytes; it fails when the source is gone, or another, at its end."""
+        started_ns = self.clock.now_ns()
+        num_spans = sum(map(len, move.spans))
+        num_bytes = sum(
+            span.num_blocks * size
+            for spans, size in zip(move.spans, block_bytes, strict=True)
+            for span in spans
+        )
+
+        def land() -> None:
+            source = self._nodes.get(move.source)
+            is_there = source is not None and source[0] == move.epoch
+            done(
+                MoveDone(
+                    move_id=move.move_id,
+                    num_bytes=num_bytes,
+                    num_spans=num_spans,
+                    transport="sim",
+                    started_ns=started_ns,
+                    finished_ns=self.clock.now_ns(),
+                    error=None if is_there else f"{move.source} is gone",
+                )
+            )
+
+        links = self._way(move.source, reader)
+        begins_ns = started_ns + self.cost.latency_ns + num_spans * self.cost.span_ns
+        if num_bytes:
+            self.clock.call_at(begins_ns, lambda: self.links.carry(links, num_bytes, land))
+        else:
+            self.clock.call_at(begins_ns, land)
+
+    def _way(self, source: WorkerId, reader: WorkerId) -> tuple[Link, ...]:
+        here, there = self._host_of[reader], self._host_of[source]
+        return (("inner", here),) if here == there else (("out", there), ("in", here))
+
+
+class ControllerPort:
+    """The transport port of the controller: it sends, and moves nothing."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+
+    def send(self, to: WorkerId, message: Message) -> None:
+        """Say something."""
+        self._fabric.send(to, message)
+
+    def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
+        """Refuse. Raises: `AssertionError`, since a controller has no blocks."""
+        raise AssertionError(f"the controller has no blocks to move: {move}")
+
+
+def _capacities(hosts: set[int], cost: FabricCost) -> dict[Link, float]:
+    capacities: dict[Link, float] = {}
+    for host in sorted(hosts):
+        capacities["out", host] = capacities["in", host] = cost.card_bytes_per_s
+        capacities["inner", host] = cost.inner_bytes_per_s
+    return capacities

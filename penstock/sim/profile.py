@@ -1,0 +1,87 @@
+"""Hardware that a simulated worker runs on: step times, room for KV, and the shape of its blocks.
+
+The numbers are those that the controller starts its predictions from (`control/profiles.py`): in a
+simulation the world is exactly as that table says, unless a worker is made slower.
+
+Called by `penstock/sim/fleet.py`; it knows no cluster and no request.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from penstock.control.profiles import KERNEL_TIMES
+from penstock.core.block import KVGroup, KVLayout
+from penstock.core.errors import BadRequest
+from penstock.core.types import NS_PER_MS
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Coefficients of a step's time, in milliseconds and tokens.
+
+    prefill  a + b * S + c * (S^2 + 2 * S * P)      S new tokens behind a prefix of P
+    decode   d + e * batch + f * context_tokens
+    """
+
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+    f: float
+
+    def duration_ns(self, new: int, quadratic: int, batch: int, context: int) -> float:
+        """Return the time of a step that computes prompts and decodes together.
+
+        `new` is the prompt tokens and `quadratic` their sum of S^2 + 2SP; `batch` and `context` are
+        the sequences that want one token and their tokens. The weights are read once for both: of
+        the two fixed parts d counts where there is a decode, else a.
+        """
+        fixed = self.d if batch else self.a
+        prompts = self.b * new + self.c * quadratic
+        return (fixed + prompts + self.e * batch + self.f * context) * NS_PER_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One worker's hardware: `tp` GPUs `gpu` that hold the model and `capacity_tokens` of KV."""
+
+    gpu: str
+    model: str
+    tp: int
+    capacity_tokens: int
+    times: StepTimes
+
+    @property
+    def profile(self) -> str:
+        """The name under which the controller knows it."""
+        return f"{self.gpu}/{self.model}/tp{self.tp}"
+
+
+_SHAPES: Final = {"llama3.1-8b": (32, 8, 128), "llama3.1-70b": (80, 8, 128)}
+"""Layers, KV heads and head dimension of the models that there are profiles of."""
+MODELS: Final = tuple(_SHAPES)
+
+
+def find_hardware(gpu: str, model: str, tp: int | None = None) -> Hardware:
+    """Return a profile; `tp` None takes the fewest GPUs that hold the model.
+
+    Raises: `BadRequest` naming what there is.
+    """
+    of_model = [name.split("/") for name in KERNEL_TIMES if f"/{model}/" in name]
+    found = [int(its[2][2:]) for its in of_model if its[0] == gpu.upper()]
+    if tp in found or (tp is None and found):
+        hardware = Hardware(gpu.upper(), model, tp or min(found), 0, StepTimes(0, 0, 0, 0, 0, 0))
+        capacity_tokens, coefficients = KERNEL_TIMES[hardware.profile]
+        return replace(hardware, capacity_tokens=capacity_tokens, times=StepTimes(*coefficients))
+    there = [f"{its[0]}-{its[2]}" for its in of_model]
+    what = gpu if tp is None else f"{gpu}-tp{tp}"
+    known = ", ".join(there) if there else "none; models are " + ", ".join(MODELS)
+    raise BadRequest(f"no profile of {model} on {what}; there are: {known}", "cluster")
+
+
+def layout_of(model: str, block_size: int) -> KVLayout:
+    """Return the shape of the model's KV blocks in bf16: what a transfer has to carry."""
+    num_layers, num_kv_heads, head_dim = _SHAPES[model]
+    groups = (KVGroup(tuple(range(num_layers))),)
+    return KVLayout(model, groups, num_kv_heads, head_dim, block_size, "bfloat16")

@@ -1,0 +1,40 @@
+"""Hardware: found by name, and its step times by the formula."""
+
+import pytest
+
+from penstock.control.profiles import KERNEL_TIMES
+from penstock.core.errors import BadRequest
+from penstock.core.types import NS_PER_MS
+from penstock.sim.profile import StepTimes, find_hardware, layout_of
+
+
+def test_a_step_of_prompts_and_decodes_reads_the_weights_once() -> None:
+    times = StepTimes(a=1.0, b=0.1, c=0.001, d=2.0, e=0.5, f=0.01)
+    assert times.duration_ns(100, 100 * 100, 0, 0) == pytest.approx(21 * NS_PER_MS)
+    assert times.duration_ns(0, 0, 4, 200) == pytest.approx(6 * NS_PER_MS)
+    assert times.duration_ns(100, 100 * 100, 4, 200) == pytest.approx(26 * NS_PER_MS)
+
+
+@pytest.mark.parametrize("profile", KERNEL_TIMES)
+def test_every_profile_is_found_by_its_parts(profile: str) -> None:
+    gpu, model, tp = profile.split("/")
+    hardware = find_hardware(gpu.lower(), model, int(tp[2:]))
+    assert hardware.profile == profile
+    assert hardware.capacity_tokens == KERNEL_TIMES[profile][0]
+    assert layout_of(model, 128).num_kv_heads == 8
+
+
+def test_the_fewest_gpus_that_hold_the_model_are_taken() -> None:
+    assert find_hardware("H100", "llama3.1-70b").tp == 4
+    assert find_hardware("H200", "llama3.1-70b").tp == 2
+
+
+def test_a_block_has_the_bytes_of_the_model() -> None:
+    assert layout_of("llama3.1-8b", 16).token_bytes == 128 * 1024
+
+
+def test_what_there_is_not_is_said() -> None:
+    with pytest.raises(BadRequest, match="H200-tp2"):
+        find_hardware("H300", "llama3.1-70b")
+    with pytest.raises(BadRequest, match=r"models are llama3\.1-8b"):
+        find_hardware("H100", "gpt-6")
