@@ -11,7 +11,7 @@ CACHED   nobody      no (kept), yes (spare): see `kv/prefix_cache.py`
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,13 @@ sharing a prefix: 1.2 runs a prompt instead of 22 without spare blocks, at 2 to 
 """
 
 
+class Relocation(NamedTuple):
+    """A cached block and where in the same pool its content is to be."""
+
+    source: BlockId
+    destination: BlockId
+
+
 class BlockPool:
     """Reference-counted blocks: each free, active (held) or cached (named, held by nobody).
 
@@ -47,6 +54,7 @@ class BlockPool:
         self.prefix_cache = PrefixCache()
         self._num_holders = [0] * num_blocks
         self._generations = np.zeros(num_blocks, np.int64) if generations is None else generations
+        self._relocating: dict[BlockId, BlockId] = {}  # destination -> source
         self._digests = [NO_DIGEST] * num_blocks
 
     @property
@@ -61,17 +69,18 @@ class BlockPool:
 
     @property
     def num_active(self) -> int:
-        """Blocks that somebody holds."""
-        return self.num_blocks - self.num_available
+        """Blocks that somebody holds, or that a relocation writes."""
+        return self.num_blocks - self.num_free - self.num_cached
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can give, free or cached."""
-        return self.allocator.num_free + self.prefix_cache.num_kept
+        """Blocks that `allocate` can give, free or cached; not those that a relocation reads."""
+        kept = self.prefix_cache.num_kept - self.prefix_cache.num_pinned
+        return self.allocator.num_free + kept
 
     def state(self, block_id: BlockId) -> BlockState:
         """Return the state of a block."""
-        if self._num_holders[block_id]:
+        if self._num_holders[block_id] or block_id in self._relocating:
             return BlockState.ACTIVE
         return BlockState.CACHED if self.prefix_cache.is_idle(block_id) else BlockState.FREE
 
@@ -140,6 +149,57 @@ class BlockPool:
         assert self._num_holders[block_id], f"block {block_id} is named but held by nobody"
         self.prefix_cache.insert(block_id, block_hash)
 
+    # --- moving cached blocks within the pool: see `kv/defragment.py`
+
+    def can_relocate(self, block_id: BlockId) -> bool:
+        """Tell whether the block is cached for hits alone, to be kept, and not being copied."""
+        return self.prefix_cache.is_kept(block_id) and not self.prefix_cache.is_pinned(block_id)
+
+    def begin_relocation(self, relocations: Sequence[Relocation]) -> None:
+        """Pin the sources and take the destinations, which may be written; then copy the bytes.
+
+        Until it ends a source can be found and held, but is not given up; a destination is neither
+        free nor held. What is written there are other contents: a new generation.
+        """
+        destinations = sorted(r.destination for r in relocations)
+        self.allocator.take(destinations)
+        self.prefix_cache.forget(destinations)
+        self.prefix_cache.pin(r.source for r in relocations)
+        for source, destination in relocations:
+            self._relocating[destination] = source
+            self._generations[destination] += 1
+            self._digests[destination] = NO_DIGEST
+
+    def end_relocation(self, relocations: Sequence[Relocation]) -> int:
+        """Give name, digest and recency to the copies and free the sources; return how many.
+
+        A source that somebody has taken up meanwhile stays where it is, and its copy is free.
+        """
+        freed, num_moved = [], 0
+        for relocation in relocations:
+            source, destination = relocation
+            self._forget_relocation(relocation)
+            if self.prefix_cache.is_kept(source):
+                self.prefix_cache.rename(source, destination)
+                self._digests[destination] = self._digests[source]
+                freed.append(source)
+                num_moved += 1
+            else:
+                freed.append(destination)
+        self.allocator.free(freed)
+        return num_moved
+
+    def abort_relocation(self, relocations: Sequence[Relocation]) -> None:
+        """Leave the sources where they are and free the destinations: the copy has failed."""
+        for relocation in relocations:
+            self._forget_relocation(relocation)
+        self.allocator.free(r.destination for r in relocations)
+
+    def _forget_relocation(self, relocation: Relocation) -> None:
+        source = self._relocating.pop(relocation.destination)
+        assert source == relocation.source, (relocation, source)
+        self.prefix_cache.unpin(source)
+
     def check(self) -> None:
         """Assert that every block is in exactly one state, and that only active ones are held."""
         self.allocator.check()
@@ -153,7 +213,11 @@ class BlockPool:
         assert min(self._num_holders) >= 0, self._num_holders
         assert cached & writable == spare, (cached, writable, spare)
         assert not (writable | cached) & active, (writable | cached) & active
-        assert len(free) + len(cached) + len(active) == self.num_blocks, (free, cached, active)
+        arriving = self._relocating.keys()
+        assert not arriving & (writable | cached | active), arriving
+        assert all(map(self.prefix_cache.is_pinned, self._relocating.values())), self._relocating
+        num_known = len(free) + len(cached) + len(active) + len(arriving)
+        assert num_known == self.num_blocks, (free, cached, active, arriving)
         assert (self.num_free, self.num_cached) == (len(free), len(cached))
         assert not [b for b in free if self.prefix_cache.is_indexed(b)]
 

@@ -13,6 +13,7 @@ order of age, leaves free blocks scattered: 20 runs for a prompt of 40 blocks in
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from penstock.core.types import BlockHash, BlockId
 
@@ -23,8 +24,11 @@ class PrefixCache:
     def __init__(self) -> None:
         self._block_of: dict[BlockHash, BlockId] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}
-        self._kept: OrderedDict[BlockId, None] = OrderedDict()
+        self._kept: OrderedDict[int, BlockId] = OrderedDict()  # place in the order of release
+        self._place_of: dict[BlockId, int] = {}
+        self._next_place = 0
         self._spare: set[BlockId] = set()
+        self._pinned: set[BlockId] = set()
         self.changes: dict[BlockHash, bool] | None = None
         """Names that came (True) or went since this was last emptied; None while nobody asks."""
 
@@ -43,13 +47,26 @@ class PrefixCache:
         """Number of idle blocks that may be overwritten."""
         return len(self._spare)
 
+    @property
+    def num_pinned(self) -> int:
+        """Number of kept blocks that may not be given up now."""
+        return sum(block_id in self._place_of for block_id in self._pinned) if self._pinned else 0
+
     def is_indexed(self, block_id: BlockId) -> bool:
         """Tell whether the block has a name, by which it can be found."""
         return block_id in self._hash_of
 
     def is_idle(self, block_id: BlockId) -> bool:
         """Tell whether the block is there for hits alone."""
-        return block_id in self._kept or block_id in self._spare
+        return block_id in self._place_of or block_id in self._spare
+
+    def is_kept(self, block_id: BlockId) -> bool:
+        """Tell whether the block is idle and may not be overwritten."""
+        return block_id in self._place_of
+
+    def is_pinned(self, block_id: BlockId) -> bool:
+        """Tell whether the block is being copied to another place."""
+        return block_id in self._pinned
 
     def is_spare(self, block_id: BlockId) -> bool:
         """Tell whether the block may be overwritten."""
@@ -100,24 +117,52 @@ class PrefixCache:
         """Keep a block that nobody holds any more, as the latest of all."""
         assert block_id in self._hash_of, f"block {block_id} has no name to be kept for"
         assert not self.is_idle(block_id), f"block {block_id} is idle already"
-        self._kept[block_id] = None
+        self._kept[self._next_place] = block_id
+        self._place_of[block_id] = self._next_place
+        self._next_place += 1
 
     def unpark(self, block_id: BlockId) -> None:
         """Note that an idle block is held again."""
         if block_id in self._spare:
             self._spare.remove(block_id)
         else:
-            del self._kept[block_id]
+            del self._kept[self._place_of.pop(block_id)]
 
     def give_up(self, count: int) -> list[BlockId]:
         """Make the `count` longest kept blocks spare, or all there are, and return them.
 
         Blocks are let go last one first, so a prefix is given up from its end and stays useful.
+        Those that are pinned stay.
         """
-        count = min(count, len(self._kept))
-        given_up = [self._kept.popitem(last=False)[0] for _ in range(count)]
+        oldest = iter(self._kept.items())
+        if self._pinned:
+            oldest = filter(lambda entry: entry[1] not in self._pinned, oldest)
+        places = [place for place, _ in islice(oldest, count)]
+        given_up = [self._kept.pop(place) for place in places]
+        for block_id in given_up:
+            del self._place_of[block_id]
         self._spare.update(given_up)
         return given_up
+
+    def pin(self, block_ids: Iterable[BlockId]) -> None:
+        """Keep kept blocks from being given up; hits may hold them all the same."""
+        for block_id in block_ids:
+            assert self.is_kept(block_id), f"block {block_id} is not kept"
+            assert block_id not in self._pinned, f"block {block_id} is pinned already"
+            self._pinned.add(block_id)
+
+    def unpin(self, block_id: BlockId) -> None:
+        """Let a block be given up again."""
+        self._pinned.remove(block_id)
+
+    def rename(self, source: BlockId, destination: BlockId) -> None:
+        """Give a kept block's name, and its place in the order of release, to an unnamed block."""
+        assert destination not in self._hash_of, f"block {destination} has a name already"
+        place, block_hash = self._place_of.pop(source), self._hash_of.pop(source)
+        self._kept[place] = destination
+        self._place_of[destination] = place
+        self._block_of[block_hash] = destination
+        self._hash_of[destination] = block_hash
 
     def forget(self, block_ids: Iterable[BlockId]) -> None:
         """Drop the names of those blocks that are spare: they are about to be overwritten."""
@@ -138,6 +183,8 @@ class PrefixCache:
     def check(self) -> None:
         """Assert that the index is one to one and that idle blocks are in it once."""
         assert {b: h for h, b in self._block_of.items()} == self._hash_of
-        assert self._kept.keys() <= self._hash_of.keys()
+        assert {block_id: place for place, block_id in self._kept.items()} == self._place_of
+        assert self._place_of.keys() <= self._hash_of.keys()
+        assert self._pinned <= self._hash_of.keys() - self._spare
         assert self._hash_of.keys() >= self._spare
-        assert not self._kept.keys() & self._spare
+        assert not self._place_of.keys() & self._spare

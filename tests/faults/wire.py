@@ -43,6 +43,8 @@ class End:
             [sys.executable, "-m", "tests.faults.far_end", str(theirs.fileno()), address],
             pass_fds=(theirs.fileno(),),
             cwd=Path(__file__).parents[2],
+            # Who has threads may make no user namespace, which others than root need.
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
         theirs.close()
         word, descriptors, _, _ = socket.recv_fds(self._link, 1024, 1)

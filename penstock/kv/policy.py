@@ -1,0 +1,128 @@
+"""Decisions about blocks as pure functions over costs: codec, fetch or recompute, where to keep.
+
+No state, no constants that stand for a machine: every cost comes in as predicted at this moment.
+Called by `kv/orchestrator.py`, and by whoever wants to know beforehand (a router, a study).
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from penstock.kv.tiers import CodecSpec, LinkSpec, Tier
+
+
+class WriteMode(Enum):
+    """When a block that only a fast tier has is written to a slower one."""
+
+    THROUGH = "through"
+    """At once: it will be wanted, and evicting it later costs nothing."""
+    BACK = "back"
+    """When it is evicted."""
+    NEVER = "never"
+    """It is dropped: computing it again is cheaper than carrying it."""
+
+
+class Split(NamedTuple):
+    """Compute the first `num_recomputed` blocks while the others are fetched."""
+
+    num_recomputed: int
+    total_ns: float
+
+
+class Option(NamedTuple):
+    """A tier in which a block could be kept: what reading it there costs, and what writing does."""
+
+    tier: Tier
+    fetch_ns: float
+    write_ns: float
+    free_bytes: int
+
+
+def steady_ns(
+    codec: CodecSpec, link: LinkSpec, num_lanes: int, blocks_per_descriptor: float
+) -> float:
+    """Return the time per block of a long stream: the slower of the link and the decoder.
+
+    They work beside each other. A descriptor's latency is shared by the blocks that ride in it.
+    """
+    latency_ns = link.latency_ns / link.num_queues / blocks_per_descriptor
+    return max(link.bytes_ns(codec.block_bytes) + latency_ns, codec.decode_ns / num_lanes)
+
+
+def choose_codec(
+    codecs: Sequence[CodecSpec],
+    link: LinkSpec,
+    *,
+    loss_max: float,
+    num_lanes: int = 1,
+    blocks_per_descriptor: float = 1.0,
+) -> CodecSpec:
+    """Return the codec that streams fastest over a link within the quality budget.
+
+    Where two are equally fast, the one of fewer bytes, then of less loss.
+    Raises: `ValueError` when no codec is within the budget; a lossless one always is.
+    """
+    allowed = [codec for codec in codecs if codec.loss <= loss_max]
+    if not allowed:
+        raise ValueError(f"no codec within a loss of {loss_max}")
+    return min(
+        allowed,
+        key=lambda c: (steady_ns(c, link, num_lanes, blocks_per_descriptor), c.block_bytes, c.loss),
+    )
+
+
+def fetch_or_recompute(
+    num_blocks: int,
+    fetch_ns: Callable[[int], float],
+    recompute_ns: Callable[[int], float],
+) -> Split:
+    """Return how many blocks to compute from the front while the rest is fetched.
+
+    `fetch_ns(n)` is the predicted time to fetch n blocks at this moment's queue lengths, and
+    `recompute_ns(n)` to compute the first n; both must not decrease. Everything is fetched, or all
+    computed, where that is fastest: a part is only computed when fetching really runs beside it.
+    O(log blocks).
+    Source: Jin et al., Compute or load KV cache? Why not both? (Cake), arXiv 2410.03065.
+    """
+    if num_blocks == 0:
+        return Split(0, 0.0)
+    # Computing grows and fetching shrinks with the number computed: they meet once.
+    meet = bisect_left(
+        range(num_blocks), True, key=lambda n: recompute_ns(n) >= fetch_ns(num_blocks - n)
+    )
+
+    def total_ns(num_recomputed: int) -> float:
+        num_fetched = num_blocks - num_recomputed
+        compute = recompute_ns(num_recomputed) if num_recomputed else 0.0
+        return max(compute, fetch_ns(num_fetched) if num_fetched else 0.0)
+
+    candidates = {0, max(0, meet - 1), meet, num_blocks}
+    best = min(sorted(candidates), key=total_ns)
+    return Split(best, total_ns(best))
+
+
+def write_mode(expected_uses: float, *, save_ns: float, write_ns: float) -> WriteMode:
+    """Return when to write a block below: its expected uses save this, writing costs that.
+
+    Twice the cost or more: at once, so that eviction is free. Less than the cost: never.
+    """
+    gain_ns = expected_uses * save_ns
+    if gain_ns >= 2 * write_ns:
+        return WriteMode.THROUGH
+    return WriteMode.BACK if gain_ns > write_ns else WriteMode.NEVER
+
+
+def choose_tier(
+    options: Iterable[Option], *, recompute_ns: float, expected_uses: float, num_bytes: int
+) -> Tier | None:
+    """Return where to keep a block that a faster tier gives up; None to drop it.
+
+    The tier of the largest gain: uses times what fetching saves over computing, less the writing.
+    """
+    best, best_gain_ns = None, 0.0
+    for option in options:
+        gain_ns = expected_uses * (recompute_ns - option.fetch_ns) - option.write_ns
+        if option.free_bytes >= num_bytes and gain_ns > best_gain_ns:
+            best, best_gain_ns = option.tier, gain_ns
+    return best

@@ -1,0 +1,256 @@
+"""Residency tracker: where every block is, in which codec, at what temperature, what is on its way.
+
+A block has at most one copy per tier. A copy is *present*, or *arriving* while a transfer writes
+it; room is taken when it starts to arrive, so a tier never holds more than its capacity. A copy
+that a transfer reads, or that somebody pinned, is *held* and cannot be dropped.
+
+It owns bytes and recency. It knows neither links nor when something should move: that is
+`kv/orchestrator.py`'s, its caller. Addresses are byte offsets within a tier, used to find
+neighbours; who hands them out is the tier's own affair.
+
+Temperature: a block is hot when it was used within `hot_ns`, or when the measured time between its
+uses says that the next is due within it; warm when that holds for `warm_ns`; else cold.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from penstock.core.types import NS_PER_S
+from penstock.kv.tiers import BlockKey, Tier, TierSpec
+
+REUSE_WEIGHT: Final = 0.5
+"""Weight of the latest interval in the running mean of the time between uses."""
+LADDER_MAX: Final = 8
+"""Blocks used more often than this are taken to be reused alike."""
+
+
+class Temperature(Enum):
+    """How soon a block is likely to be used again."""
+
+    HOT = "hot"
+    WARM = "warm"
+    COLD = "cold"
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """One copy of a block. `num_holds` counts transfers that read it and pins."""
+
+    tier: Tier
+    codec: str
+    num_bytes: int
+    address: int
+    is_present: bool
+    num_holds: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    copies: dict[Tier, Copy] = field(default_factory=dict)
+    num_uses: int = 0
+    last_use_ns: int | None = None
+    reuse_ns: float | None = None
+
+
+class Residency:
+    """All copies of all blocks, and the bytes that they take per tier."""
+
+    def __init__(
+        self,
+        tiers: Iterable[TierSpec],
+        *,
+        hot_ns: int = 10 * NS_PER_S,
+        warm_ns: int = 120 * NS_PER_S,
+    ) -> None:
+        self.capacity_bytes: Mapping[Tier, int] = {t.tier: t.capacity_bytes for t in tiers}
+        self._used_bytes = dict.fromkeys(self.capacity_bytes, 0)
+        self._entries: dict[BlockKey, _Entry] = {}
+        # num_reached[n]: how many blocks have been used n times, up to LADDER_MAX.
+        self._num_reached = [0] * (LADDER_MAX + 2)
+        self._hot_ns = hot_ns
+        self._warm_ns = warm_ns
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def used_bytes(self, tier: Tier) -> int:
+        """Return the bytes of present and arriving copies."""
+        return self._used_bytes[tier]
+
+    def free_bytes(self, tier: Tier) -> int:
+        """Return the bytes that may still be taken."""
+        return self.capacity_bytes[tier] - self._used_bytes[tier]
+
+    def copy(self, key: BlockKey, tier: Tier) -> Copy | None:
+        """Return the copy in a tier, present or arriving."""
+        entry = self._entries.get(key)
+        return entry.copies.get(tier) if entry else None
+
+    def is_present(self, key: BlockKey, tier: Tier) -> bool:
+        """Tell whether a tier holds a whole copy."""
+        copy = self.copy(key, tier)
+        return copy is not None and copy.is_present
+
+    def present(self, key: BlockKey) -> list[Copy]:
+        """Return the copies that can be read now."""
+        entry = self._entries.get(key)
+        return [copy for copy in entry.copies.values() if copy.is_present] if entry else []
+
+    def num_copies(self, key: BlockKey) -> int:
+        """Return in how many tiers the block is or will be."""
+        entry = self._entries.get(key)
+        return len(entry.copies) if entry else 0
+
+    # ------------------------------------------------------------------------------ copies
+
+    def add(self, key: BlockKey, tier: Tier, codec: str, num_bytes: int, address: int) -> bool:
+        """Note a copy that is there already; False, and nothing noted, when the tier is full."""
+        if not self.begin(key, tier, codec, num_bytes, address):
+            return False
+        self.finish(key, tier)
+        return True
+
+    def begin(self, key: BlockKey, tier: Tier, codec: str, num_bytes: int, address: int) -> bool:
+        """Take room for a copy that is about to arrive; False when the tier is full."""
+        if num_bytes > self.free_bytes(tier):
+            return False
+        entry = self._entries.setdefault(key, _Entry())
+        assert tier not in entry.copies, f"{key!r} has a copy in {tier} already"
+        entry.copies[tier] = Copy(tier, codec, num_bytes, address, is_present=False)
+        self._used_bytes[tier] += num_bytes
+        return True
+
+    def finish(self, key: BlockKey, tier: Tier) -> None:
+        """Note that an arriving copy is whole."""
+        copy = self._entries[key].copies[tier]
+        assert not copy.is_present, f"{key!r} has arrived in {tier} before"
+        copy.is_present = True
+
+    def abort(self, key: BlockKey, tier: Tier) -> None:
+        """Give the room of an arriving copy back: it failed or was cancelled."""
+        assert not self._entries[key].copies[tier].is_present, f"{key!r} has arrived in {tier}"
+        self._forget(key, tier)
+
+    def drop(self, key: BlockKey, tier: Tier) -> None:
+        """Give a present copy up. The block is forgotten with its last copy."""
+        copy = self._entries[key].copies[tier]
+        assert copy.is_present, f"{key!r} is still arriving in {tier}"
+        assert not copy.num_holds, f"{key!r} in {tier} is held {copy.num_holds} times"
+        self._forget(key, tier)
+
+    def hold(self, key: BlockKey, tier: Tier) -> None:
+        """Keep a present copy from being dropped, until `release` as often."""
+        copy = self._entries[key].copies[tier]
+        assert copy.is_present, f"{key!r} is not yet in {tier}"
+        copy.num_holds += 1
+
+    def release(self, key: BlockKey, tier: Tier) -> None:
+        """Undo one `hold`."""
+        copy = self._entries[key].copies[tier]
+        assert copy.num_holds > 0, f"{key!r} in {tier} is not held"
+        copy.num_holds -= 1
+
+    def _forget(self, key: BlockKey, tier: Tier) -> None:
+        entry = self._entries[key]
+        self._used_bytes[tier] -= entry.copies.pop(tier).num_bytes
+        if not entry.copies:
+            del self._entries[key]
+
+    # ------------------------------------------------------------------------------ temperature
+
+    def touch(self, key: BlockKey, now_ns: int) -> None:
+        """Note a use: recency, number, and the running mean of the time between uses."""
+        entry = self._entries[key]
+        entry.num_uses += 1
+        self._num_reached[min(entry.num_uses, LADDER_MAX + 1)] += 1
+        if entry.last_use_ns is not None:
+            interval_ns = now_ns - entry.last_use_ns
+            assert interval_ns >= 0, f"time went back by {-interval_ns} ns"
+            old_ns = interval_ns if entry.reuse_ns is None else entry.reuse_ns
+            entry.reuse_ns = old_ns + REUSE_WEIGHT * (interval_ns - old_ns)
+        entry.last_use_ns = now_ns
+
+    def num_uses(self, key: BlockKey) -> int:
+        """Return how often the block was used since it was first known."""
+        return self._entries[key].num_uses
+
+    def reuse_chance(self, key: BlockKey) -> float:
+        """Return the share of blocks used as often as this one that were used once more, so far.
+
+        Without experience it is one half.
+        """
+        uses = min(self._entries[key].num_uses, LADDER_MAX)
+        if uses == 0:
+            return 0.5
+        reached, further = self._num_reached[uses], self._num_reached[uses + 1]
+        return min(1.0, (further + 1) / (reached + 2))
+
+    def expected_use_ns(self, key: BlockKey, now_ns: int) -> float | None:
+        """Return in how many ns the next use is due; None without a second use to tell from.
+
+        A block that is overdue is expected in as long as it has been idle.
+        """
+        entry = self._entries[key]
+        if entry.reuse_ns is None or entry.last_use_ns is None:
+            return None
+        idle_ns = now_ns - entry.last_use_ns
+        return entry.reuse_ns - idle_ns if idle_ns < entry.reuse_ns else float(idle_ns)
+
+    def temperature(self, key: BlockKey, now_ns: int) -> Temperature:
+        """Return how soon the block is likely to be used again."""
+        entry = self._entries[key]
+        if entry.last_use_ns is None:
+            return Temperature.COLD
+        nearest_ns: float = now_ns - entry.last_use_ns
+        due_ns = self.expected_use_ns(key, now_ns)
+        if due_ns is not None:
+            nearest_ns = min(nearest_ns, due_ns)
+        if nearest_ns <= self._hot_ns:
+            return Temperature.HOT
+        return Temperature.WARM if nearest_ns <= self._warm_ns else Temperature.COLD
+
+    # ------------------------------------------------------------------------------ the books
+
+    def snapshot(self, now_ns: int) -> dict[str, dict[str, dict[str, int] | int]]:
+        """Return, per tier, bytes and the number of copies by codec, by temperature and arriving.
+
+        O(blocks): for people and metrics, not for decisions.
+        """
+        codecs: dict[Tier, Counter[str]] = {tier: Counter() for tier in self.capacity_bytes}
+        warmth: dict[Tier, Counter[str]] = {tier: Counter() for tier in self.capacity_bytes}
+        arriving = dict.fromkeys(self.capacity_bytes, 0)
+        for key, entry in self._entries.items():
+            name = self.temperature(key, now_ns).value
+            for tier, copy in entry.copies.items():
+                codecs[tier][copy.codec] += 1
+                warmth[tier][name] += 1
+                arriving[tier] += not copy.is_present
+        return {
+            tier.value: {
+                "capacity_bytes": capacity_bytes,
+                "used_bytes": self._used_bytes[tier],
+                "num_arriving": arriving[tier],
+                "codecs": dict(codecs[tier]),
+                "temperatures": dict(warmth[tier]),
+            }
+            for tier, capacity_bytes in self.capacity_bytes.items()
+        }
+
+    def check(self) -> None:
+        """Assert that bytes are conserved: those of all copies are in use, within capacity."""
+        sums = dict.fromkeys(self.capacity_bytes, 0)
+        for key, entry in self._entries.items():
+            assert entry.copies, f"{key!r} is known and nowhere"
+            for tier, copy in entry.copies.items():
+                assert copy.tier == tier
+                assert copy.num_holds == 0 or copy.is_present, f"{key!r} is read while it arrives"
+                sums[tier] += copy.num_bytes
+        assert sums == self._used_bytes, (sums, self._used_bytes)
+        for tier, used_bytes in sums.items():
+            assert 0 <= used_bytes <= self.capacity_bytes[tier], (tier, used_bytes)

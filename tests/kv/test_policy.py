@@ -1,0 +1,110 @@
+"""Decisions by cost: each is the cheapest of what it could have been."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.kv.policy import (
+    Option,
+    WriteMode,
+    choose_codec,
+    choose_tier,
+    fetch_or_recompute,
+    steady_ns,
+    write_mode,
+)
+from penstock.kv.tiers import RAW, CodecSpec, LinkSpec, Tier
+
+CODECS = [
+    CodecSpec(name=RAW, block_bytes=64),
+    CodecSpec(name="int8", block_bytes=32, decode_ns=10, loss=0.001),
+    CodecSpec(name="int4", block_bytes=16, decode_ns=40, loss=0.01),
+]
+
+
+def link(bytes_per_ns: float, latency_ns: float = 0, num_queues: int = 1) -> LinkSpec:
+    return LinkSpec(
+        source=Tier.DRAM,
+        destination=Tier.HBM,
+        latency_ns=latency_ns,
+        bytes_per_ns=bytes_per_ns,
+        num_queues=num_queues,
+    )
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_ns", "loss_max", "num_lanes", "expected"),
+    [
+        (0.1, 0.01, 1, "int4"),  # a slow link: the bytes decide
+        (0.1, 0.001, 1, "int8"),  # int4 is beyond the budget
+        (0.1, 0.0, 1, RAW),  # exact
+        (2.0, 0.01, 1, "int8"),  # 32, 16 and 40 ns: decoding int4 is what takes longest
+        (2.0, 0.01, 8, "int4"),  # unless there are lanes enough
+        (100.0, 0.01, 1, RAW),  # a fast link: decoding anything costs more
+    ],
+)
+def test_codec_by_link_lanes_and_budget(bytes_per_ns, loss_max, num_lanes, expected):
+    codec = choose_codec(CODECS, link(bytes_per_ns), loss_max=loss_max, num_lanes=num_lanes)
+    assert codec.name == expected
+
+
+def test_no_codec_within_the_budget_is_an_error():
+    with pytest.raises(ValueError, match="within a loss"):
+        choose_codec(CODECS[1:], link(1.0), loss_max=0.0)
+
+
+def test_latency_is_shared_by_neighbours_and_queues():
+    slow = link(1.0, latency_ns=90, num_queues=3)
+    assert steady_ns(CODECS[0], slow, 1, 1.0) == 64 + 30
+    assert steady_ns(CODECS[0], slow, 1, 3.0) == 64 + 10
+
+
+@given(
+    st.integers(0, 40),
+    st.floats(0, 50),
+    st.floats(0.1, 20),
+    st.floats(0.1, 20),
+    st.floats(0, 2),
+)
+def test_the_split_is_the_best_of_all(num_blocks, latency_ns, per_fetch, per_compute, growth):
+    def fetch_ns(n: int) -> float:
+        return latency_ns + per_fetch * n
+
+    def recompute_ns(n: int) -> float:
+        return per_compute * n + growth * n * n
+
+    def total_ns(n: int) -> float:
+        fetched = fetch_ns(num_blocks - n) if n < num_blocks else 0.0
+        return max(recompute_ns(n), fetched)
+
+    split = fetch_or_recompute(num_blocks, fetch_ns, recompute_ns)
+    assert split.total_ns == pytest.approx(total_ns(split.num_recomputed))
+    assert split.total_ns == pytest.approx(min(map(total_ns, range(num_blocks + 1))))
+
+
+def test_both_extremes_and_a_part():
+    assert fetch_or_recompute(10, lambda n: n, lambda n: 1000 * n).num_recomputed == 0
+    assert fetch_or_recompute(10, lambda n: 1000 * n, lambda n: n).num_recomputed == 10
+    assert fetch_or_recompute(10, lambda n: 10 * n, lambda n: 10 * n) == (5, 50)
+
+
+@pytest.mark.parametrize(
+    ("uses", "expected"),
+    [(0.5, WriteMode.NEVER), (1.5, WriteMode.BACK), (2.0, WriteMode.THROUGH)],
+)
+def test_writing_by_expected_uses(uses, expected):
+    assert write_mode(uses, save_ns=100, write_ns=100) is expected
+
+
+def test_tier_by_gain_and_room():
+    near = Option(Tier.DRAM, fetch_ns=10, write_ns=20, free_bytes=64)
+    far = Option(Tier.DISK, fetch_ns=70, write_ns=5, free_bytes=10**9)
+
+    def choose(uses: float, options=(near, far), num_bytes: int = 64) -> Tier | None:
+        return choose_tier(options, recompute_ns=100, expected_uses=uses, num_bytes=num_bytes)
+
+    assert choose(1.0) is Tier.DRAM  # 70 against 25
+    assert choose(0.2) is Tier.DISK  # -2 against 1
+    assert choose(1.0, num_bytes=65) is Tier.DISK
+    assert choose(0.1) is None
+    assert choose(1.0, options=()) is None
