@@ -192,13 +192,13 @@ def test_a_source_that_was_taken_up_and_let_go_again_is_read_in_peace():
 def test_a_failed_copy_leaves_everything_as_it_was():
     pool = pool_of("H..k...H.H")
     plan = plan_relocation(pool, 8, wanted=MANY)
-    generation = pool.generation(BlockId(8))
+    (generation,) = pool.generations([BlockId(8)])
     pool.begin_relocation(plan)
     pool.abort_relocation(plan)
     pool.check()
     assert picture_of(pool) == "H..k...H.H"
     # Something may have been written there: who read it before must be able to tell.
-    assert pool.generation(BlockId(8)) == generation + 1
+    assert pool.generations([BlockId(8)]) == (generation + 1,)
 
 
 def test_a_moved_block_keeps_its_place_in_the_order_of_eviction():
@@ -273,7 +273,7 @@ class RelocatingMachine(PoolMachine):
         assert self.pool.num_cached == len(cached)
         for block_id in range(NUM_BLOCKS):
             assert self.pool.num_holders(block_id) == self.holders(block_id)
-            assert self.pool.generation(block_id) == self.handed_out[block_id]
+            assert self.pool.generations([block_id]) == (self.handed_out[block_id],)
             self.follow(block_id)
         for block_id, block_hash in self.contents.items():
             assert self.pool.prefix_cache.find(block_hash) == block_id
