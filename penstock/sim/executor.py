@@ -93,11 +93,11 @@ def chain_layout(block_size: int, windows: tuple[int, ...] = (0,)) -> KVLayout:
 
 
 class ChainModel:
-    """A model whose KV is a hash chain, one uint64 a slot."""
+    """A model whose KV is a hash chain: a number a slot, half of it the key, half the value."""
 
     def __init__(self, layout: KVLayout, pools: tuple[Bytes2D, ...]) -> None:
         self._layout = layout
-        self._pools = [pool.view(np.uint64) for pool in pools]
+        self._pools = [pool.view(np.uint32).reshape(-1, 2, layout.block_size) for pool in pools]
 
     def execute(self, step: Step) -> tuple[Sampled, ...]:
         """Fill the step's slots and sample its rows."""
@@ -137,12 +137,13 @@ class ChainModel:
 
     def _slot(self, group: int, table: npt.NDArray[np.int32], position: int) -> int:
         block, offset = divmod(position, self._layout.block_size)
-        return int(self._pools[group][table[block], offset])
+        low, high = self._pools[group][table[block], :, offset].tolist()
+        return int(low | high << 32)
 
     def _write(self, tables: list[npt.NDArray[np.int32]], position: int, number: int) -> None:
         block, offset = divmod(position, self._layout.block_size)
         for pool, table in zip(self._pools, tables, strict=True):
-            pool[table[block], offset] = number
+            pool[table[block], :, offset] = number & 0xFFFFFFFF, number >> 32
 
 
 def chain_model(layout: KVLayout, pools: tuple[Bytes2D, ...]) -> Execute:
