@@ -1,14 +1,11 @@
 """A trace's churn of KV blocks in a prefill pool and a decode pool, for our allocator and a peer.
 
-Owns the workload (a Mooncake trace, or a seeded synthetic one of the same kind), the peer (a free
-list of single blocks with a prefix cache, as most systems have one) and the course of events: a
-prompt is prefilled, offered, pulled, decoded and finished, in two pools that are kept at a given
-occupancy. It moves no bytes. `spans.py` and `flowkv_transfer.py` beside it use it.
+Owns the peer (a free list of single blocks with a prefix cache, as most systems have one) and the
+course of events: a prompt is prefilled, offered, pulled, decoded and finished, in two pools that
+are kept at a given occupancy. It moves no bytes. The requests are those of `churn_jobs.py`;
+`spans.py` and `flowkv_transfer.py` beside it use it.
 """
 
-import gzip
-import json
-import random
 import sys
 import time
 from collections import OrderedDict, deque
@@ -20,90 +17,40 @@ import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from churn_jobs import Job
 
 from penstock.core.block import KVGroup, KVLayout
-from penstock.core.messages import GroupBlocks
 from penstock.core.types import BlockHash, BlockId, RequestId
 from penstock.kv.allocator import run_lengths
 from penstock.kv.cache import KVCache
+from penstock.kv.defragment import plan_relocation
+from penstock.kv.pool import Relocation
 from penstock.transfer.plan import cut
 
-TRACE_BLOCK = 512
-"""Tokens that one `hash_id` of a Mooncake trace stands for."""
 PULLED_PER_TICK = 64
 """Blocks that cross while every running sequence decodes one token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request: names of its full prompt blocks, and of the blocks that its answer will fill."""
-
-    request_id: RequestId
-    num_prompt: int
-    num_output: int
-    hashes: tuple[BlockHash, ...]
-
-
-Row = tuple[int, int, list[int]]
-
-
-def mooncake(path: str) -> list[Row]:
-    """Return (input tokens, output tokens, hash ids) of each request of a trace file."""
-    opener = gzip.open if path.endswith(".gz") else open
-    with opener(Path(path), "rt", encoding="utf-8") as lines:
-        rows = map(json.loads, lines)
-        return [(row["input_length"], row["output_length"], row["hash_ids"]) for row in rows]
-
-
-def synthetic(seed: int = 0, count: int = 12_000) -> list[Row]:
-    """Return conversations in Mooncake's form: long prompts, turns that repeat all before them."""
-    rng = random.Random(seed)
-    next_id = 1
-    open_chats: deque[list[int]] = deque(maxlen=200)
-    rows = []
-    for _ in range(count):
-        ids = list(rng.choice(open_chats)) if open_chats and rng.random() < 0.35 else [0]
-        num_new = min(120, max(1, int(rng.lognormvariate(2.4, 1.0))))
-        ids += range(next_id, next_id + num_new)
-        next_id += num_new
-        open_chats.append(ids[:-1])
-        tail = rng.randrange(1, TRACE_BLOCK + 1)
-        num_output = min(2000, max(1, int(rng.lognormvariate(5.5, 0.8))))
-        rows.append(((len(ids) - 1) * TRACE_BLOCK + tail, num_output, ids))
-    return rows
-
-
-def jobs(rows: Sequence[Row], *, scale: int, block_size: int) -> list[Job]:
-    """Return the requests with every length divided by `scale`, so that small pools mean something.
-
-    A hash id becomes as many block names as its scaled tokens fill.
-    """
-    per_id = TRACE_BLOCK // scale // block_size
-    assert per_id * scale * block_size == TRACE_BLOCK, (scale, block_size)
-    made = []
-    for index, (num_input, num_output, ids) in enumerate(rows):
-        num_prompt = max(2, num_input // scale)
-        num_answer = max(1, num_output // scale)
-        num_full = min(num_prompt // block_size, len(ids) * per_id)
-        names = [_name(0, ids[i // per_id], i % per_id) for i in range(num_full)]
-        num_named = (num_prompt + num_answer) // block_size
-        names += [_name(1, index, i) for i in range(num_full, num_named)]
-        made.append(Job(RequestId(f"r{index}"), num_prompt, num_answer, tuple(names)))
-    return made
-
-
-def _name(kind: int, number: int, part: int) -> BlockHash:
-    return BlockHash(b"%c%010d%05d" % (kind, number, part))
-
-
 class Ours:
-    """`KVCache`, called in the order in which the scheduler and the decode side call it."""
+    """`KVCache`, called in the order in which the scheduler and the decode side call it.
 
-    def __init__(self, num_blocks: int, block_size: int, *, chunk: int = 2048) -> None:
+    `moves_per_tick` cached blocks may be moved in the background while a token is decoded.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, chunk: int = 2048, moves_per_tick: int = 0
+    ) -> None:
         layout = KVLayout("churn", (KVGroup((0,)),), 1, 1, block_size, "bfloat16")
         self.num_blocks = num_blocks
         self.cache = KVCache(layout, [num_blocks])
         self._chunk = chunk
+        self._block_size = block_size
+        self._moves_per_tick = moves_per_tick
+        self._under_way: list[Relocation] = []
+        self.num_moved = self.num_hit = self.num_asked = 0
+        """Blocks moved in the background; prompt blocks found, and looked for, in the cache."""
 
     @property
     def num_active(self) -> int:
@@ -114,6 +61,8 @@ class Ours:
         """Open, grow by a chunk, reserve the rest."""
         target = job.num_prompt - 1
         cached = self.cache.open(job.request_id, job.hashes, target)
+        self.num_hit += cached // self._block_size
+        self.num_asked += target // self._block_size
         is_room = self.cache.grow(job.request_id, min(target, cached + self._chunk))
         is_room = is_room and self.cache.reserve(job.request_id, target)
         assert is_room, f"no room for {job.num_prompt} tokens below the cap"
@@ -121,10 +70,11 @@ class Ours:
 
     def adopt(self, job: Job, source_ids: tuple[BlockId, ...]) -> tuple[list[int], list[int]]:
         """Reserve runs like the offer's."""
-        offered = GroupBlocks(0, source_ids)
-        adoption = self.cache.adopt(job.request_id, job.hashes, job.num_prompt - 1, [offered])
+        runs = [run_lengths(source_ids)]
+        adoption = self.cache.adopt(job.request_id, job.hashes, job.num_prompt - 1, runs)
         assert adoption is not None, f"no room for {job.num_prompt} tokens below the cap"
-        return list(adoption.pulls[0].source_ids), list(adoption.pulls[0].destination_ids)
+        destination_of = adoption.groups[0].destination_of
+        return [source_ids[entry] for entry in destination_of], list(destination_of.values())
 
     def computed(self, job: Job, num_tokens: int) -> None:
         """Name full blocks."""
@@ -133,6 +83,20 @@ class Ours:
     def grow(self, job: Job, num_tokens: int) -> bool:
         """Grow, behind the last block where that is free."""
         return self.cache.grow(job.request_id, num_tokens)
+
+    def tick(self) -> None:
+        """End the moves of the last tick, begin those of the next."""
+        if not self._moves_per_tick:
+            return
+        pool = self.cache.groups[0].pool
+        self.num_moved += pool.end_relocation(self._under_way)
+        self._under_way = plan_relocation(pool, self._moves_per_tick, wanted=self.num_blocks // 4)
+        pool.begin_relocation(self._under_way)
+
+    def writable(self) -> tuple[int, float]:
+        """Return the longest run that may be written, and the share of the others."""
+        allocator = self.cache.groups[0].pool.allocator
+        return allocator.largest_free, allocator.external_fragmentation
 
     def close(self, job: Job) -> None:
         """Let go."""
@@ -252,6 +216,9 @@ class Crossing:
 class Figures:
     """What one churn showed, per hand-off that had anything to pull, and in samples of the pools.
 
+    `fragmentation` is of all blocks that nobody holds, `largest_free` and `writable_fragmentation`
+    of those that may be written without giving up a cached block first. `num_handed_off`,
+    `num_moved` and `hit_share` (of prompt blocks) count from the beginning.
     `source_runs` and `destination_runs` are those of the pulled blocks: which side broke a span.
     """
 
@@ -262,7 +229,12 @@ class Figures:
     allocate_us: list[float] = field(default_factory=list)
     fragmentation: list[float] = field(default_factory=list)
     occupancy: list[float] = field(default_factory=list)
+    largest_free: list[int] = field(default_factory=list)
+    writable_fragmentation: list[float] = field(default_factory=list)
     num_preempted: int = 0
+    num_handed_off: int = 0
+    num_moved: int = 0
+    hit_share: float = 0.0
 
 
 class Churn:
@@ -278,6 +250,7 @@ class Churn:
         self._offers: deque[Crossing] = deque()
         self._pulls: list[Crossing] = []
         self._running: list[Crossing] = []
+        self._num_handed_off = 0
 
     def run(self, arrivals: Iterator[Job], count: int) -> Figures:
         """Take `count` hand-offs through both pools, in order of arrival."""
@@ -294,6 +267,11 @@ class Churn:
                 if num_done % 50 == 0:
                     self._sample(figures)
             self._tick(figures)
+        self._num_handed_off += num_done
+        figures.num_handed_off = self._num_handed_off
+        if isinstance(self.prefill, Ours) and isinstance(self.decode, Ours):
+            figures.num_moved = self.prefill.num_moved + self.decode.num_moved
+            figures.hit_share = self.prefill.num_hit / max(1, self.prefill.num_asked)
         return figures
 
     def blocks_needed(self, job: Job) -> int:
@@ -334,6 +312,9 @@ class Churn:
                 self._running.append(crossing)
         self._pulls = [crossing for crossing in self._pulls if crossing.ticks_left]
         self._running = [crossing for crossing in self._running if self._decode(crossing, figures)]
+        for cache in (self.prefill, self.decode):
+            if isinstance(cache, Ours):
+                cache.tick()
 
     def _decode(self, crossing: Crossing, figures: Figures) -> bool:
         """Compute one token; False when the request is over, or lost its blocks."""
@@ -355,3 +336,7 @@ class Churn:
         edges = np.flatnonzero(np.diff(np.concatenate(([True], held, [True]))))
         runs = edges[1::2] - edges[::2]
         figures.fragmentation.append(1.0 - float(runs.max()) / float(runs.sum()))
+        if isinstance(self.decode, Ours):
+            largest, share = self.decode.writable()
+            figures.largest_free.append(largest)
+            figures.writable_fragmentation.append(share)

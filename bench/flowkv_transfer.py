@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from churn import Churn, FreeList, Job, Ours, jobs, mooncake, synthetic
+from churn import Churn, FreeList, Ours
+from churn_jobs import Job, jobs, mooncake, synthetic
 from report import Report
 
 from penstock.core.types import RequestId

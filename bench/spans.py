@@ -7,7 +7,11 @@ and are left out. Allocation is the time in both pools for one hand-off, prefix 
 included. Fragmentation is the share of blocks that may be written and lie outside the longest run.
 
     python bench/spans.py [--trace MOONCAKE_JSONL] [--quick] [--pool BLOCKS] [--scale N]
-                          [--output FILE]
+                          [--defragment MOVES] [--output FILE]
+
+With --defragment ours runs with and without the background defragmenter instead, which may move so
+many cached blocks of each pool while one token is decoded; at lower occupancies too, since it has
+to do with what is cached and not with what is held.
 
 Without --trace the workload is a seeded synthetic one of the same kind: lengths, turns, prefixes.
 """
@@ -21,14 +25,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from churn import Churn, Figures, FreeList, Job, Ours, jobs, mooncake, synthetic
+from churn import Churn, Figures, FreeList, Ours
+from churn_jobs import Job, jobs, mooncake, synthetic
 from load import percentile
 from report import Report
 
 BLOCK_SIZE = 32
 OCCUPANCIES = (70, 85, 95)
 RUNS = 5
+LOWER_OCCUPANCIES = (30, 50)
 PEER_KEYS = ("spans_p50", "spans_p99", "spans_mean", "allocate_us", "fragmentation")
+
+
+Makers = dict[str, Callable[[], Ours | FreeList]]
 
 
 def churn(
@@ -47,7 +56,7 @@ def churn(
 def summary(figures: Figures) -> dict[str, float]:
     """Return the figures of one run by key."""
     spans = [float(n) for n in figures.spans]
-    return {
+    row = {
         "spans_p50": statistics.median(spans),
         "spans_p99": percentile(spans, 0.99),
         "spans_mean": statistics.mean(spans),
@@ -59,21 +68,35 @@ def summary(figures: Figures) -> dict[str, float]:
         "occupancy": statistics.mean(figures.occupancy),
         "preempted": float(figures.num_preempted),
     }
+    if figures.largest_free:
+        row["largest_free"] = statistics.mean(figures.largest_free)
+        row["writable_fragmentation"] = statistics.mean(figures.writable_fragmentation)
+        row["hit_share"] = figures.hit_share
+        row["moved_per_handoff"] = figures.num_moved / figures.num_handed_off
+    return row
+
+
+def makers_of(args: argparse.Namespace) -> Makers:
+    """Return what is compared, by the prefix of its figures; the first one has none."""
+    makers: Makers = {"": lambda: Ours(args.pool, BLOCK_SIZE)}
+    if args.defragment:
+        moves = args.defragment
+        makers["defragmented_"] = lambda: Ours(args.pool, BLOCK_SIZE, moves_per_tick=moves)
+    else:
+        makers["freelist_"] = lambda: FreeList(args.pool, BLOCK_SIZE, is_fifo=True)
+        makers["stack_"] = lambda: FreeList(args.pool, BLOCK_SIZE, is_fifo=False)
+    return makers
 
 
 def bench(report: Report, args: argparse.Namespace, work: list[Job], count: int) -> None:
-    """Run all three, in turns, at every occupancy."""
-    makers: dict[str, Callable[[], Ours | FreeList]] = {
-        "": lambda: Ours(args.pool, BLOCK_SIZE),
-        "freelist_": lambda: FreeList(args.pool, BLOCK_SIZE, is_fifo=True),
-        "stack_": lambda: FreeList(args.pool, BLOCK_SIZE, is_fifo=False),
-    }
-    for occupancy in OCCUPANCIES:
+    """Run all, in turns, at every occupancy."""
+    makers = makers_of(args)
+    for occupancy in (*LOWER_OCCUPANCIES, *OCCUPANCIES) if args.defragment else OCCUPANCIES:
         results: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
         for run, (name, make) in itertools.product(range(RUNS), makers.items()):
             results[name].append(summary(churn(make, work, occupancy, run, count)))
         for name, rows in results.items():
-            for key in rows[0] if not name else PEER_KEYS:
+            for key in rows[0] if isinstance(makers[name](), Ours) else PEER_KEYS:
                 unit = "us" if key == "allocate_us" else ""
                 report.add(f"{name}{key}_at_{occupancy}", [row[key] for row in rows], unit)
 
@@ -99,6 +122,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="within 45 s")
     parser.add_argument("--pool", type=int, default=8192, help="blocks of either pool")
     parser.add_argument("--scale", type=int, default=4, help="divide every length by this")
+    parser.add_argument("--defragment", type=int, default=0, metavar="MOVES", help="per token")
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
     rows = mooncake(args.trace) if args.trace else synthetic()
@@ -108,7 +132,8 @@ def main() -> None:
         "lengths": f"divided by {args.scale}",
         "pools": f"2 of {args.pool} blocks of {BLOCK_SIZE} tokens",
     }
-    report = Report("spans", settings=settings)
+    name = "spans_defragmented" if args.defragment else "spans"
+    report = Report(name, settings=settings)
     work = jobs(rows, scale=args.scale, block_size=BLOCK_SIZE)
     bench(report, args, work, 300 if args.quick else 1500)
     report_target(report)
