@@ -91,6 +91,7 @@ class MoveClass(Enum):
     ONBOARD = "onboard"
     PREFETCH = "prefetch"
     OFFLOAD = "offload"
+    RELOCATE = "relocate"
 
 
 class Span(Struct, frozen=True, array_like=True):
@@ -116,7 +117,7 @@ class Reshape(Struct, frozen=True, array_like=True):
 
 
 class Move(Struct, frozen=True, kw_only=True):
-    """Copy blocks of a peer into our own pool: `spans[g]` are those of group g.
+    """Copy blocks of a peer, or of our own, into our pool: `spans[g]` are those of group g.
 
     `digests[g]` are what the copied blocks of group g must have, in the order of the spans, and
     `generations[g]` how often the source may have handed them out; empty where the offer had none.

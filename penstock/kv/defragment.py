@@ -7,6 +7,7 @@ one stretch into short segments elsewhere; what they leave behind is one long se
     before   |held|free free|kept|free free free|held|free|held|
     after    |held|free free free free free free|held|kept|held|
 
+Only blocks without content are written: a spare one, which still has its name, may yet be hit.
 It reads a pool and changes nothing. An idle worker asks for a plan, has the pool pin and reserve
 (`BlockPool.begin_relocation`), the bytes copied, and the names moved (`end_relocation`).
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from penstock.core.block import BlockState
 from penstock.core.types import BlockId
 from penstock.kv.allocator import split_runs
 from penstock.kv.pool import BlockPool, Relocation
@@ -53,8 +55,15 @@ def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Rel
         for block_id in range(best.start, best.end)
         if pool.can_relocate(BlockId(block_id))
     ]
-    room = [s for s in segments if s[0] + s[1] <= best.start or s[0] >= best.end]
-    return _place(kept, room)
+    empty = (b for segment in segments for b in _empty(pool, segment))
+    return _place(kept, list(split_runs(b for b in empty if not best.start <= b < best.end)))
+
+
+def _empty(pool: BlockPool, segment: tuple[int, int]) -> list[BlockId]:
+    """Return the blocks of a segment that have no content; `segment` is (first block, length)."""
+    start, length = segment
+    blocks = map(BlockId, range(start, start + length))
+    return [block_id for block_id in blocks if not pool.prefix_cache.is_indexed(block_id)]
 
 
 def _best_stretch(
@@ -65,24 +74,24 @@ def _best_stretch(
 
     Two pointers over the segments: a stretch that costs too much costs too much with one more.
     """
-    total = sum(length for _, length in segments)
+    empty = [len(_empty(pool, segment)) for segment in segments]
+    total = sum(empty)
     barriers = _barriers(pool, segments, moves_max)
     best: _Stretch | None = None
-    first = cost = writable = 0
+    first = cost = inside = 0
     for last, (start, length) in enumerate(segments):
         before = barriers[last - 1] if last else None
         if before is None:
-            first, cost, writable = last, 0, 0
+            first, cost, inside = last, 0, 0
         else:
             cost += before
-        writable += length
-        while cost > min(moves_max, total - writable):
+        inside += empty[last]
+        while cost > min(moves_max, total - inside):
             cost -= barriers[first] or 0
-            writable -= segments[first][1]
+            inside -= empty[first]
             first += 1
         stretch = _Stretch(segments[first][0], start + length, cost)
-        budget = min(moves_max, total - writable) - cost
-        stretch = _widen(pool, stretch, min(budget, max(0, wanted - stretch.length)))
+        stretch = _widen(pool, stretch, moves_max, total - inside, wanted)
         if best is None or _worth(stretch, wanted) > _worth(best, wanted):
             best = stretch
     return best
@@ -106,15 +115,28 @@ def _barriers(pool: BlockPool, segments: list[tuple[int, int]], moves_max: int) 
     return [*barriers, None]
 
 
-def _widen(pool: BlockPool, stretch: _Stretch, budget: int) -> _Stretch:
-    """Take in up to `budget` cached blocks behind and before a stretch."""
-    start, end = stretch.start, stretch.end
-    while budget and end < pool.num_blocks and pool.can_relocate(BlockId(end)):
-        end, budget = end + 1, budget - 1
-    while budget and start > 0 and pool.can_relocate(BlockId(start - 1)):
-        start, budget = start - 1, budget - 1
-    taken_in = (end - stretch.end) + (stretch.start - start)
-    return _Stretch(start, end, stretch.num_kept + taken_in)
+def _widen(pool: BlockPool, stretch: _Stretch, moves_max: int, room: int, wanted: int) -> _Stretch:
+    """Take in blocks behind and before a stretch, up to `wanted`, while what has to move finds one
+    of `room` empty blocks elsewhere; an empty block that is taken in is none of them any more.
+    """
+    start, end, cost = stretch.start, stretch.end, stretch.num_kept
+
+    def takes(block_id: BlockId) -> bool:
+        nonlocal cost, room
+        is_kept = pool.can_relocate(block_id)
+        is_empty = pool.state(block_id) is BlockState.FREE
+        if not (is_kept or is_empty or pool.prefix_cache.is_spare(block_id)):
+            return False
+        if cost + is_kept > min(moves_max, room - is_empty) or end - start >= wanted:
+            return False
+        cost, room = cost + is_kept, room - is_empty
+        return True
+
+    while end < pool.num_blocks and takes(BlockId(end)):
+        end += 1
+    while start > 0 and takes(BlockId(start - 1)):
+        start -= 1
+    return _Stretch(start, end, cost)
 
 
 def _place(kept: Iterable[BlockId], room: list[tuple[int, int]]) -> list[Relocation]:

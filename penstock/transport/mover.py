@@ -16,7 +16,7 @@ import numpy as np
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest, BlocksCorrupt, DeadlineExceeded, PeerLost
-from penstock.core.events import Move, MoveDone
+from penstock.core.events import Move, MoveClass, MoveDone
 from penstock.core.messages import WorkerInfo
 from penstock.core.types import BlockId, WorkerId
 from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters, is_stale
@@ -25,7 +25,7 @@ from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transfer.reshape import plan_reshape
 from penstock.transport.peers import Peers
 from penstock.transport.reshape import Carried, Reshaper, check
-from penstock.transport.shm import SharedMemory
+from penstock.transport.shm import MappedPool, SharedMemory
 from penstock.transport.way import Source, Way
 
 _Pull = tuple[Source, Region, SpanArray]
@@ -79,7 +79,10 @@ class BlockMover:
         landed: list[_Landed] = []
         error, is_corrupt, is_too_late = None, False, False
         try:
-            landed = self._reshape(move) if move.reshapes else self._copy(move)
+            if move.kind is MoveClass.RELOCATE:
+                landed = self._relocate(move)
+            else:
+                landed = self._reshape(move) if move.reshapes else self._copy(move)
             is_too_late = self._is_stale(move)
         except BlocksCorrupt:
             is_corrupt = True
@@ -120,6 +123,20 @@ class BlockMover:
             source.pull(destination, spans)
             num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
             landed.append((source, Carried(num_bytes, len(spans))))
+        return landed
+
+    def _relocate(self, move: Move) -> list[_Landed]:
+        """Copy blocks within our own pools. Raises: `BadRequest` for spans outside them."""
+        landed: list[_Landed] = []
+        for region, spans in zip(self._regions, move.spans, strict=True):
+            array = span_array(spans)
+            count = region.num_blocks
+            wrong = bounds_error(array, source_blocks=count, destination_blocks=count)
+            if wrong is not None:
+                raise BadRequest(f"move {move.move_id}: {wrong}")
+            own = MappedPool(region)
+            own.pull(region, array)
+            landed.append((own, Carried(int(array[:, 2].sum()) * region.block_bytes, len(array))))
         return landed
 
     def _reshape(self, move: Move) -> list[_Landed]:

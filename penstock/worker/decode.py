@@ -19,6 +19,7 @@ from penstock.kv.cache import Adoption, KVCache
 from penstock.kv.group import Pull
 from penstock.transfer.plan import align
 from penstock.transfer.session import SINK, Session, SessionState
+from penstock.worker.numbers import Numbers
 from penstock.worker.sequence import Sequence, SequenceState
 
 RENEW_KEY = "renew"
@@ -70,13 +71,13 @@ class PullDesk:
 
     config: WorkerConfig
     kv: KVCache
+    move_ids: Numbers
     arrivals: dict[RequestId, Arrival] = field(default_factory=dict)
     pending: deque[Arrival] = field(default_factory=deque)
     num_corrupt: int = 0
     num_stale: int = 0
     num_recomputed: int = 0
     _copies: dict[int, _Copy] = field(default_factory=dict)
-    _num_moves: int = 0
     _ended: dict[RequestId, None] = field(default_factory=dict)
     _is_wake_due: bool = False
 
@@ -251,10 +252,10 @@ class PullDesk:
         if arrival.session.state is not SessionState.IN_FLIGHT:
             arrival.session.move_to(SessionState.IN_FLIGHT)
         arrival.num_moves += 1
-        self._num_moves += 1
-        self._copies[self._num_moves] = _Copy(arrival, pulls, tries)
+        move_id = self.move_ids.next()
+        self._copies[move_id] = _Copy(arrival, pulls, tries)
         move = Move(
-            move_id=self._num_moves,
+            move_id=move_id,
             kind=MoveClass.HANDOFF,
             request_id=arrival.session.request_id,
             source=arrival.offer.source,

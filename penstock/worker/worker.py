@@ -41,6 +41,8 @@ from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
 from penstock.worker.decode import RENEW_KEY, PullDesk
+from penstock.worker.defragment import Defragmenter
+from penstock.worker.numbers import Numbers
 from penstock.worker.prefill import LEASE_KEY, OfferDesk
 from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
@@ -64,11 +66,13 @@ class Worker:
         )
         self.scheduler = Scheduler(config, self.kv)
         self.offers = OfferDesk(config, self.kv)
-        self.pulls = PullDesk(config, self.kv)
+        move_ids = Numbers()
+        self.pulls = PullDesk(config, self.kv, move_ids)
+        self.defragmenter = Defragmenter(config, self.kv, move_ids)
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
-        self._num_arrived = 0
+        self._arrivals = Numbers()
         self._reporter = Reporter(config, self.kv, self.scheduler, self.offers, self.pulls)
 
     @property
@@ -82,7 +86,8 @@ class Worker:
         """
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
-        return self._go_on(now_ns) + said + self._reporter.due(now_ns, is_idle=self.is_idle)
+        acts = self._go_on(now_ns) + said + self.defragmenter.due(is_idle=self.is_idle)
+        return acts + self._reporter.due(now_ns, is_idle=self.is_idle)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
@@ -126,7 +131,7 @@ class Worker:
         sequence = Sequence(
             event.request,
             self.config,
-            arrival=self._next_arrival(),
+            arrival=self._arrivals.next(),
             timeline=event.timeline,
             decode_worker=None if is_ours else event.decode_worker,
         )
@@ -151,6 +156,8 @@ class Worker:
         return [self._release_to(message.source, message.request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
+        if self.defragmenter.land(event):
+            return []
         self._reporter.note_pull(self.pulls.source_of(event.move_id), event)
         sequence, commands = self.pulls.land(event, now_ns)
         if sequence is None:
@@ -240,10 +247,6 @@ class Worker:
     def _is_in_step(self, sequence: Sequence) -> bool:
         return self._plan is not None and any(part is sequence for part, _ in self._plan.parts)
 
-    def _next_arrival(self) -> int:
-        self._num_arrived += 1
-        return self._num_arrived
-
     # ------------------------------------------------------------------------------ steps and moves
 
     def _go_on(self, now_ns: int) -> list[Command]:
@@ -251,11 +254,10 @@ class Worker:
         commands: list[Command] = []
         while self._has_seat():
             headroom = len(self.scheduler.running)
-            admitted = self.pulls.admit(self._num_arrived + 1, headroom, now_ns)
+            admitted = self.pulls.admit(self._arrivals.next(), headroom, now_ns)
             if admitted is None:
                 break
             sequence, more = admitted
-            self._num_arrived += 1
             self.sequences[sequence.request_id] = sequence
             commands += more
         while self._plan is None:

@@ -73,7 +73,7 @@ class World:
         self.workers = {name: make_worker(name, chunk_tokens) for name in NAMES}
         self.steps: list[tuple[str, Step]] = []
         self.wire: list[tuple[str, Message]] = []
-        self.moves: list[SubmitMove] = []
+        self.moves: list[tuple[str, SubmitMove]] = []
         self.timers: list[tuple[int, str, str]] = []
         self.num_ends = 0
         self.num_expired = 0
@@ -113,7 +113,7 @@ class World:
             case RunStep(step):
                 self.step(name, step)  # when it is over makes no difference
             case SubmitMove():
-                self.moves.append(command)
+                self.moves.append((name, command))
             case WakeAt(at_ns, key):
                 self.timers.append((at_ns, name, key))
             case Send(to, message) if to == CONTROLLER:
@@ -173,7 +173,8 @@ class World:
                 self.land(kind)
 
     def land(self, kind: str) -> None:
-        move = self.moves.pop(0).move
+        name, submitted = self.moves.pop(0)
+        move = submitted.move
         done = MoveDone(
             move_id=move.move_id,
             num_bytes=1,
@@ -184,7 +185,7 @@ class World:
             error="cut" if kind == "fail" else None,
             is_corrupt=kind == "corrupt",
         )
-        self.tell("d0", done)
+        self.tell(name, done)
 
     def ring(self) -> None:
         """Let the time pass to the next timer."""

@@ -250,3 +250,15 @@ def num_mapped(pools):
 def test_own_regions_of_another_layout_are_a_bug(regions):
     with pytest.raises(AssertionError):
         BlockMover(LAYOUT, regions[::-1])
+
+
+def test_blocks_are_relocated_within_the_own_pools(mover, regions):
+    regions[0].blocks[3:5] = before = np.arange(1, 3, dtype=np.uint8)[:, None]
+    relocate = msgspec.structs.replace(move([Span(3, 8, 2)], []), kind=MoveClass.RELOCATE)
+
+    done = mover.execute(relocate)
+
+    assert (done.error, done.num_spans) == (None, 1)
+    assert (regions[0].blocks[8:10] == before).all()
+    outside = msgspec.structs.replace(move([Span(3, 10_000, 2)], []), kind=MoveClass.RELOCATE)
+    assert "leaves the destination" in mover.execute(outside).error

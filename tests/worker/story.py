@@ -94,6 +94,8 @@ class Story:
 
     def assert_empty(self) -> None:
         assert self.worker.is_idle
+        while self.moves:  # cached blocks may be on their way to a better place
+            self.land()
         load = self.worker.load()
         assert load.free_blocks[0] + load.cached_blocks[0] == self.worker.config.num_blocks[0]
 
