@@ -172,7 +172,7 @@ def _add_workers(group: "argparse._ArgumentGroup") -> None:
     )
     add(
         "--transport",
-        choices=("auto", "shm", "tcp"),
+        choices=("auto", "shm", "nixl", "tcp"),
         default="auto",
         help="how KV gets from worker to worker (default: auto, the fastest that leads there: "
         "shared memory on one host)",
