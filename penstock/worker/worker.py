@@ -109,6 +109,7 @@ class Worker:
                 return self._answer_withdraw(event, now_ns)
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
+                self.pulls.meet(info.worker_id, info.layout)
                 return []
             case PeerDown(worker_id=worker_id):
                 self._peers.discard(worker_id)
