@@ -5,7 +5,8 @@ of 4 and 64 KiB: ours over shared memory and over TCP, through the public `Agent
 included; a memcpy in one process, a loop of memcpy out of the shared pool, a plain loopback socket;
 NIXL and Mooncake where an interpreter that has them is named. All in one run, in turns, so that a
 drift of the machine hits everybody; who is not measured is stopped, since some of them spin. Every
-byte is verified. Pools are touched before; what the first touch costs is a figure of its own.
+byte is verified. Pools are touched before; what the first touch costs is a figure of its own. Where
+this interpreter has NIXL, our way through it is measured too (`nixl_way`, against `nixl` itself).
 
 Then: several readers at once, and an owner whose Python computes without a pause, against the same
 load in a process of its own.
@@ -42,6 +43,7 @@ from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, SINGLES_COUNT, Shape, 
 from penstock.native.build import Recipe, build
 from penstock.transfer.region import Region
 from penstock.transport import Agent
+from penstock.transport.nixl_agent import is_installed
 from penstock.transport.shm import open_peer
 
 FOLDER = Path(__file__).parent
@@ -54,6 +56,7 @@ Json = Any
 RATIOS = {
     "shm": ("memcpy", "gather", "nixl", "nixl_default"),
     "tcp": ("socket", "mooncake", "nixl_tcp", "nixl_tcp_default"),
+    "nixl_way": ("nixl", "nixl_default"),
 }
 
 
@@ -344,6 +347,8 @@ def main() -> None:
     methods: dict[str, Method] = {"memcpy": Loop(private), "shm": shm}
     methods["gather"] = Loop(mapped(owner.descriptor))
     methods |= {"socket": Plain(owner.port), "tcp": tcp}
+    if is_installed():
+        methods["nixl_way"] = Ours("nixl", owner.descriptor, owner.key)
     if options.peers:
         methods |= {kind: Foreign(kind, options.peers) for kind in KINDS}
     try:
@@ -354,8 +359,9 @@ def main() -> None:
         for method in methods.values():
             if isinstance(method, Foreign):
                 method.close()
-    tcp.agent.close()
-    shm.agent.close()
+    for method in methods.values():
+        if isinstance(method, Ours):
+            method.agent.close()
     owner.close()
     report.finish(options.output)
 

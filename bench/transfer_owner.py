@@ -22,6 +22,7 @@ import numpy.typing as npt
 from transfer_shapes import SHAPES, SINGLES, SINGLES_COUNT
 
 from penstock.transport import Agent
+from penstock.transport.nixl_agent import is_installed
 
 VECTORS_MAX = 1024
 
@@ -86,7 +87,9 @@ def main() -> None:
     """Serve until stdin ends."""
     if sys.argv[1:] == ["burn"]:
         compute(threading.Event())
-    with Agent("owner", key=bytes.fromhex(sys.argv[1])) as agent:
+    # An agent for NIXL is read over shared memory and TCP as well.
+    transport = "nixl" if is_installed() else "auto"
+    with Agent("owner", transport=transport, key=bytes.fromhex(sys.argv[1])) as agent:
         pools = []
         for shape in SHAPES:
             region = agent.allocate(shape.num_blocks, shape.block_bytes)

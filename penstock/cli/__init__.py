@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.doctor import doctor
 
                 return doctor(options)
+            case "sim":
+                from penstock.cli.sim import sim
+
+                return sim(options)
             case command:
                 raise AssertionError(command)
     except PenstockError as error:

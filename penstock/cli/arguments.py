@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from penstock.cli.sim_arguments import add_sim
 from penstock.core.version import VERSION
 
 _DESCRIPTION = "Serve large language models with prefill and decode on separate workers."
@@ -14,6 +15,7 @@ examples:
   penstock serve --mixed 1                    one worker that does both
   penstock chat                               talk to a server on this machine
   penstock doctor                             what this machine can do, and what it lacks
+  penstock sim serve --help                   simulate a cluster of GPUs: none is needed
 """
 
 _SERVE_EXAMPLES = """\
@@ -50,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_chat(commands)
     _add_doctor(commands)
+    add_sim(commands)
     return parser
 
 
@@ -169,7 +172,7 @@ def _add_workers(group: "argparse._ArgumentGroup") -> None:
     )
     add(
         "--transport",
-        choices=("auto", "shm", "tcp"),
+        choices=("auto", "shm", "nixl", "tcp"),
         default="auto",
         help="how KV gets from worker to worker (default: auto, the fastest that leads there: "
         "shared memory on one host)",

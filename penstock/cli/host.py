@@ -19,7 +19,6 @@ from msgspec import Struct
 from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
-from penstock.core.messages import Endpoint
 from penstock.core.step import Sampled, Step
 from penstock.core.types import GIB, MIB
 from penstock.runtime.host import RunWorker, run_host
@@ -33,6 +32,9 @@ from penstock.transfer.region import Region
 from penstock.transport.key import cluster_key
 from penstock.transport.mover import BlockMover
 from penstock.transport.native.library import load_library
+from penstock.transport.nixl import Nixl
+from penstock.transport.nixl_agent import MISSING, is_installed
+from penstock.transport.nixl_owner import NixlOwner
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
@@ -66,6 +68,8 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
 
     Raises: `StartupFailed` saying what to change.
     """
+    if settings.transport == Nixl.kind and not is_installed():
+        raise StartupFailed(f"--transport nixl: {MISSING}")
     load_library()  # compiled now and not in some request's hand-off; workers share it
     find = _load_instant if settings.executor == INSTANT_EXECUTOR else _load_model
     facts, make_execute = find(settings, progress)
@@ -91,7 +95,7 @@ def _work(
     shared = (*pools, *shared_counters)
     Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     execute, prepare = make_execute(regions, threads)
-    ways, endpoints = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
+    ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
     mover = BlockMover(layout, regions, ways)
     config = WorkerConfig(
         worker_id=spec.worker_id,
@@ -115,7 +119,7 @@ def _work(
         introduce=mover.add_peer,
         forget=mover.forget,
         regions=tuple(pool.descriptor for pool in shared),
-        endpoints=endpoints,
+        endpoints=tuple(owner.endpoint for owner in owners),
         engine=facts.description,
     )
     run_worker(config, parts, place)
@@ -123,18 +127,22 @@ def _work(
 
 def _ways(
     settings: ClusterSettings, epoch: int, regions: tuple[Region, ...]
-) -> tuple[list[Way], tuple[Endpoint, ...]]:
-    """Return how this worker reads its peers, and where it is read itself.
+) -> tuple[list[Way], list[NixlOwner | TcpOwner]]:
+    """Return how this worker reads its peers, and by whom it is read itself.
 
-    Nothing listens unless TCP is asked for: workers of one host map each other's pools.
+    Nothing listens unless it is asked for: workers of one host map each other's pools.
     """
-    if settings.transport != Tcp.kind:
-        return [SharedMemory()], ()
-    key = cluster_key()
-    owner = TcpOwner(epoch, key)
-    for region in regions:
-        owner.add(region)
-    return [Tcp(key)], (owner.endpoint,)
+    ways: list[Way] = [SharedMemory()]
+    owners: list[NixlOwner | TcpOwner] = []
+    if settings.transport == Nixl.kind:
+        ways, owners = [Nixl()], [NixlOwner(epoch)]
+    elif settings.transport == Tcp.kind:
+        key = cluster_key()
+        ways, owners = [Tcp(key)], [TcpOwner(epoch, key)]
+    for owner in owners:
+        for region in regions:
+            owner.add(region)
+    return ways, owners
 
 
 def _populate(pools: tuple[SharedPool, ...]) -> None:

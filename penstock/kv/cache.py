@@ -14,6 +14,7 @@ What may find no room (`grow`, `reserve`, `adopt`) changes nothing when it does 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 from penstock.core.block import KVLayout
@@ -194,25 +195,37 @@ class KVCache:
         request_id: RequestId,
         hashes: Sequence[BlockHash],
         num_tokens: int,
-        runs: Sequence[Sequence[int]],
+        runs: Sequence[Sequence[int]] | None,
     ) -> Adoption | None:
         """Start a request whose first `num_tokens` tokens lie in a peer's `runs`; None: no room.
 
         Blocks that are here already are held instead of pulled, the others reserved in runs like
         the peer's. They get their names by `advance`, once the pull has landed; a `close` without
         it leaves no trace of them.
+
+        Where the peer's blocks have another shape, `runs` is None. Then what is missing is one
+        range of tokens for each group: a hit is held only if all before it are hits. The peer may
+        have nothing of a sliding group before the first token that the next one looks at.
         """
         named = hashes[: num_tokens // self._block_size] if self._is_prefix_caching else ()
         end = self.layout.num_blocks(num_tokens)
         plan = []
-        for group, lengths in zip(self.groups, runs, strict=True):
+        for index, group in enumerate(self.groups):
             entries = range(group.first_needed(num_tokens), end)
-            plan.append((group, entries, group.find(named, entries.start), lengths))
+            hits = group.find(named, entries.start)
+            if runs is None:
+                hits = {e: hits[e] for e in takewhile(hits.__contains__, entries)}
+            plan.append((group, entries, hits, () if runs is None else runs[index]))
         if not all(group.can_adopt(len(entries), hits) for group, entries, hits, _ in plan):
             return None
         held, adopted = zip(
             *(g.adopt(e, hits, lengths) for g, e, hits, lengths in plan), strict=True
         )
+        if runs is None:
+            for (group, entries, hits, _), group_held in zip(plan, held, strict=True):
+                is_whole = entries.start * self._block_size >= group.first_seen(num_tokens)
+                if entries.start not in hits and not is_whole:
+                    group_held.whole_from = entries.start + 1
         self._admit(request_id, held, num_named=0)
         cached = min((e for group in adopted for e in group.destination_of), default=end)
         return Adoption(min(cached * self._block_size, num_tokens), adopted)

@@ -57,6 +57,8 @@ class Transfer:
     source_address: int
     destination_address: int | None = None
     state: TransferState = TransferState.WAITING
+    is_riding: bool = False
+    """It had a neighbour waiting when it came, and is likely to share that one's latency."""
 
     @property
     def destination(self) -> Tier:
@@ -99,6 +101,7 @@ class _Queue:
         self.heaps: dict[MoveClass, list[tuple[int, int, Transfer]]] = {c: [] for c in CLASSES}
         self.num_waiting = dict.fromkeys(CLASSES, 0)
         self.waiting_bytes = dict.fromkeys(CLASSES, 0)
+        self.num_latencies = dict.fromkeys(CLASSES, 0)
         self.earned_bytes = dict.fromkeys(CLASSES, 0.0)
         self.by_start: dict[int, Transfer] = {}
         self.by_end: dict[int, Transfer] = {}
@@ -146,10 +149,20 @@ class DmaScheduler:
         """Queue a transfer."""
         assert transfer.state is TransferState.WAITING, transfer
         queue = self._queues[transfer.link]
+        transfer.is_riding = self.would_ride(transfer)
         self._push(queue, transfer)
         # Two copies from one address are two transfers; the second is nobody's neighbour.
         queue.by_start.setdefault(transfer.source_address, transfer)
         queue.by_end.setdefault(transfer.source_address + transfer.num_bytes, transfer)
+
+    def would_ride(self, transfer: Transfer) -> bool:
+        """Tell whether a transfer has a neighbour among those that wait."""
+        queue = self._queues[transfer.link]
+        after = queue.by_start.get(transfer.source_address + transfer.num_bytes)
+        before = queue.by_end.get(transfer.source_address)
+        return (after is not None and _is_adjacent(transfer, after)) or (
+            before is not None and _is_adjacent(before, transfer)
+        )
 
     def cancel(self, transfer: Transfer) -> bool:
         """Take a waiting transfer back; False when it moves already or is gone."""
@@ -172,8 +185,7 @@ class DmaScheduler:
         if (kind, deadline_ns) == (transfer.kind, transfer.deadline_ns):
             return False
         queue = self._queues[transfer.link]
-        queue.num_waiting[transfer.kind] -= 1
-        queue.waiting_bytes[transfer.kind] -= transfer.num_bytes
+        _count(queue, transfer, -1)
         transfer.kind, transfer.deadline_ns = kind, deadline_ns
         self._push(queue, transfer)
         queue.books.num_promoted += 1
@@ -183,13 +195,11 @@ class DmaScheduler:
         self._num_submitted += 1
         item = (transfer.deadline_ns, self._num_submitted, transfer)
         heappush(queue.heaps[transfer.kind], item)
-        queue.num_waiting[transfer.kind] += 1
-        queue.waiting_bytes[transfer.kind] += transfer.num_bytes
+        _count(queue, transfer, 1)
 
     def _take(self, queue: _Queue, transfer: Transfer, state: TransferState) -> None:
         transfer.state = state
-        queue.num_waiting[transfer.kind] -= 1
-        queue.waiting_bytes[transfer.kind] -= transfer.num_bytes
+        _count(queue, transfer, -1)
         if not queue.num_waiting[transfer.kind]:
             queue.earned_bytes[transfer.kind] = 0.0
         start, end = transfer.source_address, transfer.source_address + transfer.num_bytes
@@ -278,18 +288,25 @@ class DmaScheduler:
         self._queues[link].books.exposed_ns += waited_ns
 
     def ahead_ns(self, link: Link, kind: MoveClass) -> float:
-        """Return how long a new transfer of this class would wait for what is before it.
+        """Predict how long a new transfer of this class would wait for what is before it.
 
-        A prediction: what moves counts in full, and what waits as if nothing rode together.
+        What moves counts in full; latencies are shared by those that ride together.
         """
         queue = self._queues[link]
-        spec = queue.spec
-        moving = sum(d.num_bytes for d in queue.moving.values())
-        count, num_bytes = len(queue.moving), moving
+        num_bytes = sum(descriptor.num_bytes for descriptor in queue.moving.values())
+        num_latencies = len(queue.moving)
         for other in CLASSES[: CLASSES.index(kind) + 1]:
-            count += queue.num_waiting[other]
+            num_latencies += queue.num_latencies[other]
             num_bytes += queue.waiting_bytes[other]
-        return spec.bytes_ns(num_bytes) + spec.latency_ns * count / spec.num_queues
+        spec = queue.spec
+        return spec.bytes_ns(num_bytes) + spec.latency_ns * num_latencies / spec.num_queues
+
+    def predict_ns(self, transfer: Transfer) -> float:
+        """Predict when a transfer would have landed, counted from now, if it were submitted."""
+        spec = self._queues[transfer.link].spec
+        latency_ns = 0.0 if self.would_ride(transfer) else spec.latency_ns
+        ahead_ns = self.ahead_ns(transfer.link, transfer.kind)
+        return ahead_ns + latency_ns + spec.bytes_ns(transfer.num_bytes)
 
     def check(self) -> None:
         """Assert that the counts are those of the queues and that no link is overfed."""
@@ -299,9 +316,17 @@ class DmaScheduler:
                 waiting = {id(t): t for _, _, t in heap if _waits(t, kind)}.values()
                 assert len(waiting) == queue.num_waiting[kind], (link, kind)
                 assert sum(t.num_bytes for t in waiting) == queue.waiting_bytes[kind]
+                assert sum(not t.is_riding for t in waiting) == queue.num_latencies[kind]
             for start, transfer in queue.by_start.items():
                 assert transfer.source_address == start
                 assert transfer.state is TransferState.WAITING
+
+
+def _count(queue: _Queue, transfer: Transfer, sign: int) -> None:
+    """Book a transfer as waiting (1) or no longer (-1)."""
+    queue.num_waiting[transfer.kind] += sign
+    queue.waiting_bytes[transfer.kind] += sign * transfer.num_bytes
+    queue.num_latencies[transfer.kind] += sign * (not transfer.is_riding)
 
 
 def _waits(transfer: Transfer, kind: MoveClass) -> bool:

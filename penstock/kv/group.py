@@ -70,11 +70,13 @@ class Adopted:
 class Held:
     """What one request holds in one group: `block_ids[i]` is entry i of its block table.
 
-    Entries before `start` have been let go, or were never needed, and are `NO_BLOCK`.
+    Entries before `start` have been let go, or were never needed, and are `NO_BLOCK`. Blocks before
+    entry `whole_from` lack tokens that nobody looks at any more, and get no name.
     """
 
     start: int
     block_ids: list[BlockId]
+    whole_from: int = 0
 
     @property
     def held_ids(self) -> list[BlockId]:
@@ -101,7 +103,11 @@ class GroupCache:
 
         A window of w tokens counts the token itself, so it reaches back w - 1 tokens.
         """
-        return max(0, num_tokens - self.window + 1) // self._block_size if self.window else 0
+        return self.first_seen(num_tokens) // self._block_size
+
+    def first_seen(self, num_tokens: int) -> int:
+        """Return the first token that the token after `num_tokens` tokens looks at."""
+        return max(0, num_tokens - self.window + 1) if self.window else 0
 
     def due(self, held: Held) -> int | None:
         """Return the number of computed tokens from which on a block can be let go."""
@@ -175,7 +181,7 @@ class GroupCache:
 
     def name(self, held: Held, hashes: Sequence[BlockHash], begin: int, end: int) -> None:
         """Name the full blocks at entries `[begin, end)` as far as they are held."""
-        for i in range(max(begin, held.start), end):
+        for i in range(max(begin, held.start, held.whole_from), end):
             self.pool.insert(held.block_ids[i], hashes[i])
 
     def let_go_behind(self, held: Held, num_tokens: int) -> range:

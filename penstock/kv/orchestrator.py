@@ -29,7 +29,7 @@ from msgspec import Struct
 from penstock.core.events import MoveClass
 from penstock.core.types import NS_PER_S
 from penstock.kv.compression import CompressionEngine, Job
-from penstock.kv.dma import DESCRIPTOR_BYTES_MAX, Descriptor, DmaScheduler
+from penstock.kv.dma import DESCRIPTOR_BYTES_MAX, Descriptor, DmaScheduler, Transfer
 from penstock.kv.eviction import make_order
 from penstock.kv.flights import Flight, Flights, Places
 from penstock.kv.policy import Option, WriteMode, choose_tier, write_mode
@@ -216,7 +216,7 @@ class Orchestrator:
         assert copies, f"{key!r} has no copy that is linked to {target}"
         if not self._make_room(target, self._codecs[RAW].block_bytes, now_ns):
             return False
-        copy = min(copies, key=lambda c: self._fetch_ns(c, kind))
+        copy = min(copies, key=lambda c: self._fetch_ns(key, c, kind))
         self._came[key] = self._flights.send(key, copy, target, kind, deadline_ns)
         return True
 
@@ -322,8 +322,12 @@ class Orchestrator:
         """
         per_link: Counter[tuple[Tier, Tier]] = Counter()
         for key in keys:
-            if not self.is_ready(key) and (copies := self.residency.present(key)):
-                copy = min(copies, key=lambda c: self._fetch_ns(c, MoveClass.ONBOARD))
+            copies = [] if self.is_ready(key) else self.residency.present(key)
+            predicted = [
+                (self._fetch_ns(key, c, MoveClass.ONBOARD), i) for i, c in enumerate(copies)
+            ]
+            if predicted:
+                copy = copies[min(predicted)[1]]
                 per_link[copy.tier, self.config.target] += copy.num_bytes
         times = (
             self.dma.ahead_ns(link, MoveClass.ONBOARD) + self._links[link].duration_ns(num_bytes)
@@ -331,11 +335,12 @@ class Orchestrator:
         )
         return max(times, default=0.0)
 
-    def _fetch_ns(self, copy: Copy, kind: MoveClass) -> float:
+    def _fetch_ns(self, key: BlockKey, copy: Copy, kind: MoveClass) -> float:
         """Predict how long a copy takes into the target, behind what is before it."""
         link = copy.tier, self.config.target
+        transfer = Transfer(key, kind, link, copy.num_bytes, 0, copy.address)
+        fetch_ns = self.dma.predict_ns(transfer)
         codec = self._codecs[copy.codec]
-        fetch_ns = self.dma.ahead_ns(link, kind) + self._links[link].duration_ns(copy.num_bytes)
         if codec.decode_ns:
             fetch_ns += codec.decode_ns + self.compression.ahead_ns()
         return fetch_ns

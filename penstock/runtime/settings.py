@@ -12,7 +12,7 @@ from penstock.core.types import Role, WorkerId
 
 MODEL_EXECUTOR = "model"
 INSTANT_EXECUTOR = "instant"
-TRANSPORTS = ("auto", "shm", "tcp")
+TRANSPORTS = ("auto", "shm", "nixl", "tcp")
 
 
 class ClusterSettings(Struct, frozen=True, kw_only=True):

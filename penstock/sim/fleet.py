@@ -5,6 +5,7 @@ that hold the model. Workers are named by role, as `penstock serve` names them: 
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,18 +26,35 @@ class Member:
     host: int
 
 
-def parse_fleet(text: str, model: str, *, gpus_per_host: int = 8) -> tuple[Member, ...]:
-    """Return the workers that `text` describes, hosts filled in the order given.
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """So many workers of one kind, whatever their roles."""
 
-    Workers of different GPUs never share a host.
+    hardware: Hardware
+    count: int
+
+
+def parse_fleet(text: str, model: str, *, gpus_per_host: int = 8) -> tuple[Member, ...]:
+    """Return the workers that `text` describes, as `make_fleet` places them.
 
     Raises: `BadRequest` saying what is wrong.
+    """
+    items = [_parse_item(item.strip(), model) for item in text.split(",")]
+    return make_fleet(items, gpus_per_host=gpus_per_host)
+
+
+def make_fleet(
+    items: Iterable[tuple[Pool, Role, int]], *, gpus_per_host: int = 8
+) -> tuple[Member, ...]:
+    """Return `count` workers of each (pool, role, count), hosts filled in the order given.
+
+    Workers of different GPUs never share a host.
     """
     members: list[Member] = []
     counts = dict.fromkeys(Role, 0)
     host, used_gpus, before = 0, 0, ""
-    for item in text.split(","):
-        number, hardware, role = _parse_item(item.strip(), model)
+    for pool, role, number in items:
+        hardware = pool.hardware
         for _ in range(number):
             is_other = before not in ("", hardware.gpu)
             if used_gpus and (is_other or used_gpus + hardware.tp > gpus_per_host):
@@ -45,6 +63,14 @@ def parse_fleet(text: str, model: str, *, gpus_per_host: int = 8) -> tuple[Membe
             members.append(Member(f"{role.value}-{counts[role]}", role, hardware, host))
             counts[role] += 1
     return tuple(members)
+
+
+def pools_of(members: tuple[Member, ...]) -> tuple[Pool, ...]:
+    """Return how many workers of each kind there are, roles left out."""
+    counts: dict[Hardware, int] = {}
+    for member in members:
+        counts[member.hardware] = counts.get(member.hardware, 0) + 1
+    return tuple(Pool(hardware, count) for hardware, count in counts.items())
 
 
 def describe_fleet(members: tuple[Member, ...]) -> str:
@@ -61,7 +87,7 @@ def num_gpus(members: tuple[Member, ...]) -> int:
     return sum(member.hardware.tp for member in members)
 
 
-def _parse_item(item: str, model: str) -> tuple[int, Hardware, Role]:
+def _parse_item(item: str, model: str) -> tuple[Pool, Role, int]:
     match = _ITEM.fullmatch(item)
     if match is None:
         raise BadRequest(
@@ -75,4 +101,4 @@ def _parse_item(item: str, model: str) -> tuple[int, Hardware, Role]:
     if not count:
         raise BadRequest(f"{item!r} has no workers", "cluster")
     hardware = find_hardware(gpu, model, int(tp) if tp else None)
-    return count, hardware, roles[(role or "mixed").lower()]
+    return Pool(hardware, count), roles[(role or "mixed").lower()], count

@@ -12,16 +12,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from penstock.core.block import KVLayout
 from penstock.core.events import Move, MoveDone
 from penstock.core.messages import Message
-from penstock.core.types import CONTROLLER, FRONT, WorkerId
+from penstock.core.types import CONTROLLER, FRONT, BlockId, WorkerId
 from penstock.kv.pool import Generations
 from penstock.sim.clock import SimClock
-from penstock.transfer.digest import is_corrupt
+from penstock.transfer.digest import is_corrupt, take_digests
 from penstock.transfer.generation import is_stale
 from penstock.transfer.region import Bytes2D
+from penstock.transfer.reshape import cut_staged, plan_reshape
 
 Deliver = Callable[[Message], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimMemory:
+    """A worker's pools, in what shape its KV lies there, and how often blocks were handed out."""
+
+    layout: KVLayout
+    pools: tuple[Bytes2D, ...]
+    generations: tuple[Generations, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +65,7 @@ class SimNetwork:
         self.cost = cost
         self.rng = rng
         self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
-        self._pools: dict[tuple[WorkerId, int], tuple[Bytes2D, ...]] = {}
-        self._generations: dict[tuple[WorkerId, int], tuple[Generations, ...]] = {}
+        self._memories: dict[tuple[WorkerId, int], SimMemory] = {}
         self._last_ns: dict[tuple[WorkerId, WorkerId], int] = {}
         self._num_incarnations = 0
 
@@ -67,22 +77,14 @@ class SimNetwork:
         self._nodes[node] = (self._num_incarnations, deliver)
         return self._num_incarnations
 
-    def register(
-        self,
-        worker: WorkerId,
-        epoch: int,
-        pools: tuple[Bytes2D, ...],
-        generations: tuple[Generations, ...],
-    ) -> None:
-        """Make a worker's pools readable by its peers, and how often each block was handed out."""
-        self._pools[worker, epoch] = pools
-        self._generations[worker, epoch] = generations
+    def register(self, worker: WorkerId, epoch: int, memory: SimMemory) -> None:
+        """Make a worker's memory readable by its peers."""
+        self._memories[worker, epoch] = memory
 
     def leave(self, node: WorkerId, epoch: int) -> None:
         """Cut a node off, with its memory."""
         self._nodes.pop(node, None)
-        self._pools.pop((node, epoch), None)
-        self._generations.pop((node, epoch), None)
+        self._memories.pop((node, epoch), None)
 
     def send(self, sender: WorkerId, to: WorkerId, message: Message) -> None:
         """Deliver after the link's delay, unless the receiver is gone or replaced by then."""
@@ -112,21 +114,15 @@ class SimNetwork:
 
     def submit(
         self,
-        own: tuple[Bytes2D, ...],
+        own: SimMemory,
         move: Move,
         is_alive: Callable[[], bool],
         done: Callable[[MoveDone], None],
     ) -> None:
-        """Copy the move's spans into `own` when its time is over; fail when the source is gone by
-        then.
-        """
+        """Carry the move out when its time is over; fail when the source is gone by then."""
         started_ns = self.clock.now_ns()
-        num_spans = sum(map(len, move.spans))
-        num_bytes = sum(
-            span.num_blocks * pool[0].nbytes
-            for spans, pool in zip(move.spans, own, strict=True)
-            for span in spans
-        )
+        num_spans = sum(map(len, move.spans)) + sum(r.end > 0 for r in move.reshapes)
+        num_bytes = _num_bytes(own, move)
         duration_ns = (
             self.cost.latency_ns
             + num_spans * self.cost.span_ns
@@ -136,16 +132,18 @@ class SimNetwork:
         def land() -> None:
             if not is_alive():
                 return
-            source = self._pools.get((move.source, move.epoch))
+            source = self._memories.get((move.source, move.epoch))
             error = None
-            is_too_late = False
+            is_wrong = is_too_late = False
             if source is None or self.rng.random() < self.cost.move_failure:
                 error = f"{move.source} is gone"
+            elif not move.reshapes and source.layout != own.layout:
+                error = f"{move.source} keeps blocks of another layout"
             else:
-                _copy(source, own, move)
-                if num_bytes and self.rng.random() < self.cost.corruption:
-                    _flip_a_bit(own, move, self.rng)
-                if _is_stale(move, self._generations[move.source, move.epoch]):
+                is_flipped = num_bytes > 0 and self.rng.random() < self.cost.corruption
+                carry_out = _reshape if move.reshapes else _copy
+                is_wrong = carry_out(source, own, move, self.rng if is_flipped else None)
+                if _is_stale(move, source.generations):
                     is_too_late, error = True, f"{move.source} had handed out a block anew"
             done(
                 MoveDone(
@@ -156,7 +154,7 @@ class SimNetwork:
                     started_ns=started_ns,
                     finished_ns=self.clock.now_ns(),
                     error=error,
-                    is_corrupt=error is None and is_corrupt(move, own),
+                    is_corrupt=error is None and is_wrong,
                     is_stale=is_too_late,
                 )
             )
@@ -171,12 +169,12 @@ class SimTransport:
         self,
         network: SimNetwork,
         node: WorkerId,
-        pools: tuple[Bytes2D, ...] = (),
+        memory: SimMemory | None = None,
         is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self._network = network
         self._node = node
-        self._pools = pools
+        self._memory = memory
         self._is_alive = is_alive
 
     def send(self, to: WorkerId, message: Message) -> None:
@@ -186,10 +184,25 @@ class SimTransport:
 
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
         """Pull blocks."""
-        self._network.submit(self._pools, move, self._is_alive, done)
+        assert self._memory is not None, f"{self._node} has nowhere to put blocks"
+        self._network.submit(self._memory, move, self._is_alive, done)
+
+
+def _num_bytes(own: SimMemory, move: Move) -> int:
+    blocks = sum(
+        span.num_blocks * size
+        for spans, size in zip(move.spans, own.layout.block_bytes, strict=False)
+        for span in spans
+    )
+    reshaped = zip(move.reshapes, own.layout.block_bytes, strict=False)
+    tokens = sum((r.end - r.begin) * size // own.layout.block_size for r, size in reshaped)
+    return blocks + tokens
 
 
 def _is_stale(move: Move, generations: tuple[Generations, ...]) -> bool:
+    for counter, reshape in zip(generations, move.reshapes, strict=False):
+        if is_stale(counter[list(reshape.source.block_ids)], reshape.source.generations):
+            return True
     for counter, spans, offered in zip(generations, move.spans, move.generations, strict=False):
         read = [span.source + offset for span in spans for offset in range(span.num_blocks)]
         if is_stale(counter[read], offered):
@@ -197,16 +210,30 @@ def _is_stale(move: Move, generations: tuple[Generations, ...]) -> bool:
     return False
 
 
-def _flip_a_bit(pools: tuple[Bytes2D, ...], move: Move, rng: random.Random) -> None:
-    group = rng.choice([g for g, spans in enumerate(move.spans) if spans])
-    span = rng.choice(move.spans[group])
-    pools[group][span.destination + rng.randrange(span.num_blocks), 0] ^= np.uint8(1)
-
-
-def _copy(source: tuple[Bytes2D, ...], destination: tuple[Bytes2D, ...], move: Move) -> None:
-    for group, spans in enumerate(move.spans):
+def _copy(source: SimMemory, own: SimMemory, move: Move, rng: random.Random | None) -> bool:
+    """Copy spans, with a bit flipped if there is an `rng`; tell whether a digest shows it."""
+    for ours, theirs, spans in zip(own.pools, source.pools, move.spans, strict=True):
         for span in spans:
             start, end = span.destination, span.destination + span.num_blocks
-            destination[group][start:end] = source[group][
-                span.source : span.source + span.num_blocks
-            ]
+            ours[start:end] = theirs[span.source : span.source + span.num_blocks]
+    if rng is not None:
+        group = rng.choice([g for g, spans in enumerate(move.spans) if spans])
+        span = rng.choice(move.spans[group])
+        own.pools[group][span.destination + rng.randrange(span.num_blocks), 0] ^= np.uint8(1)
+    return is_corrupt(move, own.pools)
+
+
+def _reshape(source: SimMemory, own: SimMemory, move: Move, rng: random.Random | None) -> bool:
+    """Do the same for tokens between shapes, as `transport/reshape.py` does it."""
+    flipped = rng.choice([g for g, r in enumerate(move.reshapes) if r.end]) if rng else None
+    for group, (ours, theirs) in enumerate(zip(own.pools, source.pools, strict=True)):
+        plan = plan_reshape(source.layout, own.layout, group, move.reshapes[group])
+        staged = theirs[plan.source_ids]
+        if rng is not None and group == flipped:
+            staged[rng.randrange(len(staged)), 0] ^= np.uint8(1)
+        if plan.digests and take_digests(staged, map(BlockId, range(len(staged)))) != plan.digests:
+            return True
+        if plan.is_direct:
+            ours[plan.direct_ids] = staged
+        cut_staged(plan, staged, ours, plan.pieces)
+    return False

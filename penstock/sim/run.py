@@ -29,17 +29,21 @@ from penstock.core.request import Request
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestId, Role, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.sim.executor import MakeModel, SimExecutor, StepCost, chain_layout, chain_model
-from penstock.sim.network import LinkCost, SimNetwork, SimTransport
+from penstock.sim.network import LinkCost, SimMemory, SimNetwork, SimTransport
 from penstock.transfer.region import Bytes2D
 from penstock.worker.worker import Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """A cluster to simulate. `num_blocks` is per KV group of each worker."""
+    """A cluster to simulate. `num_blocks` is per KV group of each worker.
+
+    `layouts` are those of workers, by name, whose KV lies in another shape than `layout`.
+    """
 
     roles: dict[str, Role] = field(default_factory=lambda: {"p0": Role.PREFILL, "d0": Role.DECODE})
     layout: KVLayout = field(default_factory=lambda: chain_layout(16))
+    layouts: dict[str, KVLayout] = field(default_factory=dict)
     num_blocks: tuple[int, ...] = (64,)
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 64
@@ -58,11 +62,12 @@ class SimWorker:
     """A worker core with its simulated ports, pools and life."""
 
     def __init__(self, spec: ClusterSpec, network: SimNetwork, name: str, epoch: int) -> None:
+        layout = spec.layouts.get(name, spec.layout)
         self.config = WorkerConfig(
             worker_id=WorkerId(name),
             role=spec.roles[name],
             epoch=epoch,
-            layout=spec.layout,
+            layout=layout,
             num_blocks=spec.num_blocks,
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,
@@ -72,12 +77,13 @@ class SimWorker:
         )
         generations = tuple(np.zeros(count, np.int64) for count in spec.num_blocks)
         self.core = Worker(self.config, generations)
-        sizes = zip(spec.num_blocks, spec.layout.block_bytes, strict=True)
+        sizes = zip(spec.num_blocks, layout.block_bytes, strict=True)
         self.pools: tuple[Bytes2D, ...] = tuple(np.zeros(size, np.uint8) for size in sizes)
         self.is_alive = True
         self.log = DecisionLog()
-        transport = SimTransport(network, self.config.worker_id, self.pools, lambda: self.is_alive)
-        model = spec.model(spec.layout, self.pools)
+        memory = SimMemory(layout, self.pools, generations)
+        transport = SimTransport(network, self.config.worker_id, memory, lambda: self.is_alive)
+        model = spec.model(layout, self.pools)
         digested = self.pools if spec.has_digests else ()
         executor = SimExecutor(network.clock, spec.step_cost, model, digested)
         self._clock = network.clock
@@ -85,7 +91,7 @@ class SimWorker:
             self.core, clock=self, transport=transport, executor=executor, log=self.log
         )
         network.join(self.config.worker_id, self.deliver)
-        network.register(self.config.worker_id, epoch, self.pools, generations)
+        network.register(self.config.worker_id, epoch, memory)
         transport.send(CONTROLLER, Hello(info=self._info()))
 
     def deliver(self, event: Event) -> None:

@@ -52,7 +52,7 @@ class ReshapePlan:
     @property
     def is_direct(self) -> bool:
         """True when blocks are copied as they are."""
-        return not len(self.pieces)
+        return len(self.direct_ids) > 0
 
     @property
     def num_layers(self) -> int:

@@ -3,16 +3,27 @@
 Owns the arrivals: offers that wait for room, and those that have it and are being pulled. An offer
 gets blocks laid out like the offered ones, prefix hits of our own are not pulled again, the rest
 crosses in as few spans as both sides' runs allow: at once, or part by part while the prefill worker
-still computes. What has landed with the right digests runs; a part that has not is pulled once
-more, and then all of it is computed here. Either way the prefill worker is released, and its lease
-is renewed until then.
+still computes. From a peer whose blocks have another shape it is tokens that are pulled
+(`worker/reshaping.py`). What has landed with the right digests runs; a part that has not is pulled
+once more, and then all of it is computed here. Either way the prefill worker is released, and its
+lease is renewed until then.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, Move, MoveClass, MoveDone, Send, SubmitMove, WakeAt
+from penstock.core.events import (
+    Command,
+    Move,
+    MoveClass,
+    MoveDone,
+    Reshape,
+    Send,
+    SubmitMove,
+    WakeAt,
+)
 from penstock.core.messages import GroupBlocks, Offer, Progress, Release, Renew
 from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import Adoption, KVCache
@@ -20,6 +31,7 @@ from penstock.kv.group import Pull
 from penstock.transfer.plan import align
 from penstock.transfer.session import SINK, Session, SessionState
 from penstock.worker.numbers import Numbers
+from penstock.worker.reshaping import Reshaping
 from penstock.worker.sequence import Sequence, SequenceState
 
 RENEW_KEY = "renew"
@@ -44,6 +56,7 @@ class Arrival:
     reserved_ns: int = 0
     sequence: Sequence | None = None
     adoption: Adoption | None = None
+    reshaping: Reshaping | None = None
     num_moves: int = 0
     num_pulled: int = 0
     is_verified: bool = True
@@ -58,10 +71,11 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A move under way: for whom, what, and the how many-th try."""
+    """A move under way: for whom, what (one of the two), and the how many-th try."""
 
     arrival: Arrival
     pulls: tuple[Pull, ...]
+    reshapes: tuple[Reshape, ...]
     tries: int
 
 
@@ -77,6 +91,7 @@ class PullDesk:
     num_corrupt: int = 0
     num_stale: int = 0
     num_recomputed: int = 0
+    _layouts: dict[WorkerId, KVLayout] = field(default_factory=dict)
     _copies: dict[int, _Copy] = field(default_factory=dict)
     _ended: dict[RequestId, None] = field(default_factory=dict)
     _is_wake_due: bool = False
@@ -87,6 +102,10 @@ class PullDesk:
         return len(self.arrivals) - len(self.pending)
 
     # ------------------------------------------------------------------------------------ messages
+
+    def meet(self, worker_id: WorkerId, layout: KVLayout) -> None:
+        """Know in what shape a peer keeps its KV."""
+        self._layouts[worker_id] = layout
 
     def receive(self, offer: Offer, now_ns: int) -> list[Command]:
         """Queue an offer. One that is over here already is released, one that waits is known."""
@@ -165,9 +184,14 @@ class PullDesk:
         )
         if self.config.is_prefix_caching:
             sequence.name_blocks(self.config.layout.block_size)
-        adoption = self.kv.adopt(sequence.request_id, sequence.hashes, offer.num_tokens, offer.runs)
+        theirs, ours = self._layouts.get(offer.source), self.config.layout
+        is_reshaped = theirs is not None and theirs != ours
+        runs = None if is_reshaped else offer.runs
+        adoption = self.kv.adopt(sequence.request_id, sequence.hashes, offer.num_tokens, runs)
         if adoption is None:
             return None
+        if theirs is not None and is_reshaped:
+            arrival.reshaping = Reshaping(theirs, ours, offer.num_tokens, adoption.groups)
         self.pending.remove(arrival)
         arrival.session.move_to(SessionState.RESERVED)
         arrival.sequence, arrival.adoption = sequence, adoption
@@ -189,11 +213,11 @@ class PullDesk:
         self.num_stale += done.is_stale
         is_wanted = arrival.outcome is SequenceState.RUNNING
         if is_wanted and done.is_corrupt and copy.tries < PULLS_MAX:
-            return None, [self._submit(arrival, copy.pulls, copy.tries + 1)]
+            return None, [self._submit(replace(copy, tries=copy.tries + 1))]
         if is_wanted and (done.is_corrupt or done.error is not None):
             self._abort(arrival, SequenceState.WAITING)
         elif is_wanted:
-            self._keep(arrival, copy.pulls, done)
+            self._keep(copy, done)
         return self._settle(arrival, now_ns)
 
     def source_of(self, move_id: int) -> WorkerId:
@@ -241,19 +265,26 @@ class PullDesk:
         The last part is asked for even if nothing of it is missing here: its landing is the end.
         """
         assert arrival.adoption is not None
-        parts = [arrival.adoption.pulls(groups) for groups in arrival.unpulled]
-        arrival.unpulled = []
-        pulls = tuple(map(Pull.joined, zip(*parts, strict=True)))
-        if not arrival.is_complete and not any(pull.source_ids for pull in pulls):
+        offered, arrival.unpulled = arrival.unpulled, []
+        pulls: tuple[Pull, ...] = ()
+        reshapes: tuple[Reshape, ...] = ()
+        if arrival.reshaping is not None:
+            reshapes = arrival.reshaping.ask(offered)
+        else:
+            parts = map(arrival.adoption.pulls, offered)
+            pulls = tuple(map(Pull.joined, zip(*parts, strict=True)))
+        is_empty = not any(p.source_ids for p in pulls) and not any(r.end for r in reshapes)
+        if is_empty and not arrival.is_complete:
             return []
-        return [self._submit(arrival, pulls, 1)]
+        return [self._submit(_Copy(arrival, pulls, reshapes, tries=1))]
 
-    def _submit(self, arrival: Arrival, pulls: tuple[Pull, ...], tries: int) -> Command:
+    def _submit(self, copy: _Copy) -> Command:
+        arrival, pulls = copy.arrival, copy.pulls
         if arrival.session.state is not SessionState.IN_FLIGHT:
             arrival.session.move_to(SessionState.IN_FLIGHT)
         arrival.num_moves += 1
         move_id = self.move_ids.next()
-        self._copies[move_id] = _Copy(arrival, pulls, tries)
+        self._copies[move_id] = copy
         move = Move(
             move_id=move_id,
             kind=MoveClass.HANDOFF,
@@ -263,20 +294,24 @@ class PullDesk:
             spans=tuple(tuple(align(p.source_ids, p.destination_ids)) for p in pulls),
             digests=tuple(p.digests for p in pulls),
             generations=tuple(p.generations for p in pulls),
+            reshapes=copy.reshapes,
         )
         return SubmitMove(move)
 
-    def _keep(self, arrival: Arrival, pulls: tuple[Pull, ...], done: MoveDone) -> None:
-        """Count what has landed, and keep the digests of full blocks."""
+    def _keep(self, copy: _Copy, done: MoveDone) -> None:
+        """Count what has landed, and keep the digests of full blocks of our shape."""
+        arrival = copy.arrival
         assert arrival.adoption is not None
         num_full = arrival.offer.num_tokens // self.config.layout.block_size
-        for index, (pull, adopted) in enumerate(zip(pulls, arrival.adoption.groups, strict=True)):
+        groups = zip(copy.pulls, arrival.adoption.groups, strict=not copy.reshapes)
+        for index, (pull, adopted) in enumerate(groups):
             arrival.num_pulled += len(pull.source_ids)
             arrival.is_verified &= bool(pull.digests) or not pull.source_ids
             # The last block may not be full: its digest is over what it holds now; it will grow.
             partial_id = adopted.destination_of.get(num_full)
             rows = zip(pull.destination_ids, pull.digests, strict=False)
             self.kv.note_digests(index, [row for row in rows if row[0] != partial_id])
+        arrival.is_verified &= all(r.source.digests or not r.end for r in copy.reshapes)
         timeline = arrival.offer.timeline
         timeline.transport = done.transport if done.num_spans else timeline.transport
         timeline.pull_bytes += done.num_bytes
@@ -321,6 +356,8 @@ class PullDesk:
     def _is_whole(self, arrival: Arrival) -> bool:
         """Tell whether every block that was missing has come: a peer may have offered too few."""
         assert arrival.adoption is not None
+        if arrival.reshaping is not None:
+            return arrival.reshaping.is_whole
         return arrival.num_pulled == sum(len(g.destination_of) for g in arrival.adoption.groups)
 
     def _take_over(self, arrival: Arrival, now_ns: int) -> None:

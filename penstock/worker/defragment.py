@@ -33,6 +33,11 @@ class Defragmenter:
         self._under_way: dict[int, tuple[int, list[Relocation]]] = {}
         self._is_due = False
 
+    @property
+    def is_busy(self) -> bool:
+        """True while a move is under way, whose destinations are not free."""
+        return bool(self._under_way)
+
     def due(self, *, is_idle: bool) -> list[Command]:
         """Return a move within a pool, if the worker is idle and some pool gains by it."""
         if not is_idle:

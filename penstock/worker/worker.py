@@ -114,6 +114,7 @@ class Worker:
                 return self._answer_withdraw(event, now_ns)
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
+                self.pulls.meet(info.worker_id, info.layout)
                 return []
             case PeerDown(worker_id=worker_id):
                 self._peers.discard(worker_id)
@@ -394,4 +395,4 @@ class Worker:
             assert sequence.state is SequenceState.WAITING, (sequence.request_id, sequence.state)
         if self._plan is None and self.scheduler.waiting and not self.scheduler.running:
             held = self.offers.crossings or self.pulls.num_admitted
-            assert held, f"idle while {self.scheduler.waiting[0].request_id} waits"
+            assert held or self.defragmenter.is_busy, f"idle while {self.scheduler.waiting[0].request_id} waits"

@@ -26,6 +26,7 @@ def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_leaks")
 def test_everything_is_looked_at_and_a_script_can_read_it(tmp_path: Path):
     done = run("--json", XDG_CONFIG_HOME=str(tmp_path))

@@ -13,7 +13,8 @@ from penstock.runtime.settings import ClusterSettings, ModelFacts
 
 
 def facts_of(executor: str = "model", **options: object) -> ModelFacts:
-    limits = {k: options.pop(k) for k in ("max_num_seqs", "mixed", "prefill") if k in options}
+    names = ("max_num_seqs", "mixed", "prefill", "transport")
+    limits = {k: options.pop(k) for k in names if k in options}
     settings = ClusterSettings(
         engine=EngineConfig(**{"model": str(BUILTIN_MODEL), **options}), executor=executor, **limits
     )
@@ -34,6 +35,12 @@ def test_the_instant_executor_has_the_models_vocabulary_and_says_what_it_is():
 def test_the_instant_executor_wants_a_folder():
     with pytest.raises(StartupFailed, match=r"config\.json"):
         facts_of("instant", model="org/name")
+
+
+def test_nixl_that_is_missing_is_said_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("penstock.cli.host.is_installed", lambda: False)
+    with pytest.raises(StartupFailed, match=r"--transport nixl: .* pip install 'penstock\[nixl\]'"):
+        facts_of("instant", transport="nixl")
 
 
 def kv_bytes(facts: ModelFacts) -> int:

@@ -23,8 +23,10 @@ TOKENS: dict[int, list[int]] = {}
 """What the first transport gave for each prompt; the other must give the same."""
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 def test_tokens_do_not_depend_on_the_transport(transport: str, monkeypatch: pytest.MonkeyPatch):
+    if transport == "nixl":
+        pytest.importorskip("nixl")
     monkeypatch.setenv(VARIABLE, "a key for this test alone")
 
     async def tell(folder: Path) -> None:

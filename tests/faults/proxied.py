@@ -30,7 +30,7 @@ from tests.cluster.client import Stream, balanced
 from tests.faults.proxy import Proxy
 
 LEASE_S = 5.0
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 """No story may take longer: far above what any of them should, far below a hang."""
 VOCAB_SIZE = 4096
 NUM_TOKENS = 32
@@ -198,7 +198,7 @@ Tell = Callable[[Callable[[Site], Awaitable[None]]], None]
 
 
 @contextmanager
-def a_site(**options) -> Iterator[Tell]:
+def a_site(*, deadline_s: float = DEADLINE_S, **options) -> Iterator[Tell]:
     """Start a cluster for some stories, told one after the other; each has a deadline."""
     engine = {"kv_cache_bytes": 64 * MIB, **options.pop("engine", {})}
     defaults = {"transport": "tcp", "threads": 1, "max_num_batched_tokens": 64}
@@ -213,7 +213,7 @@ def a_site(**options) -> Iterator[Tell]:
         site = Site(cluster, log)
 
         async def tell(story: Callable[[Site], Awaitable[None]]) -> None:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(deadline_s):
                 await story(site)
 
         runner.run(cluster.__aenter__())

@@ -9,7 +9,7 @@ blocks). Used by `proxied.py`, which puts one in front of every worker.
 import asyncio
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 READER, OWNER = "reader", "owner"
 HANDSHAKE_TURNS = 4
@@ -21,12 +21,15 @@ SLOW_CHUNK_BYTES = 1 << 12
 
 @dataclass(frozen=True)
 class Flip:
-    """One bit to be flipped: in byte `at` of the next turn of `speaker` that is that long."""
+    """One bit to be flipped: in byte `at` of the next turn of `speaker` that is that long, or of
+    the one `skip` turns later.
+    """
 
     speaker: str = OWNER
     at: int = REPLY_HEADER_BYTES + 5000
     bit: int = 3
     is_in_handshake: bool = False
+    skip: int = 0
 
 
 class _Turns:
@@ -160,6 +163,9 @@ class Proxy:
             is_meant = (flip.speaker, flip.is_in_handshake) == (speaker, is_in_handshake)
             if is_meant and 0 <= here < len(data):
                 self.flips.remove(flip)
+                if flip.skip:
+                    self.flips.append(replace(flip, skip=flip.skip - 1))
+                    return data
                 return data[:here] + bytes([data[here] ^ 1 << flip.bit]) + data[here + 1 :]
         return data
 

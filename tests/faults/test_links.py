@@ -19,7 +19,8 @@ SHORT = 300
 
 @pytest.fixture(scope="module")
 def tell() -> Iterator[Tell]:
-    with a_site() as tell:
+    # A prompt is computed in one step, hence is one pull.
+    with a_site(max_num_batched_tokens=2 * LENGTH) as tell:
         tell(lambda site: site.undisturbed(LENGTH, SHORT))
         yield tell
 
@@ -49,6 +50,8 @@ FLIPS = {
     "status of the reply": ((Flip(at=4, bit=0),), (0, 1)),
     "id of the reply": ((Flip(at=8),), (0, 1)),
     "size of the reply": ((Flip(at=17),), (0, 1)),
+    # Blocks are followed by their generations: they look as if they had been handed out anew.
+    "generation": ((Flip(at=64, skip=1),), (0, 1)),
     # The reader's words: refused, or other blocks than it has asked for.
     "magic of the request": ((Flip(READER, at=0),), (0, 1)),
     "epoch of the request": ((Flip(READER, at=8),), (0, 1)),

@@ -100,6 +100,40 @@ def test_what_is_offered_in_parts_is_what_is_offered_at_once():
         assert one.generations + two.generations == both.generations
 
 
+def test_of_blocks_of_another_shape_only_a_prefix_is_held_and_the_rest_reserved():
+    source, token_ids = prefilled(40)
+    destination = KVCache(LAYOUT, (64, 32, 32))
+    destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
+    destination.advance("a", 39, hashes_of(token_ids))
+    destination.close("a")
+    lose(destination, 0, named=hashes_of(token_ids)[5])
+
+    adoption = destination.adopt("b", hashes_of(token_ids), 39, None)
+
+    missing = [list(group.destination_of) for group in adoption.groups]
+    assert missing == [[5, 6, 7, 8, 9], [9], [9]]
+    assert adoption.cached_tokens == 5 * BLOCK_SIZE
+
+
+def found(kv, group, token_ids, entry):
+    return kv.groups[group].pool.prefix_cache.find(hashes_of(token_ids)[entry])
+
+
+def test_a_block_that_lacks_what_nobody_looks_at_any_more_gets_no_name():
+    """A peer with other blocks begins its window where it likes, at most where we look."""
+    _, token_ids = prefilled(40)
+    kv = KVCache(LAYOUT, (64, 32, 32))
+    # Token 38 looks back to 33 and 28; entry 8 begins with token 32, entry 7 with 28.
+    kv.adopt("a", hashes_of(token_ids), 38, None)
+    kv.advance("a", 38, hashes_of(token_ids))
+
+    assert [found(kv, g, token_ids, e) is not None for g, e in ((0, 0), (1, 8), (2, 7))] == [
+        True,
+        False,
+        True,
+    ]
+
+
 def test_a_peers_runs_are_reproduced():
     # The peer has the request in runs of 1, 4 and 5; here only segments of 4, 1 and 5 are free.
     source, token_ids = prefilled(40)

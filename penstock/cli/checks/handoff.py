@@ -15,8 +15,7 @@ import tempfile
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from importlib.util import find_spec
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -26,11 +25,19 @@ import numpy as np
 from penstock.cli.checks.finding import Extent, Finding, failed, ok, warning
 from penstock.cli.checks.peer import NUM_SMALL, SMALL_BYTES, fill, name_of_a_block
 from penstock.cli.checks.rates import Plain, measure
-from penstock.core.errors import DeadlineExceeded, PeerLost, StartupFailed
+from penstock.core.errors import (
+    BackendUnavailable,
+    DeadlineExceeded,
+    PeerLost,
+    StartupFailed,
+)
 from penstock.core.types import BlockId
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory
+from penstock.transport.cuda_driver import CudaDriver
+from penstock.transport.nixl import Nixl
+from penstock.transport.nixl_agent import has_rdma, is_installed
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.tcp import Tcp
 from penstock.transport.way import Source, Way
@@ -61,9 +68,13 @@ def _try_everything(extent: Extent, facts: dict[str, Any], key: bytes) -> Iterat
     memory = msgspec.msgpack.decode(b64decode(facts["descriptor"]), type=PeerMemory)
     yield _names_finding(facts)
     sources: dict[str, tuple[Source, Source]] = {}
-    with closing(SharedMemory()) as shared, closing(Tcp(key)) as tcp:
-        ways: tuple[tuple[Way, Explain], ...] = ((shared, _no_shared_memory), (tcp, _no_tcp))
+    with ExitStack() as stack:
+        ways: list[tuple[Way, Explain]] = [(SharedMemory(), _no_shared_memory), (Tcp(key), _no_tcp)]
+        nixl = _start_nixl()
+        if isinstance(nixl, Nixl):
+            ways.append((nixl, _no_nixl))
         for way, explain in ways:
+            stack.enter_context(closing(way))
             started = time.perf_counter()
             opened = _open(way, memory)
             seconds = time.perf_counter() - started
@@ -73,7 +84,9 @@ def _try_everything(extent: Extent, facts: dict[str, Any], key: bytes) -> Iterat
                 sources[way.kind] = opened
                 yield _read_finding(way, opened, seconds)
         yield _stranger_finding(memory)
-        yield from _other_transports()
+        if isinstance(nixl, Finding):
+            yield nixl
+        yield _cuda_finding()
         with Plain(facts["port"]) as plain:
             yield _clock_finding(plain)
             yield from measure(extent, plain, sources)
@@ -219,18 +232,32 @@ _FIREWALL: Final = (
 )
 
 
-def _other_transports() -> Iterator[Finding]:
-    """Say which of the optional transports could be used here, and what the others lack."""
-    for kind, (library, advice) in _OPTIONAL.items():
-        if find_spec(f"penstock.transport.{kind}") is None:
-            continue
-        if find_spec(library) is None:
-            yield ok(kind, f"not used: {library} is not installed ({advice})")
-        else:
-            yield ok(kind, f"{library} is there")
+def _no_nixl(why: str, _facts: dict[str, Any]) -> Finding:
+    return warning("nixl", f"installed, but a peer cannot be read: {why}", _NIXL_ADVICE)
 
 
-_OPTIONAL: Final = {
-    "nixl": ("nixl", "pip install 'penstock[nixl]' for RDMA between hosts"),
-    "cuda_ipc": ("torch", "for GPUs of one host"),
-}
+def _start_nixl() -> Nixl | Finding:
+    """Start NIXL, or say what is missing; it is worth having for RDMA alone."""
+    if not is_installed():
+        if has_rdma():
+            return warning("nixl", "there is RDMA, and NIXL is not installed", _NIXL_INSTALL)
+        return ok("nixl", "not installed, and there is no RDMA that it could use")
+    try:
+        return Nixl()
+    except BackendUnavailable as error:
+        return warning("nixl", f"installed, but it does not start: {error}", _NIXL_ADVICE)
+
+
+def _cuda_finding() -> Finding:
+    if not _NVIDIA.exists():
+        return ok("cuda_ipc", "there is no NVIDIA GPU")
+    try:
+        CudaDriver()
+    except BackendUnavailable as error:
+        return warning("cuda_ipc", "there is a GPU, but its driver cannot be used", str(error))
+    return ok("cuda_ipc", "the driver can share memory of GPUs; only the library uses it yet")
+
+
+_NVIDIA: Final = Path("/dev/nvidia0")
+_NIXL_INSTALL: Final = "pip install 'penstock[nixl]'"
+_NIXL_ADVICE: Final = "look at ucx_info -d and UCX_TLS; until then TCP is used between hosts"

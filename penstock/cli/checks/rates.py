@@ -31,6 +31,8 @@ from penstock.transport.shm import SharedPool
 from penstock.transport.way import Source
 
 LATENCIES: Final = 100
+OURS: Final = ("shm", "tcp")
+"""Transports whose rates we answer for."""
 SHARE_MIN: Final = 0.4
 """Below this share of what is possible something is in the way; a busy machine stays above it."""
 MEMCPY_BYTES_PER_S_MIN: Final = 2e9
@@ -167,12 +169,12 @@ def _rate_findings(rates: Measured, extent: Extent, num_spans: int) -> Iterator[
         if not spans:
             continue
         count = 1 if spans == "1" else num_spans
-        limit = "memcpy" if kind == "shm" else "socket"
+        limit = "socket" if kind == "tcp" else "memcpy"
         share = rate / rates[limit]
         label = f"{kind} in {count:,} span{'s' if count > 1 else ''}"
         said = f"{rate / 1e9:.1f} GB/s for {size}, {share:.2f} of {_LIMITS[limit]}"
         figures = {"bytes_per_s": rate, "share": share}
-        if share < SHARE_MIN:
+        if share < SHARE_MIN and kind in OURS:
             yield warning(label, said, f"is the native transport built? If so: {_BUSY}", **figures)
         else:
             yield ok(label, said, **figures)
@@ -182,7 +184,7 @@ def _latency_findings(seconds: Measured) -> Iterator[Finding]:
     for kind, taken in seconds.items():
         if kind != "socket":
             said = f"{taken * 1e6:.0f} µs for a pull of 4 KiB"
-            if kind != "shm":
+            if kind == "tcp":
                 said += f", a plain round trip takes {seconds['socket'] * 1e6:.0f}"
             yield ok(f"{kind} latency", said, seconds=taken)
 

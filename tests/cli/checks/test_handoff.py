@@ -1,7 +1,6 @@
 """What keeps two processes from moving blocks is found; the rest is measured all the same."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from penstock.cli.checks import handoff, rates
 from penstock.cli.checks.finding import Extent, Finding, State
 from penstock.cli.checks.handoff import check_handoff
 from penstock.cli.checks.rates import Plain, _rate_findings
-from penstock.core.errors import PeerLost
+from penstock.core.errors import BackendUnavailable, PeerLost
 from penstock.core.types import MIB
 from penstock.transport.shm import MappedPool, SharedMemory
 from penstock.transport.tcp import Tcp
@@ -18,6 +17,11 @@ from penstock.transport.tcp import Tcp
 EXTENT = Extent(is_quick=True, moved_bytes=MIB, repetitions=2)
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture(autouse=True)
+def _private_key(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
 
 def look() -> dict[str, Finding]:
@@ -119,7 +123,34 @@ def test_what_is_scattered_takes_as_many_spans_as_blocks():
     assert int(seen.spans[1][:, 0].max()) < 32
 
 
-@pytest.fixture(autouse=True)
-def _private_key(monkeypatch, tmp_path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    return
+def test_nixl_is_missed_where_there_is_rdma_and_only_there(monkeypatch):
+    monkeypatch.setattr(handoff, "is_installed", lambda: False)
+    monkeypatch.setattr(handoff, "has_rdma", lambda: False)
+    assert handoff._start_nixl().state is State.OK
+    monkeypatch.setattr(handoff, "has_rdma", lambda: True)
+    assert "pip install" in handoff._start_nixl().advice
+
+
+def test_nixl_that_does_not_start_or_lead_anywhere(monkeypatch):
+    def break_down() -> None:
+        raise BackendUnavailable("NIXL cannot start UCX: no devices")
+
+    monkeypatch.setattr(handoff, "is_installed", lambda: True)
+    monkeypatch.setattr(handoff, "Nixl", break_down)
+    finding = handoff._start_nixl()
+    assert finding.state is State.WARNING
+    assert "no devices" in finding.said
+    assert "TCP is used" in handoff._no_nixl("it says nothing", {}).advice
+
+
+def test_a_gpu_whose_driver_cannot_be_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(handoff, "_NVIDIA", tmp_path / "nvidia0")
+    assert handoff._cuda_finding().state is State.OK
+    (tmp_path / "nvidia0").touch()
+
+    def break_down() -> None:
+        raise BackendUnavailable("the NVIDIA driver is too old")
+
+    monkeypatch.setattr(handoff, "CudaDriver", break_down)
+    finding = handoff._cuda_finding()
+    assert (finding.state, finding.advice) == (State.WARNING, "the NVIDIA driver is too old")

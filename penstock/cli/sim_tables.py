@@ -1,0 +1,85 @@
+"""The figures of simulated runs as tables that fit a terminal of a hundred columns."""
+
+from penstock.sim.summary import Slo, Spread, Summary
+from penstock.sim.sweep import Tried, best_at_scale
+
+
+def print_summary(title: str, summary: Summary, slo: Slo, took_s: float) -> None:
+    """Print one run."""
+    print(title)
+    print(
+        f"{summary.requests:,} requests in {summary.arrivals_s:,.0f} s, all over after "
+        f"{summary.duration_s:,.0f} s; simulated in {took_s:.1f} s"
+    )
+    print(f"\n{'ms':<6}" + "".join(f"{name:>11}" for name in ("mean", "p50", "p90", "p99", "max")))
+    for name, spread in _spreads(summary):
+        values = (spread.mean, spread.p50, spread.p90, spread.p99, spread.max)
+        print(f"{name:<6}" + "".join(f"{value:>11,.1f}" for value in values))
+    print()
+    for name, text in _figures(summary, slo):
+        print(f"{name:<22}{text}")
+
+
+def _spreads(summary: Summary) -> tuple[tuple[str, Spread], ...]:
+    return (("TTFT", summary.ttft_ms), ("TPOT", summary.tpot_ms), ("E2E", summary.e2e_ms))
+
+
+def _figures(summary: Summary, slo: Slo) -> list[tuple[str, str]]:
+    use = ", ".join(f"{role} {share:.0%}" for role, share in summary.utilisation.items())
+    parts = ", ".join(f"{n} {v:,.1f}" for n, v in summary.ttft_parts.items() if v >= 0.05)
+    return [
+        (
+            "goodput",
+            f"{summary.goodput_per_s:.3f} requests/s ({summary.slo_attainment:.1%} within TTFT "
+            f"{slo.ttft_ms:g} ms and TPOT {slo.tpot_ms:g} ms; {summary.ttft_met:.1%} and "
+            f"{summary.tpot_met:.1%} alone)",
+        ),
+        (
+            "throughput",
+            f"{summary.requests_per_s:.2f} requests/s; tokens/s: "
+            f"{summary.input_tokens_per_s:,.0f} in, {summary.output_tokens_per_s:,.0f} out",
+        ),
+        ("busy", use),
+        ("mean TTFT, ms", parts),
+        (
+            "transfer",
+            f"{summary.gigabytes_moved:,.1f} GB; {summary.transfer_share:.2%} of TTFT, the copy "
+            f"{summary.pull_share_of_e2e:.2%} of the whole request",
+        ),
+        ("prefix hits", f"{summary.prefix_hit_share:.1%} of prompt tokens"),
+        ("role changes", f"{summary.flips}"),
+        ("preemptions", f"{summary.preemptions}"),
+        ("failed, unfinished", f"{summary.failed}, {summary.unfinished}"),
+    ]
+
+
+def print_splits(tried: list[Tried], scales: tuple[float, ...], slo: Slo) -> None:
+    """Print the splits that were tried, best first, and the best for other limits."""
+    print(f"limits: TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms; best split first\n")
+    _print_tried(tried)
+    print("\nwith limits so many times as long, the best is")
+    for i, scale in enumerate(scales):
+        best = best_at_scale(tried, i)
+        print(f"  {scale:>5g}x  {best.cluster:<44} {best.attainment_at[i]:>7.1%} within")
+
+
+def print_fewest(found: list[tuple[int, Tried]], fewest: int | None, target: float) -> None:
+    """Print every size that was tried with its best split, and the answer."""
+    _print_tried([tried for _, tried in found])
+    if fewest is None:
+        print(f"\nno size tried has {target:.0%} of requests within the limits")
+        return
+    best = dict(found)[fewest]
+    print(f"\nfewest: {fewest} workers, {best.gpus} GPUs: {best.cluster}")
+
+
+def _print_tried(tried: list[Tried]) -> None:
+    names = ("within", "goodput/s", "TTFT p50", "p99", "TPOT p50", "p99")
+    print(f"{'cluster':<44}" + "".join(f"{name:>10}" for name in names))
+    for one in tried:
+        s = one.summary
+        print(
+            f"{one.cluster:<44}{s.slo_attainment:>10.1%}{s.goodput_per_s:>10.3f}"
+            f"{s.ttft_ms.p50:>10,.0f}{s.ttft_ms.p99:>10,.0f}{s.tpot_ms.p50:>10,.1f}"
+            f"{s.tpot_ms.p99:>10,.1f}"
+        )
