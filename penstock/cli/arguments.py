@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from penstock.cli.doctor_arguments import add_doctor
 from penstock.cli.sim_arguments import add_sim
 from penstock.core.version import VERSION
 
@@ -29,13 +30,6 @@ The API is that of OpenAI: /v1/chat/completions, /v1/completions, /v1/models; be
 /metrics and /docs. Ctrl-C finishes the requests under way; a second one ends at once.
 """
 
-_DOCTOR_EXAMPLES = """\
-examples:
-  penstock doctor                             look at everything, about ten seconds
-  penstock doctor --quick                     without torch, and compiling nothing
-  penstock doctor --json | jq .is_ok          for a script; exit status 1 when something failed
-"""
-
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
@@ -51,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
-    _add_doctor(commands)
+    add_doctor(commands)
     add_sim(commands)
     return parser
 
@@ -266,19 +260,3 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="KEY",
         help="default: $PENSTOCK_API_KEY",
     )
-
-
-def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="look at this machine and installation",
-        description=(
-            "Tell what this machine and installation can do, measured, and what to do about what "
-            "they cannot."
-        ),
-        epilog=_DOCTOR_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--json", action="store_true", help="one JSON object on standard output")
-    add("--quick", action="store_true", help="import no torch, compile nothing, move less")

@@ -7,16 +7,19 @@ measured.
 
 import json
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from penstock.cli.checks.finding import Check, Extent, Finding, State, failed
-from penstock.cli.checks.handoff import check_handoff
+from penstock.cli.checks.handoff import check_handoff, check_peer
 from penstock.cli.checks.installation import (
     check_engine,
     check_key,
@@ -31,9 +34,11 @@ from penstock.cli.checks.machine import (
     check_port,
     check_system,
 )
+from penstock.cli.checks.peer import Peer
 from penstock.core.errors import PenstockError
 from penstock.core.types import MIB
 from penstock.core.version import VERSION
+from penstock.transport.key import cluster_key
 
 SECTIONS: Final[dict[str, dict[str, Check]]] = {
     "installation": {
@@ -71,10 +76,12 @@ class Report(Struct, kw_only=True):
 
 def doctor(options: Namespace) -> int:
     """Examine and report; return 0, or 1 when something will keep Penstock from serving."""
+    if options.listen:
+        return listen(*options.listen)
     started = time.monotonic()
     voice = _Json() if options.json else _Page()
     report = Report(sections={})
-    for section, checks in SECTIONS.items():
+    for section, checks in _sections(options.peers).items():
         voice.begin(section)
         found = report.sections[section] = []
         for finding in _run(checks, QUICK if options.quick else Extent(), voice):
@@ -84,6 +91,26 @@ def doctor(options: Namespace) -> int:
     report.seconds = round(time.monotonic() - started, 2)
     voice.end(report)
     return 0 if report.is_ok else 1
+
+
+def listen(host: str, port: int) -> int:
+    """Be the other side of `penstock doctor HOST:PORT` until Ctrl-C."""
+    with Peer(cluster_key(), host, port) as peer, suppress(KeyboardInterrupt):
+        shown = "THIS-HOST" if host in ("0.0.0.0", "::") else host
+        print("listening; on the other host, with the same cluster key, run")
+        print(f"  penstock doctor {shown}:{peer.port}", flush=True)
+        threading.Event().wait()
+    return 0
+
+
+def _sections(peers: list[tuple[str, int]]) -> dict[str, dict[str, Check]]:
+    """Return what to look at: everything here, or the way to each peer that is named."""
+    if not peers:
+        return SECTIONS
+    return {
+        f"hand-off with {host}:{port}": {"transports": partial(check_peer, host=host, port=port)}
+        for host, port in peers
+    }
 
 
 def _run(checks: dict[str, Check], extent: Extent, voice: "_Voice") -> Iterator[Finding]:
@@ -157,7 +184,7 @@ class _Page(_Voice):
         failures, warnings = report.count(State.FAILED), report.count(State.WARNING)
         said = "everything is as it should be"
         if failures:
-            said = f"{failures} failed: penstock serve will not work as it should"
+            said = f"{failures} failed; the next steps stand above"
         elif warnings:
             said = f"ready to serve; {warnings} warning{'s' if warnings > 1 else ''} above"
         print(f"\n{said} ({report.seconds:.1f} s)")

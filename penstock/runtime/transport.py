@@ -1,5 +1,5 @@
-"""`LaneTransport`: the transport port of a worker: messages by `Messenger`, moves on a thread of
-their own.
+"""`LaneTransport`: the transport port of a worker: messages by `Messenger`, moves on a thread for
+each peer that they read.
 """
 
 from collections.abc import Callable
@@ -12,24 +12,30 @@ from penstock.runtime.messaging import Messenger
 
 
 class LaneTransport:
-    """Copies run beside model steps: a copy is memory traffic and needs no interpreter."""
+    """Copies run beside model steps: a copy is memory traffic and needs no interpreter.
+
+    Those from different peers run beside one another, so that one whose link is silent, which
+    takes seconds to find out, holds up nobody else. `move` is called from several threads.
+    """
 
     def __init__(self, messenger: Messenger, move: Callable[[Move], MoveDone]) -> None:
         self._messenger = messenger
         self._move = move
-        self._lane: Lane[MoveDone] = Lane("moves", on_crash=_fail)
+        self._lanes: dict[WorkerId, Lane[MoveDone]] = {}
 
     def start(self) -> None:
-        """Start the thread."""
-        self._lane.start()
+        """Start nothing yet: a thread comes with the first move from a peer."""
 
     def send(self, to: WorkerId, message: Message) -> None:
         """Queue a message."""
         self._messenger.send(to, message)
 
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
-        """Queue the move; moves run one after the other, in the order given."""
-        self._lane.do(lambda: self._move(move), done)
+        """Queue the move; those from one peer run one after the other, in the order given."""
+        if move.source not in self._lanes:
+            lane = self._lanes[move.source] = Lane[MoveDone]("moves", on_crash=_fail)
+            lane.start()
+        self._lanes[move.source].do(lambda: self._move(move), done)
 
 
 def _fail(error: BaseException) -> None:

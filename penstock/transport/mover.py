@@ -4,8 +4,8 @@ It owns what must be true of a peer before a byte is read: its incarnation, its 
 It does not know what is in the blocks, who decided to move them, nor when to forget a peer: the
 worker core says so, through the runtime.
 
-`execute` blocks for as long as the copy takes and is called on a thread of its own; `add_peer` and
-`forget` come from the event loop. The owner of the pool has no part in a move: its loop spends
+`execute` blocks for as long as the copy takes and is called on a thread for each peer; `add_peer`
+and `forget` come from the event loop. The owner of the pool has no part in a move: its loop spends
 nothing on being read.
 """
 
@@ -110,8 +110,14 @@ class BlockMover:
             source = self._peers.source(move.source, move.epoch, len(self._regions) + group)
             if spans[:, 2].sum() != len(offered) or source.block_bytes != COUNTER_BYTES:
                 raise PeerLost(f"{move.source} has offered something else than it describes")
+            packed = counter_spans(spans)
+            wrong = bounds_error(
+                packed, source_blocks=source.num_blocks, destination_blocks=len(offered)
+            )
+            if wrong is not None:
+                raise PeerLost(f"counters of {move.source}: {wrong}")
             found = Region(np.empty((len(offered), COUNTER_BYTES), np.uint8))
-            source.pull(found, counter_spans(spans))
+            source.pull(found, packed)
             if is_stale(counters(found.blocks), offered):
                 return True
         return False

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -73,7 +74,7 @@ def test_what_fails_is_said_with_the_next_step_and_the_exit_status(tmp_path: Pat
 
 
 def options(**values: bool) -> Namespace:
-    return Namespace(json=False, quick=True) if not values else Namespace(quick=True, **values)
+    return Namespace(**({"json": False, "quick": True, "peers": [], "listen": None} | values))
 
 
 def test_warnings_do_not_fail(monkeypatch, capsys):
@@ -105,9 +106,23 @@ def test_a_check_that_stumbles_is_a_finding_and_the_others_go_on(monkeypatch, ca
     assert last["figures"] == {"count": 2}
 
 
-def test_help_shows_how_to_use_it(capsys):
-    from penstock.cli.arguments import make_parser
-
-    with pytest.raises(SystemExit):
-        make_parser().parse_args(["doctor", "--help"])
-    assert "penstock doctor --json" in capsys.readouterr().out
+@pytest.mark.usefixtures("no_leaks")
+def test_two_of_them_try_the_hand_off_and_ctrl_c_ends_the_one_that_listens():
+    key = {"PENSTOCK_CLUSTER_KEY": "a key for this test alone"}
+    listening = subprocess.Popen(
+        [sys.executable, "-m", "penstock", "doctor", "--listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | key,
+    )
+    with listening:
+        assert listening.stdout is not None
+        lines = [listening.stdout.readline(), listening.stdout.readline()]
+        address = lines[1].split()[-1]
+        done = run("--quick", "--json", address, **key)
+        listening.send_signal(signal.SIGINT)
+        assert listening.wait(20) == 0
+    assert lines[1] == f"  penstock doctor {address}\n"
+    assert done.returncode == 0, done.stdout
+    (section,) = json.loads(done.stdout)["sections"].values()
+    assert "tcp in 1,024 spans" in {finding["name"] for finding in section}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from penstock.control.controller import Controller
+from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
 from penstock.core.messages import (
     Cancel,
@@ -29,7 +30,7 @@ from penstock.runtime.clock import LoopClock
 from penstock.runtime.executor import ThreadExecutor
 from penstock.runtime.messaging import Messenger
 from penstock.runtime.transport import LaneTransport
-from penstock.sim.executor import VOCAB_SIZE, ChainModel, expected_tokens
+from penstock.sim.executor import VOCAB_SIZE, MakeModel, chain_model, expected_tokens
 from penstock.sim.run import ClusterSpec, SimCluster
 from penstock.transfer.generation import COUNTER_BYTES, counters
 from penstock.transport.mover import BlockMover
@@ -84,8 +85,14 @@ def without_transport(value: object) -> object:
 class RealWorker:
     """A worker core over real ports, on the running loop."""
 
-    def __init__(self, name: str, folder: Path, controller_address: str) -> None:
-        layout = SPEC.layout
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        controller_address: str,
+        layout: KVLayout = SPEC.layout,
+        make_model: MakeModel = chain_model,
+    ) -> None:
         config = WorkerConfig(
             worker_id=WorkerId(name),
             role=SPEC.roles[name],
@@ -105,7 +112,7 @@ class RealWorker:
         self.messenger = Messenger(config.worker_id, 1, folder, self.receive)
         regions = [pool.region for pool in self.pools]
         self.executor = ThreadExecutor(
-            ChainModel(layout, tuple(region.blocks for region in regions)).execute,
+            make_model(layout, tuple(region.blocks for region in regions)),
             digest=partial(digests_of, regions=regions),
         )
         self.transport = LaneTransport(self.messenger, verified(self.mover.execute, regions))
@@ -188,14 +195,20 @@ class RealCluster:
         raise AssertionError("the controller moves no blocks")
 
 
-async def run_for_real(folder: Path) -> tuple[dict[str, DecisionLog], dict[RequestId, list[int]]]:
+async def run_for_real(
+    folder: Path,
+    trace: list[Request],
+    layouts: dict[str, KVLayout] | None = None,
+    make_model: MakeModel = chain_model,
+) -> tuple[dict[str, DecisionLog], dict[RequestId, list[int]]]:
     cluster = RealCluster(folder)
     workers = {}
     for name in SPEC.roles:
         cluster.joined.clear()
-        workers[name] = RealWorker(name, folder, cluster.messenger.address)
+        layout = (layouts or {}).get(name, SPEC.layout)
+        workers[name] = RealWorker(name, folder, cluster.messenger.address, layout, make_model)
         await asyncio.wait_for(cluster.joined.wait(), 10)
-    for request in make_trace():
+    for request in trace:
         cluster.tokens[request.request_id] = []
         cluster.over.clear()
         cluster.node.deliver(Submit(request=request))
@@ -219,7 +232,7 @@ def run_simulated() -> SimCluster:
 
 
 def test_the_same_trace_makes_the_same_decisions(tmp_path: Path) -> None:
-    logs, tokens = asyncio.run(run_for_real(tmp_path))
+    logs, tokens = asyncio.run(run_for_real(tmp_path, make_trace()))
     simulated = run_simulated()
     for request in make_trace():
         expected = expected_tokens(request, request.params.max_tokens, ())

@@ -1,11 +1,10 @@
 """Checks of the hand-off, between two real processes: every transport tried and measured.
 
-Starts `peer.py`, reads its memory in each way there is, compares every byte, and puts each rate
-beside what this machine can do at most: a copy in one process for shared memory, a plain loopback
-socket for TCP.
+Starts `peer.py`, or calls one on another host, reads its memory in each way there is, compares
+every byte, and puts each rate beside what is possible at most: a copy in one process for shared
+memory, a plain socket for TCP.
 """
 
-import json
 import os
 import secrets
 import select
@@ -21,9 +20,16 @@ from typing import IO, Any, Final
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from penstock.cli.checks.finding import Extent, Finding, failed, ok, warning
-from penstock.cli.checks.peer import NUM_SMALL, SMALL_BYTES, fill, name_of_a_block
+from penstock.cli.checks.peer import (
+    NUM_SMALL,
+    SMALL_BYTES,
+    fill,
+    host_id,
+    name_of_a_block,
+)
 from penstock.cli.checks.rates import Plain, measure
 from penstock.core.errors import (
     BackendUnavailable,
@@ -32,10 +38,12 @@ from penstock.core.errors import (
     StartupFailed,
 )
 from penstock.core.types import BlockId
+from penstock.core.version import VERSION
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory
 from penstock.transport.cuda_driver import CudaDriver
+from penstock.transport.key import VARIABLE, cluster_key
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import has_rdma, is_installed
 from penstock.transport.shm import SharedMemory, SharedPool
@@ -44,6 +52,7 @@ from penstock.transport.way import Source, Way
 
 PEER_DEADLINE_S: Final = 30.0
 SKEW_NS_MAX: Final = 1_000_000
+DAY_SKEW_NS_MAX: Final = 500_000_000
 Explain = Callable[[str, dict[str, Any]], Finding]
 _NEXT_TO_SHM: Final = (
     "meanwhile: penstock serve --transport tcp. Workers must run as one user in one PID namespace"
@@ -51,11 +60,11 @@ _NEXT_TO_SHM: Final = (
 
 
 def check_handoff(extent: Extent) -> Iterator[Finding]:
-    """Read a peer's memory by each transport, compare, and measure."""
+    """Read the memory of another process of this host by each transport, compare, and measure."""
     key = secrets.token_bytes(32)
     try:
-        with _peer(extent, key) as facts:
-            yield from _try_everything(extent, facts, key)
+        with _peer(extent, key) as port, Plain("127.0.0.1", port, key) as plain:
+            yield from _try_everything(extent, plain, key, "127.0.0.1")
     except (OSError, PeerLost, DeadlineExceeded, StartupFailed) as error:
         yield failed(
             "second process",
@@ -64,9 +73,32 @@ def check_handoff(extent: Extent) -> Iterator[Finding]:
         )
 
 
-def _try_everything(extent: Extent, facts: dict[str, Any], key: bytes) -> Iterator[Finding]:
-    memory = msgspec.msgpack.decode(b64decode(facts["descriptor"]), type=PeerMemory)
-    yield _names_finding(facts)
+def check_peer(extent: Extent, host: str, port: int) -> Iterator[Finding]:
+    """Do the same with a `penstock doctor --listen` that runs at this address."""
+    key = cluster_key()
+    try:
+        with Plain(host, port, key) as plain:
+            yield from _try_everything(extent, plain, key, host)
+    except OSError as error:
+        yield failed(
+            "peer",
+            f"{host}:{port} cannot be reached: {error}",
+            f"run `penstock doctor --listen HOST:{port}` there, and open the firewall",
+        )
+    except (PeerLost, DeadlineExceeded) as error:
+        yield failed(
+            "peer",
+            f"{host}:{port}: {error}",
+            f"give both sides one cluster key: the file, or {VARIABLE}",
+        )
+
+
+def _try_everything(extent: Extent, plain: Plain, key: bytes, host: str) -> Iterator[Finding]:
+    facts = plain.facts()
+    memory = _as_seen_from_here(
+        msgspec.msgpack.decode(b64decode(facts["descriptor"]), type=PeerMemory), host
+    )
+    yield _version_finding(facts)
     sources: dict[str, tuple[Source, Source]] = {}
     with ExitStack() as stack:
         ways: list[tuple[Way, Explain]] = [(SharedMemory(), _no_shared_memory), (Tcp(key), _no_tcp)]
@@ -87,14 +119,25 @@ def _try_everything(extent: Extent, facts: dict[str, Any], key: bytes) -> Iterat
         if isinstance(nixl, Finding):
             yield nixl
         yield _cuda_finding()
-        with Plain(facts["port"]) as plain:
-            yield _clock_finding(plain)
-            yield from measure(extent, plain, sources)
+        yield _clock_finding(plain, facts)
+        yield from measure(extent, plain, sources, facts["moved_bytes"])
+
+
+def _as_seen_from_here(memory: PeerMemory, host: str) -> PeerMemory:
+    """Put the host that was called where the peer listens at every address of its own."""
+    shown = f"[{host}]" if ":" in host else host
+    endpoints = [
+        replace(e, address=f"{shown}:{e.address.rpartition(':')[2]}")
+        if e.address.rpartition(":")[0] in ("0.0.0.0", "[::]")
+        else e
+        for e in memory.endpoints
+    ]
+    return replace(memory, endpoints=tuple(endpoints))
 
 
 @contextmanager
-def _peer(extent: Extent, key: bytes) -> Iterator[dict[str, Any]]:
-    """Start the other process; what it says of itself, within a deadline.
+def _peer(extent: Extent, key: bytes) -> Iterator[int]:
+    """Start the other process; the port at which it listens, within a deadline.
 
     Raises: `StartupFailed` with its last words.
     """
@@ -115,7 +158,7 @@ def _peer(extent: Extent, key: bytes) -> Iterator[dict[str, Any]]:
             assert process.stdin is not None
             process.stdin.write(key.hex().encode() + b"\n")
             process.stdin.flush()
-            yield json.loads(_first_line(process, words))
+            yield int(_first_line(process, words))
         finally:
             process.kill()
             process.communicate()
@@ -182,23 +225,31 @@ def _stranger_finding(memory: PeerMemory) -> Finding:
     return failed("authentication", "a wrong key was let in", _TELL_US)
 
 
-def _names_finding(facts: dict[str, Any]) -> Finding:
-    if facts["name"] == name_of_a_block():
-        return ok("names of blocks", "the same in both processes, whatever PYTHONHASHSEED is")
-    return failed("names of blocks", "differ between processes", "install the same version in both")
+def _version_finding(facts: dict[str, Any]) -> Finding:
+    """Compare what must be the same on both sides."""
+    if facts["version"] != VERSION:
+        said = f"{facts['version']} there, {VERSION} here"
+        return failed("version", said, "install the same version of Penstock on both sides")
+    if facts["name"] != name_of_a_block():
+        return failed("version", "the same block has two names", "install both sides again")
+    return ok("version", f"{VERSION} on both sides; names of blocks agree, whatever PYTHONHASHSEED")
 
 
-def _clock_finding(plain: Plain) -> Finding:
-    skew_ns, round_trip_ns = plain.skew_ns()
-    said = f"{skew_ns / 1000:+.0f} µs between the processes, known to {round_trip_ns / 1000:.0f}"
-    if abs(skew_ns) > max(SKEW_NS_MAX, round_trip_ns):
-        return warning(
-            "clock",
-            said,
-            "the parts of a request's ledger will be wrong: run all workers in one time namespace",
-            clock_skew_s=skew_ns / 1e9,
-        )
+def _clock_finding(plain: Plain, facts: dict[str, Any]) -> Finding:
+    is_one_host = _is_one_host(facts)
+    skew_ns, round_trip_ns = plain.skew_ns(is_one_host=is_one_host)
+    said = f"{skew_ns / 1000:+,.0f} µs apart, known to {round_trip_ns / 1000:,.0f}"
+    allowed_ns = SKEW_NS_MAX if is_one_host else DAY_SKEW_NS_MAX
+    if abs(skew_ns) > max(allowed_ns, round_trip_ns):
+        advice = "keep both by NTP: their logs cannot be laid side by side"
+        if is_one_host:
+            advice = "run all workers in one time namespace, or ledgers of requests will be wrong"
+        return warning("clock", said, advice, clock_skew_s=skew_ns / 1e9)
     return ok("clock", said, clock_skew_s=skew_ns / 1e9)
+
+
+def _is_one_host(facts: dict[str, Any]) -> bool:
+    return bool(facts["host"] == host_id())
 
 
 # ------------------------------------------------------------------------------- what is not there
@@ -206,6 +257,8 @@ def _clock_finding(plain: Plain) -> Finding:
 
 def _no_shared_memory(why: str, facts: dict[str, Any]) -> Finding:
     """Say why a peer's memory cannot be mapped, as far as the system tells."""
+    if not _is_one_host(facts):
+        return ok("shm", "not possible: the peer is on another host")
     hints = []
     with_status = Path(f"/proc/{facts['pid']}/status")
     try:
@@ -223,12 +276,13 @@ def _no_shared_memory(why: str, facts: dict[str, Any]) -> Finding:
 
 
 def _no_tcp(why: str, _facts: dict[str, Any]) -> Finding:
-    return warning("tcp", f"a peer cannot be reached over loopback: {why}", _FIREWALL)
+    return warning("tcp", f"a peer's memory cannot be reached: {why}", _FIREWALL)
 
 
 _TELL_US: Final = "test this machine's memory; otherwise this is a bug in Penstock: tell us"
 _FIREWALL: Final = (
-    "let processes of this machine connect to 127.0.0.1 (firewall, network namespace)"
+    "let processes connect to each other's ports (firewall, network namespace), on this machine "
+    "at 127.0.0.1"
 )
 
 

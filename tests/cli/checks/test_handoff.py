@@ -7,10 +7,12 @@ import pytest
 
 from penstock.cli.checks import handoff, rates
 from penstock.cli.checks.finding import Extent, Finding, State
-from penstock.cli.checks.handoff import check_handoff
+from penstock.cli.checks.handoff import check_handoff, check_peer
+from penstock.cli.checks.peer import Peer
 from penstock.cli.checks.rates import Plain, _rate_findings
-from penstock.core.errors import BackendUnavailable, PeerLost
+from penstock.core.errors import BackendUnavailable, PeerLost, StartupFailed
 from penstock.core.types import MIB
+from penstock.transport.key import cluster_key
 from penstock.transport.shm import MappedPool, SharedMemory
 from penstock.transport.tcp import Tcp
 
@@ -20,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture(autouse=True)
-def _private_key(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+def _private_key(monkeypatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CLUSTER_KEY", "a key for these tests alone")
 
 
 def look() -> dict[str, Finding]:
@@ -80,9 +82,9 @@ def test_a_second_process_that_cannot_start(monkeypatch):
 
 def test_other_names_and_another_clock(monkeypatch):
     monkeypatch.setattr(handoff, "name_of_a_block", lambda: "another")
-    monkeypatch.setattr(Plain, "skew_ns", lambda _self: (5_000_000_000, 20_000))
+    monkeypatch.setattr(Plain, "skew_ns", lambda _self, is_one_host: (5_000_000_000, 20_000))
     found = look()
-    assert found["names of blocks"].state is State.FAILED
+    assert found["version"].state is State.FAILED
     assert found["clock"].state is State.WARNING
     assert found["clock"].figures["clock_skew_s"] == 5.0
 
@@ -96,13 +98,13 @@ def test_a_rate_far_below_what_is_possible_is_a_warning():
         "memcpy": 20e9, "socket": 4e9,
         "shm in 1": 19e9, "shm in n": 4e9, "tcp in 1": 1e9, "tcp in n": 3.9e9,
     }  # fmt: skip
-    found = {f.name: f for f in _rate_findings(measured, Extent(), 1024)}
+    found = {f.name: f for f in _rate_findings(measured, 1024)}
     assert [name for name, f in found.items() if f.state is State.WARNING] == [
         "shm in 1,024 spans",
         "tcp in 1 span",
     ]
     assert found["shm in 1,024 spans"].figures["share"] == pytest.approx(0.2)
-    slow = next(_rate_findings(measured | {"memcpy": 1e9}, Extent(), 1024))
+    slow = next(_rate_findings(measured | {"memcpy": 1e9}, 1024))
     assert slow.state is State.WARNING
 
 
@@ -154,3 +156,47 @@ def test_a_gpu_whose_driver_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setattr(handoff, "CudaDriver", break_down)
     finding = handoff._cuda_finding()
     assert (finding.state, finding.advice) == (State.WARNING, "the NVIDIA driver is too old")
+
+
+# --- a peer that is called at an address
+
+
+def look_at(port: int) -> dict[str, Finding]:
+    return {finding.name: finding for finding in check_peer(EXTENT, "127.0.0.1", port)}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_peer_at_an_address(host: str):
+    with Peer(cluster_key(), host, moved_bytes=MIB) as peer:
+        found = look_at(peer.port)
+    assert {finding.state for finding in found.values()} <= {State.OK, State.WARNING}
+    assert found["tcp"].state is State.OK
+    assert found["tcp in 16 spans"].figures["bytes_per_s"] > 0
+    # It has given everything back: nobody listens any more.
+    assert "--listen" in look_at(peer.port)["peer"].advice
+
+
+def test_a_peer_with_another_key_tells_nothing(monkeypatch):
+    with Peer(b"k" * 32, moved_bytes=MIB) as peer:
+        found = look_at(peer.port)
+    assert list(found) == ["peer"]
+    assert found["peer"].state is State.FAILED
+    assert "PENSTOCK_CLUSTER_KEY" in found["peer"].advice
+
+
+def test_a_peer_of_another_version_on_another_host(monkeypatch):
+    with Peer(cluster_key(), moved_bytes=MIB) as peer:
+        monkeypatch.setattr(handoff, "VERSION", "99.0")
+        monkeypatch.setattr(handoff, "host_id", lambda: "another")
+        monkeypatch.setattr(SharedMemory, "open", refuse)
+        found = look_at(peer.port)
+    assert found["version"].state is State.FAILED
+    assert found["version"].said.endswith("99.0 here")
+    assert found["shm"].state is State.OK
+    assert "another host" in found["shm"].said
+    assert abs(found["clock"].figures["clock_skew_s"]) < 0.5
+
+
+def test_a_port_that_is_taken():
+    with Peer(b"k" * 32, moved_bytes=MIB) as peer, pytest.raises(StartupFailed, match="in use"):
+        Peer(b"k" * 32, port=peer.port, moved_bytes=MIB)
