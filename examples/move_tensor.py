@@ -80,7 +80,7 @@ def both(options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--transport", choices=("auto", "shm", "tcp"), default="auto")
+    parser.add_argument("--transport", choices=("auto", "shm", "nixl", "tcp"), default="auto")
     parser.add_argument("--own-memory", action="store_true", help="register, do not allocate")
     parser.add_argument("--host", default="127.0.0.1", help="where `serve` listens")
     commands = parser.add_subparsers(dest="command")

@@ -128,8 +128,8 @@ class NixlAgent:
         All are in flight at once, and what is adjacent on both sides is one. After an exception
         some may be so still, until the agent is closed. Raises: `PeerLost`, what `watch` raises.
         """
-        library = self._library
-        with self._failing(PeerLost, "NIXL cannot read"):
+        library, state = self._library, None
+        try:
             request = self._agent.makeXferReq(library.NIXL_READ, *ours, *theirs, "", self._backends)
             try:
                 state = self._agent.postXferReq(request, "")
@@ -141,6 +141,8 @@ class NixlAgent:
                     state = self._agent.getXferStatus(request)
             finally:
                 self._agent.releaseXferReq(request)
+        except self._failures as error:
+            raise PeerLost(f"NIXL cannot read: {error}") from error
         if state != library.NIXL_SUCCESS:
             raise PeerLost(f"NIXL ends a read with {state}")
 

@@ -183,9 +183,16 @@ _AGENTS = []
 
 @pytest.mark.parametrize(
     ("options", "transport"),
-    [([], "shm"), (["--transport", "tcp"], "tcp"), (["--own-memory"], "tcp")],
+    [
+        ([], "shm"),
+        (["--transport", "tcp"], "tcp"),
+        (["--own-memory"], "tcp"),
+        (["--transport", "nixl", "--own-memory"], "nixl"),
+    ],
 )
 def test_the_example_moves_a_tensor(options, transport, no_leaks, tmp_path, monkeypatch):
+    if transport == "nixl":
+        pytest.importorskip("nixl")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLE.parents[1]))
     command = [sys.executable, str(EXAMPLE), *options]
