@@ -2,11 +2,23 @@
 or the environment.
 """
 
+from enum import Enum
+
 from msgspec import Struct
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import StartupFailed
 from penstock.core.types import NS_PER_MS, NS_PER_S, Role, WorkerId
+
+
+class Handoff(Enum):
+    """How the KV of a prompt crosses: pulled as its blocks are finished, pulled when all are, or
+    written by the prefill worker into blocks that were reserved before it began.
+    """
+
+    STREAM = "stream"
+    WHOLE = "whole"
+    PUSH = "push"
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
@@ -53,8 +65,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     eos_token_ids: tuple[int, ...] = ()
     is_prefix_caching: bool = True
-    is_streaming: bool = True
-    """Whether blocks of a prompt are offered as they are finished, or all at once."""
+    handoff: Handoff = Handoff.STREAM
     load_interval_ns: int = NS_PER_S
     lease_ns: int = 5 * NS_PER_S
     """How long offered blocks are kept for a decode worker that says nothing."""

@@ -92,6 +92,7 @@ class MoveClass(Enum):
     PREFETCH = "prefetch"
     OFFLOAD = "offload"
     RELOCATE = "relocate"
+    VERIFY = "verify"
 
 
 class Span(Struct, frozen=True, array_like=True):
@@ -122,7 +123,8 @@ class Move(Struct, frozen=True, kw_only=True):
     `digests[g]` are what the copied blocks of group g must have, in the order of the spans, and
     `generations[g]` how often the source may have handed them out; empty where the offer had none.
     From a peer whose blocks have another shape than ours there are no spans, but `reshapes[g]` for
-    every group.
+    every group. A move to a `destination` writes blocks of our own into that peer's; one of class
+    VERIFY copies nothing and compares what is there with the digests.
     """
 
     move_id: int
@@ -134,6 +136,7 @@ class Move(Struct, frozen=True, kw_only=True):
     digests: tuple[tuple[Digest, ...], ...] = ()
     generations: tuple[tuple[int, ...], ...] = ()
     reshapes: tuple[Reshape, ...] = ()
+    destination: WorkerId | None = None
 
 
 class Send(Struct, frozen=True, tag=True):

@@ -9,7 +9,7 @@ controller              Tokens, RequestFailed                             front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
                         Expired, RequestFailed, Ping
 prefill worker          Offer, Progress, Withdraw                         decode worker
-decode worker           Renew, Release                                    prefill worker
+decode worker           Renew, Release, Grant                             prefill worker
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
 """
@@ -122,6 +122,13 @@ class PullSample(Struct, frozen=True, array_like=True):
     num_bytes: int
     num_spans: int
     duration_ns: int
+
+
+class GrantedBlocks(Struct, frozen=True, array_like=True):
+    """Blocks that a peer may write: `block_ids[i]` is for entry `entries[i]` of a block table."""
+
+    entries: tuple[int, ...]
+    block_ids: tuple[BlockId, ...]
 
 
 class TokenOutput(Struct, frozen=True, array_like=True):
@@ -270,7 +277,8 @@ class Offer(Tagged, frozen=True):
     samples. `groups` are the blocks of the first `num_ready` tokens; if that is not all, the rest
     is being computed and follows by `Progress`. `runs` are the lengths of the runs in which all of
     them lie, per group, as far as known. The blocks are kept for `lease_ns` from when this is sent,
-    and from every `Renew` on.
+    and from every `Renew` on. With `is_push` they are not to be read: they will be written to those
+    that the decode worker grants.
     """
 
     request: Request
@@ -282,6 +290,7 @@ class Offer(Tagged, frozen=True):
     runs: tuple[tuple[int, ...], ...]
     timeline: Timeline
     lease_ns: int
+    is_push: bool = False
 
 
 class Progress(Tagged, frozen=True):
@@ -318,6 +327,21 @@ class Withdraw(Tagged, frozen=True):
     source: WorkerId
 
 
+class Grant(Tagged, frozen=True):
+    """Write the request's blocks to these of mine, and say by `Progress` what is there; or, with
+    `is_revoked`, stop doing so and answer by `Withdraw`.
+
+    `num_ready` is what the decode worker knows to be written: `Progress` it has missed is repeated.
+    """
+
+    request_id: RequestId
+    worker_id: WorkerId
+    epoch: int
+    num_ready: int
+    groups: tuple[GrantedBlocks, ...]
+    is_revoked: bool = False
+
+
 class Release(Tagged, frozen=True):
     """The offered blocks are not needed any more: pulled, or not wanted."""
 
@@ -348,6 +372,7 @@ Message = (
     | RequestFailed
     | Offer
     | Progress
+    | Grant
     | Renew
     | Withdraw
     | Release

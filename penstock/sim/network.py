@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.core.block import KVLayout
-from penstock.core.events import Move, MoveDone
+from penstock.core.events import Move, MoveClass, MoveDone
 from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, BlockId, WorkerId
 from penstock.kv.pool import Generations
@@ -119,7 +119,7 @@ class SimNetwork:
         is_alive: Callable[[], bool],
         done: Callable[[MoveDone], None],
     ) -> None:
-        """Carry the move out when its time is over; fail when the source is gone by then."""
+        """Carry the move out when its time is over; fail when the peer is gone by then."""
         started_ns = self.clock.now_ns()
         num_spans = sum(map(len, move.spans)) + sum(r.end > 0 for r in move.reshapes)
         num_bytes = _num_bytes(own, move)
@@ -132,19 +132,25 @@ class SimNetwork:
         def land() -> None:
             if not is_alive():
                 return
-            source = self._memories.get((move.source, move.epoch))
+            name = move.destination or move.source
+            is_own = move.kind in (MoveClass.VERIFY, MoveClass.RELOCATE)
+            peer = own if is_own else self._memories.get((name, move.epoch))
             error = None
             is_wrong = is_too_late = False
-            if source is None or self.rng.random() < self.cost.move_failure:
-                error = f"{move.source} is gone"
-            elif not move.reshapes and source.layout != own.layout:
-                error = f"{move.source} keeps blocks of another layout"
+            if peer is None or self.rng.random() < self.cost.move_failure:
+                error = f"{name} is gone"
+            elif not move.reshapes and peer.layout != own.layout:
+                error = f"{name} keeps blocks of another layout"
             else:
                 is_flipped = num_bytes > 0 and self.rng.random() < self.cost.corruption
-                carry_out = _reshape if move.reshapes else _copy
-                is_wrong = carry_out(source, own, move, self.rng if is_flipped else None)
-                if _is_stale(move, source.generations):
-                    is_too_late, error = True, f"{move.source} had handed out a block anew"
+                rng = self.rng if is_flipped else None
+                if move.destination is not None:
+                    _copy(own, peer, move, rng)
+                else:
+                    is_wrong = (_reshape if move.reshapes else _copy)(peer, own, move, rng)
+                    is_too_late = _is_stale(move, peer.generations)
+                if is_too_late:
+                    error = f"{move.source} had handed out a block anew"
             done(
                 MoveDone(
                     move_id=move.move_id,

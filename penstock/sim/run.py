@@ -12,7 +12,7 @@ import numpy as np
 
 from penstock.control.controller import Controller
 from penstock.core.block import KVLayout
-from penstock.core.config import ControllerConfig, WorkerConfig
+from penstock.core.config import ControllerConfig, Handoff, WorkerConfig
 from penstock.core.events import Command, Event, WorkerLost
 from penstock.core.messages import (
     Cancel,
@@ -52,7 +52,7 @@ class ClusterSpec:
     step_cost: StepCost = field(default_factory=StepCost)
     link_cost: LinkCost = field(default_factory=LinkCost)
     model: MakeModel = chain_model
-    is_streaming: bool = True
+    handoff: Handoff = Handoff.STREAM
     has_digests: bool = True
     detection_ns: int = 20 * NS_PER_MS
     respawn_ns: int = 100 * NS_PER_MS
@@ -73,7 +73,7 @@ class SimWorker:
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
-            is_streaming=spec.is_streaming,
+            handoff=spec.handoff,
         )
         generations = tuple(np.zeros(count, np.int64) for count in spec.num_blocks)
         self.core = Worker(self.config, generations)

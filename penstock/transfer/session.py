@@ -21,6 +21,14 @@ what is no longer the offer's, which generations and digests show. Both sides ta
 number of times and in any order: what does not fit the state is answered or ignored, never acted
 upon.
 
+Push is the same crossing with the other side writing, there to be compared: the sink reserves
+blocks before the prefill has begun and grants them, the source writes what is finished and says so,
+the sink compares digests. What was granted is not given away before the source has said that it
+writes no more, or is gone.
+
+source   OFFERED ──Grant──► RESERVED ◄──────► IN_FLIGHT ──all of it──► LANDED ──Release──► RELEASED
+sink     as above; RESERVED is granted, IN_FLIGHT means that what was written is being compared
+
 Pure; `worker/prefill.py` and `worker/decode.py` hold the sessions.
 """
 
@@ -59,20 +67,26 @@ SINK: Final[Table] = {
     _S.VERIFIED: frozenset({_S.RELEASED}),
     _S.ABORTED: frozenset({_S.RELEASED}),
 }
+PUSH_SOURCE: Final[Table] = {
+    _S.OFFERED: frozenset({_S.RESERVED, _S.RELEASED, _S.ABORTED, _S.EXPIRED}),
+    _S.RESERVED: frozenset({_S.IN_FLIGHT, _S.LANDED, _S.RELEASED, _S.ABORTED, _S.EXPIRED}),
+    _S.IN_FLIGHT: frozenset({_S.RESERVED, _S.LANDED, _S.RELEASED, _S.ABORTED, _S.EXPIRED}),
+    _S.LANDED: frozenset({_S.RELEASED, _S.ABORTED, _S.EXPIRED}),
+    _S.ABORTED: frozenset({_S.RELEASED, _S.EXPIRED}),
+}
+PUSH_SINK: Final[Table] = {**SINK}
 
 
 class Session:
-    """One side of one crossing. `table` is `SOURCE` or `SINK`; `peer` is the other side."""
+    """One side of one crossing. `table` is one of the four; `peer` is the other side."""
 
     __slots__ = ("expires_ns", "peer", "request_id", "state", "table")
 
-    def __init__(
-        self, request_id: RequestId, peer: WorkerId, table: Table, expires_ns: int = 0
-    ) -> None:
+    def __init__(self, request_id: RequestId, peer: WorkerId, table: Table) -> None:
         self.request_id = request_id
         self.peer = peer
         self.table = table
-        self.expires_ns = expires_ns
+        self.expires_ns = 0
         self.state = SessionState.FILLING if table is SOURCE else SessionState.OFFERED
 
     def move_to(self, state: SessionState) -> None:

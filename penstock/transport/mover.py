@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from msgspec import structs
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest, BlocksCorrupt, DeadlineExceeded, PeerLost
@@ -79,10 +80,7 @@ class BlockMover:
         landed: list[_Landed] = []
         error, is_corrupt, is_too_late = None, False, False
         try:
-            if move.kind is MoveClass.RELOCATE:
-                landed = self._relocate(move)
-            else:
-                landed = self._reshape(move) if move.reshapes else self._copy(move)
+            landed = self._carry_out(move)
             is_too_late = self._is_stale(move)
         except BlocksCorrupt:
             is_corrupt = True
@@ -122,6 +120,25 @@ class BlockMover:
                 return True
         return False
 
+    def _carry_out(self, move: Move) -> list[_Landed]:
+        """Do what the move asks for. Raises: what each way of doing it raises."""
+        if move.kind in (MoveClass.RELOCATE, MoveClass.VERIFY):
+            return self._within(move)
+        if move.destination is not None:
+            return self._push(move, move.destination)
+        return self._reshape(move) if move.reshapes else self._copy(move)
+
+    def _push(self, move: Move, to: WorkerId) -> list[_Landed]:
+        """Write blocks of ours into a peer's. Raises: `PeerLost` where no way leads to writing."""
+        landed: list[_Landed] = []
+        for source, own, spans in self._pulls(structs.replace(move, source=to)):
+            if not isinstance(source, MappedPool):
+                raise PeerLost(f"{source.name} does not write: push is for workers of one host")
+            source.push(own, spans)
+            num_bytes = int(spans[:, 2].sum()) * own.block_bytes
+            landed.append((source, Carried(num_bytes, len(spans))))
+        return landed
+
     def _copy(self, move: Move) -> list[_Landed]:
         """Copy the spans of every group. Raises: as `_pulls`, and for what a pull raises."""
         landed = []
@@ -131,8 +148,11 @@ class BlockMover:
             landed.append((source, Carried(num_bytes, len(spans))))
         return landed
 
-    def _relocate(self, move: Move) -> list[_Landed]:
-        """Copy blocks within our own pools. Raises: `BadRequest` for spans outside them."""
+    def _within(self, move: Move) -> list[_Landed]:
+        """Copy blocks within our own pools, or leave those alone that are only to be verified.
+
+        Raises: `BadRequest` for spans outside them.
+        """
         landed: list[_Landed] = []
         for region, spans in zip(self._regions, move.spans, strict=True):
             array = span_array(spans)
@@ -141,7 +161,8 @@ class BlockMover:
             if wrong is not None:
                 raise BadRequest(f"move {move.move_id}: {wrong}")
             own = MappedPool(region)
-            own.pull(region, array)
+            if move.kind is MoveClass.RELOCATE:
+                own.pull(region, array)
             landed.append((own, Carried(int(array[:, 2].sum()) * region.block_bytes, len(array))))
         return landed
 

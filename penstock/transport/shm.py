@@ -105,13 +105,13 @@ class SharedPool:
             _path(self._token).unlink(missing_ok=True)
 
 
-def open_peer(descriptor: RegionDescriptor) -> Region:
-    """Map a peer's pool, read-only, for as long as an array looks at it.
+def open_peer(descriptor: RegionDescriptor, *, is_writable: bool = False) -> Region:
+    """Map a peer's pool, read-only unless told otherwise, for as long as an array looks at it.
 
     Raises: `PeerLost` when that very pool is not there any more or is not what the descriptor says.
     """
     try:
-        fd = _OPEN[descriptor.kind](descriptor.location)
+        fd = _OPEN[descriptor.kind](descriptor.location, os.O_RDWR if is_writable else os.O_RDONLY)
     except KeyError:
         raise PeerLost(f"{descriptor.kind or 'private'} memory cannot be mapped") from None
     except (OSError, ValueError) as error:
@@ -121,7 +121,8 @@ def open_peer(descriptor: RegionDescriptor) -> Region:
         described = described_blocks(descriptor) * descriptor.block_bytes
         if not size == described == descriptor.capacity_bytes:
             raise PeerLost(f"{descriptor} does not describe a pool of {size} bytes")
-        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, access)
     finally:
         os.close(fd)
     return Region(np.frombuffer(memory, np.uint8).reshape(-1, descriptor.block_bytes))
@@ -137,7 +138,7 @@ class SharedMemory:
 
         Raises: `PeerLost` when it cannot be mapped here, or is not there any more.
         """
-        return MappedPool(open_peer(peer.regions[index]))
+        return MappedPool(open_peer(peer.regions[index]), peer.regions[index])
 
     def forget(self, name: str, epoch: int) -> None:
         """Leave it to the last reference: a mapping goes when nobody looks at it."""
@@ -149,8 +150,10 @@ class SharedMemory:
 class MappedPool:
     """A peer's pool in our address space; it outlives its owner."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, descriptor: RegionDescriptor | None = None) -> None:
         self.region = region
+        self._descriptor = descriptor
+        self._writable: Region | None = None
         self.num_blocks = region.num_blocks
         self.block_bytes = region.block_bytes
         self.name = "shm" if load_library() is not None else "shm (numpy)"
@@ -158,6 +161,16 @@ class MappedPool:
     def pull(self, destination: Region, spans: SpanArray) -> None:
         """Copy spans that lie inside both regions."""
         copy_spans(self.region, destination, spans)
+
+    def push(self, source: Region, spans: SpanArray) -> None:
+        """Write spans of ours that lie inside both regions; nothing is mapped writable before.
+
+        Raises: `PeerLost` when the pool cannot be mapped so.
+        """
+        if self._writable is None:
+            assert self._descriptor is not None, "this is our own pool"
+            self._writable = open_peer(self._descriptor, is_writable=True)
+        copy_spans(source, self._writable, spans)
 
 
 def copy_spans(source: Region, destination: Region, spans: SpanArray) -> None:
@@ -193,10 +206,10 @@ def _ask_for_huge_pages(memory: mmap.mmap) -> None:
         memory.madvise(mmap.MADV_HUGEPAGE)
 
 
-def _open_memfd(location: str) -> int:
+def _open_memfd(location: str, mode: int) -> int:
     pid, number, token = location.split(":")
     # Whatever is there now must not make us wait, as a pipe would.
-    fd = os.open(f"/proc/{int(pid)}/fd/{int(number)}", os.O_RDONLY | os.O_NONBLOCK)
+    fd = os.open(f"/proc/{int(pid)}/fd/{int(number)}", mode | os.O_NONBLOCK)
     # What was opened is asked, not the path, which may lead elsewhere a moment later.
     label = os.readlink(f"/proc/self/fd/{fd}")
     if label != f"/memfd:{_label(token)} (deleted)":
@@ -218,11 +231,11 @@ def _create_file(token: str) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
 
 
-def _open_file(location: str) -> int:
+def _open_file(location: str, mode: int) -> int:
     path = Path(location)
     if path.parent != _path("").parent or not path.name.startswith(_label("")):
         raise ValueError("not a pool's file")
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    return os.open(path, mode | os.O_NOFOLLOW)
 
 
 def _path(token: str) -> Path:

@@ -24,12 +24,13 @@ from penstock.core.events import (
     SubmitMove,
     WakeAt,
 )
-from penstock.core.messages import GroupBlocks, Offer, Progress, Release, Renew
+from penstock.core.messages import Grant, Offer, Progress, Release, Renew
 from penstock.core.types import RequestId, WorkerId
-from penstock.kv.cache import Adoption, KVCache
+from penstock.kv.cache import KVCache
 from penstock.kv.group import Pull
 from penstock.transfer.plan import align
-from penstock.transfer.session import SINK, Session, SessionState
+from penstock.transfer.session import PUSH_SINK, SINK, Session, SessionState
+from penstock.worker.arrival import Arrival
 from penstock.worker.numbers import Numbers
 from penstock.worker.reshaping import Reshaping
 from penstock.worker.sequence import Sequence, SequenceState
@@ -38,35 +39,6 @@ RENEW_KEY = "renew"
 RENEWALS_PER_LEASE = 3
 ENDED_MAX = 4096
 PULLS_MAX = 2
-
-
-@dataclass(slots=True)
-class Arrival:
-    """A request on its way here.
-
-    `unpulled` are offered blocks that no copy has been asked for yet; with them the first
-    `num_ready` tokens are covered. `sequence` and `adoption` are there once it has room.
-    """
-
-    offer: Offer
-    session: Session
-    received_ns: int
-    num_ready: int
-    unpulled: list[tuple[GroupBlocks, ...]]
-    reserved_ns: int = 0
-    sequence: Sequence | None = None
-    adoption: Adoption | None = None
-    reshaping: Reshaping | None = None
-    num_moves: int = 0
-    num_pulled: int = 0
-    is_verified: bool = True
-    outcome: SequenceState = SequenceState.RUNNING
-    """What becomes of the sequence when the last copy under way is over."""
-
-    @property
-    def is_complete(self) -> bool:
-        """True when a copy of everything has been asked for."""
-        return self.num_ready == self.offer.num_tokens and not self.unpulled
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +86,7 @@ class PullDesk:
             return [self._release(offer.source, request_id)]
         if request_id in self.arrivals:
             return []
-        session = Session(request_id, offer.source, SINK)
+        session = Session(request_id, offer.source, PUSH_SINK if offer.is_push else SINK)
         arrival = Arrival(offer, session, now_ns, offer.num_ready, [offer.groups])
         self.arrivals[request_id] = arrival
         self.pending.append(arrival)
@@ -139,7 +111,10 @@ class PullDesk:
         return self._pull(arrival) if arrival.sequence is not None and is_wanted else []
 
     def renew(self, now_ns: int) -> list[Command]:
-        """Renew the leases of everything that waits or is being pulled."""
+        """Renew the leases of everything that waits or is being pulled.
+
+        A grant is said again, and so is that it is revoked, until the peer has heard it.
+        """
         self._is_wake_due = False
         by_peer: dict[WorkerId, list[Arrival]] = {}
         for arrival in self.arrivals.values():
@@ -152,6 +127,7 @@ class PullDesk:
                 worker_id=self.config.worker_id,
             )
             commands.append(Send(peer, renew))
+            commands += [self._grant(a) for a in arrivals if a.offer.is_push and a.sequence]
         return commands + self._wake(now_ns) if commands else []
 
     # ---------------------------------------------------------------------------------- room, pulls
@@ -198,7 +174,7 @@ class PullDesk:
         arrival.reserved_ns = now_ns
         sequence.num_computed = adoption.cached_tokens
         sequence.capacity_tokens = self.kv.capacity(sequence.request_id)
-        return sequence, self._pull(arrival)
+        return sequence, [self._grant(arrival)] if offer.is_push else self._pull(arrival)
 
     def land(self, done: MoveDone, now_ns: int) -> tuple[Sequence | None, list[Command]]:
         """Take in the end of a move; return the sequence if that was the last there was to copy.
@@ -212,7 +188,8 @@ class PullDesk:
         self.num_corrupt += done.is_corrupt
         self.num_stale += done.is_stale
         is_wanted = arrival.outcome is SequenceState.RUNNING
-        if is_wanted and done.is_corrupt and copy.tries < PULLS_MAX:
+        tries_max = 1 if arrival.offer.is_push else PULLS_MAX
+        if is_wanted and done.is_corrupt and copy.tries < tries_max:
             return None, [self._submit(replace(copy, tries=copy.tries + 1))]
         if is_wanted and (done.is_corrupt or done.error is not None):
             self._abort(arrival, SequenceState.WAITING)
@@ -224,16 +201,21 @@ class PullDesk:
         """Return whose blocks a move under way copies."""
         return self._copies[move_id].arrival.offer.source
 
-    def drop(self, request_id: RequestId, now_ns: int) -> tuple[Sequence | None, list[Command]]:
+    def drop(
+        self, request_id: RequestId, now_ns: int, *, is_fenced: bool = False
+    ) -> tuple[Sequence | None, list[Command]]:
         """Forget an arrival, if there is one, as soon as nothing is being copied for it.
 
-        Returns the sequence, GONE, if it was admitted and is over.
+        `is_fenced` says that its prefill worker writes nothing for it (any more). Returns the
+        sequence, GONE or WAITING, if it was admitted and is over.
         """
         arrival = self.arrivals.get(request_id)
         if arrival is None:
             self.bury(request_id)
             return None, []
-        if arrival.outcome is not SequenceState.GONE:
+        arrival.is_fenced |= is_fenced
+        is_recomputed = is_fenced and arrival.outcome is SequenceState.WAITING
+        if arrival.outcome is not SequenceState.GONE and not is_recomputed:
             self._abort(arrival, SequenceState.GONE)
         return self._settle(arrival, now_ns)
 
@@ -246,9 +228,9 @@ class PullDesk:
         lost = [
             a.session.request_id
             for a in self.arrivals.values()
-            if a.session.peer == worker_id and not a.is_complete
+            if a.session.peer == worker_id and (a.is_written or not a.is_complete)
         ]
-        ended = [self.drop(request_id, now_ns)[0] for request_id in lost]
+        ended = [self.drop(request_id, now_ns, is_fenced=True)[0] for request_id in lost]
         return [sequence for sequence in ended if sequence is not None]
 
     def bury(self, request_id: RequestId) -> None:
@@ -280,20 +262,25 @@ class PullDesk:
 
     def _submit(self, copy: _Copy) -> Command:
         arrival, pulls = copy.arrival, copy.pulls
+        is_push = arrival.offer.is_push
         if arrival.session.state is not SessionState.IN_FLIGHT:
             arrival.session.move_to(SessionState.IN_FLIGHT)
         arrival.num_moves += 1
         move_id = self.move_ids.next()
         self._copies[move_id] = copy
+        spans = (
+            align(p.destination_ids if is_push else p.source_ids, p.destination_ids) for p in pulls
+        )
         move = Move(
             move_id=move_id,
-            kind=MoveClass.HANDOFF,
+            # What was pushed is here already: there is nothing left but to compare digests.
+            kind=MoveClass.VERIFY if is_push else MoveClass.HANDOFF,
             request_id=arrival.session.request_id,
             source=arrival.offer.source,
             epoch=arrival.offer.epoch,
-            spans=tuple(tuple(align(p.source_ids, p.destination_ids)) for p in pulls),
+            spans=tuple(map(tuple, spans)),
             digests=tuple(p.digests for p in pulls),
-            generations=tuple(p.generations for p in pulls),
+            generations=() if is_push else tuple(p.generations for p in pulls),
             reshapes=copy.reshapes,
         )
         return SubmitMove(move)
@@ -329,6 +316,8 @@ class PullDesk:
         session = arrival.session
         if arrival.num_moves:
             return None, []
+        if arrival.is_written:
+            return None, [self._grant(arrival)]
         if arrival.outcome is SequenceState.RUNNING:
             if not arrival.is_complete:
                 session.move_to(SessionState.RESERVED)
@@ -372,6 +361,19 @@ class PullDesk:
         timeline.reserved_ns = max(arrival.reserved_ns, arrival.received_ns)
         timeline.pulled_ns = now_ns
         timeline.pull_verified = arrival.is_verified
+
+    def _grant(self, arrival: Arrival) -> Command:
+        """Let the prefill worker write, or tell it to stop."""
+        is_wanted = arrival.outcome is SequenceState.RUNNING
+        grant = Grant(
+            request_id=arrival.session.request_id,
+            worker_id=self.config.worker_id,
+            epoch=self.config.epoch,
+            num_ready=arrival.num_ready,
+            groups=arrival.granted,
+            is_revoked=not is_wanted,
+        )
+        return Send(arrival.session.peer, grant)
 
     def _release(self, to: WorkerId, request_id: RequestId) -> Send:
         return Send(to, Release(request_id=request_id, worker_id=self.config.worker_id))

@@ -7,17 +7,17 @@ withdrawn, never simply freed, because a one-sided read may be under way. Freein
 core's: it knows whether a step still writes the blocks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, Send, WakeAt
-from penstock.core.messages import Expired, Offer, Offered, Progress, Renew, Withdraw
+from penstock.core.config import Handoff, WorkerConfig
+from penstock.core.events import Command, Send
+from penstock.core.messages import Expired, Offer, Offered, Progress, Withdraw
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.transfer.session import SOURCE, Session, SessionState
+from penstock.worker.lease import Leases
 from penstock.worker.sequence import Sequence, SequenceState
-
-LEASE_KEY = "lease"
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class OfferDesk:
         self.num_expired = 0
         self._config = config
         self._kv = kv
-        self._wakes_ns: int | None = None
+        self._leases = Leases(config.lease_ns)
 
     def offer(self, sequence: Sequence, now_ns: int) -> list[Command]:
         """Offer what is new of the KV of all tokens but the last to the sequence's decode worker.
@@ -61,22 +61,25 @@ class OfferDesk:
             return commands
         return [self._progress(crossing, before), *commands]
 
-    def renew(self, event: Renew, now_ns: int) -> list[Command]:
+    def renew(
+        self, known: Iterable[tuple[RequestId, int]], peer: WorkerId, now_ns: int
+    ) -> list[Command]:
         """Give offers that are still here another lease; a withdrawn one may still be read.
 
-        What the peer has missed is said again: progress, or that there is nothing to wait for.
+        `known` says of each request how many tokens the peer knows to be ready. What it has missed
+        is said again: progress, or that there is nothing to wait for.
         """
         commands: list[Command] = []
-        for request_id, known in zip(event.request_ids, event.num_ready, strict=True):
+        for request_id, num_ready in known:
             crossing = self.crossings.get(request_id)
             if crossing is None:
-                commands.append(self._withdraw(request_id, event.worker_id))
+                commands.append(self._withdraw(request_id, peer))
                 continue
-            crossing.session.expires_ns = now_ns + self._config.lease_ns
+            self._leases.renew(crossing.session, now_ns)
             if crossing.session.state is SessionState.ABORTED:
-                commands.append(self._withdraw(request_id, event.worker_id))
-            elif known < crossing.num_ready:
-                commands.append(self._progress(crossing, known))
+                commands.append(self._withdraw(request_id, peer))
+            elif num_ready < crossing.num_ready:
+                commands.append(self._progress(crossing, num_ready))
         return commands
 
     def withdraw(self, sequence: Sequence) -> list[Command]:
@@ -101,18 +104,13 @@ class OfferDesk:
 
     def expire(self, now_ns: int) -> tuple[list[Sequence], list[Command]]:
         """Take back what nobody has claimed in time, and say so."""
-        self._wakes_ns = None
-        sessions = [c.session for c in self.crossings.values()]
-        over = [s for s in sessions if s.expires_ns <= now_ns]
-        commands: list[Command] = []
+        over, commands = self._leases.over([c.session for c in self.crossings.values()], now_ns)
         for session in over:
             if session.state is not SessionState.ABORTED:
                 expired = Expired(request_id=session.request_id, worker_id=self._config.worker_id)
                 commands.append(Send(CONTROLLER, expired))
         self.num_expired += len(over)
         sequences = [self._end(s.request_id, SessionState.EXPIRED) for s in over]
-        if self.crossings:
-            commands += self._wake(min(c.session.expires_ns for c in self.crossings.values()))
         return sequences, commands
 
     def _is_worth_streaming(self, sequence: Sequence) -> bool:
@@ -120,7 +118,7 @@ class OfferDesk:
         other one it will want has its place, so that it never has to give up any.
         """
         return (
-            self._config.is_streaming
+            self._config.handoff is Handoff.STREAM
             and self._num_ready(sequence) > 0
             and self._kv.is_reserved(sequence.request_id, sequence.target_tokens)
         )
@@ -137,7 +135,7 @@ class OfferDesk:
         assert sequence.decode_worker is not None
         num_ready = self._num_ready(sequence)
         is_last = num_ready == sequence.target_tokens
-        session = Session(request_id, sequence.decode_worker, SOURCE, now_ns + config.lease_ns)
+        session = Session(request_id, sequence.decode_worker, SOURCE)
         crossing = self.crossings[request_id] = Crossing(sequence, session, num_ready)
         sequence.is_pinned = not is_last
         # Stamped first: the offer carries the timeline.
@@ -153,8 +151,8 @@ class OfferDesk:
             timeline=sequence.timeline,
             lease_ns=config.lease_ns,
         )
-        wake = self._wake(now_ns + config.lease_ns)
-        return [Send(sequence.decode_worker, offer), *commands, *wake]
+        lease = self._leases.begin(session, now_ns)
+        return [Send(sequence.decode_worker, offer), *commands, *lease]
 
     def _complete(self, crossing: Crossing, now_ns: int) -> list[Command]:
         """Note that the last block is there, and tell the controller."""
@@ -189,10 +187,3 @@ class OfferDesk:
         crossing.session.move_to(state)
         crossing.sequence.is_pinned = False
         return crossing.sequence
-
-    def _wake(self, at_ns: int) -> list[Command]:
-        """Ask to be woken for the first lease that may end; one request at a time is enough."""
-        if self._wakes_ns is not None and self._wakes_ns <= at_ns:
-            return []
-        self._wakes_ns = at_ns
-        return [WakeAt(at_ns, LEASE_KEY)]

@@ -13,9 +13,9 @@ from penstock.core.types import CONTROLLER, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.worker.decode import PullDesk
 from penstock.worker.names import NameReports
-from penstock.worker.prefill import OfferDesk
 from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Scheduler
+from penstock.worker.source import SourceDesk
 
 
 class Reporter:
@@ -26,7 +26,7 @@ class Reporter:
         config: WorkerConfig,
         kv: KVCache,
         scheduler: Scheduler,
-        offers: OfferDesk,
+        offers: SourceDesk,
         pulls: PullDesk,
     ) -> None:
         self._config = config

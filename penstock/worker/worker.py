@@ -24,6 +24,7 @@ from penstock.core.events import (
 from penstock.core.messages import (
     Assign,
     Cancel,
+    Grant,
     Load,
     Offer,
     PeerDown,
@@ -40,13 +41,15 @@ from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
+from penstock.worker.books import check_sequences
 from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.defragment import Defragmenter
+from penstock.worker.lease import LEASE_KEY
 from penstock.worker.numbers import Numbers
-from penstock.worker.prefill import LEASE_KEY, OfferDesk
 from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
+from penstock.worker.source import SourceDesk
 
 
 class Worker:
@@ -65,8 +68,8 @@ class Worker:
             generations=generations,
         )
         self.scheduler = Scheduler(config, self.kv)
-        self.offers = OfferDesk(config, self.kv)
         move_ids = Numbers()
+        self.offers = SourceDesk(config, self.kv, move_ids)
         self.pulls = PullDesk(config, self.kv, move_ids)
         self.defragmenter = Defragmenter(config, self.kv, move_ids)
         self.sequences: dict[RequestId, Sequence] = {}
@@ -94,16 +97,19 @@ class Worker:
             case StepDone():
                 return self._finish_step(event, now_ns)
             case Assign():
-                return self._assign(event)
+                return self._assign(event, now_ns)
             case Offer():
-                return self._receive(event, now_ns)
+                known = self._release_if_running(event.request.request_id, event.source)
+                return known or self.pulls.receive(event, now_ns)
             case MoveDone():
                 return self._land(event, now_ns)
             case Progress():
-                return self._note_progress(event, now_ns)
+                known = self._release_if_running(event.request_id, event.source)
+                return known or self.pulls.progress(event, now_ns)
             case Release(request_id=request_id):
-                self._end_crossings([self.offers.release(request_id)])
-                return []
+                return self._end_crossings(self.offers.release(request_id))
+            case Grant():
+                return self._end_crossings(*self.offers.grant(event, now_ns))
             case Renew():
                 return self.offers.renew(event, now_ns)
             case Woken(key=key):
@@ -115,19 +121,19 @@ class Worker:
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)
+                self.offers.meet(info.worker_id, info.layout)
                 return []
             case PeerDown(worker_id=worker_id):
                 self._peers.discard(worker_id)
-                self._end_crossings(self.offers.release_all_of(worker_id))
                 for sequence in self.pulls.drop_all_of(worker_id, now_ns):
-                    self._drop(sequence)
-                return []
+                    self._take_in(sequence)
+                return self._end_crossings(self.offers.release_all_of(worker_id))
             case _:
                 return []  # Stop concerns the runtime alone
 
     # -------------------------------------------------------------------------- one thing at a time
 
-    def _assign(self, event: Assign) -> list[Command]:
+    def _assign(self, event: Assign, now_ns: int) -> list[Command]:
         is_ours = event.decode_worker == self.config.worker_id
         sequence = Sequence(
             event.request,
@@ -139,30 +145,31 @@ class Worker:
         assert sequence.request_id not in self.sequences, sequence.request_id
         self.sequences[sequence.request_id] = sequence
         self.scheduler.add(sequence)
-        return []
+        is_known = not is_ours and event.decode_worker in self._peers
+        return self.offers.announce(sequence, now_ns) if is_known else []
 
-    def _receive(self, offer: Offer, now_ns: int) -> list[Command]:
-        """Queue an offer. One that is known already came twice, or its `Release` was lost."""
-        sequence = self.sequences.get(offer.request.request_id)
-        if sequence is None:
-            return self.pulls.receive(offer, now_ns)
-        if sequence.state is SequenceState.HANDING_OFF:
-            return []
-        return [self._release_to(offer.source, sequence.request_id)]
-
-    def _note_progress(self, message: Progress, now_ns: int) -> list[Command]:
-        sequence = self.sequences.get(message.request_id)
+    def _release_if_running(self, request_id: RequestId, source: WorkerId) -> list[Command]:
+        """Answer what is said of a request that runs here: it comes late, or again."""
+        sequence = self.sequences.get(request_id)
         if sequence is None or sequence.state is SequenceState.HANDING_OFF:
-            return self.pulls.progress(message, now_ns)
-        return [self._release_to(message.source, message.request_id)]
+            return []
+        return [self._release_to(source, request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
         if self.defragmenter.land(event):
             return []
+        pushed = self.offers.land(event)
+        if pushed is not None:
+            return self._end_crossings(*pushed)
         self._reporter.note_pull(self.pulls.source_of(event.move_id), event)
         sequence, commands = self.pulls.land(event, now_ns)
+        self._take_in(sequence)
+        return commands
+
+    def _take_in(self, sequence: Sequence | None) -> None:
+        """Go on with a sequence whose arrival is over: run it, compute it here, or forget it."""
         if sequence is None:
-            return commands
+            return
         match sequence.state:
             case SequenceState.WAITING:
                 self.scheduler.add_first(sequence)
@@ -170,45 +177,40 @@ class Worker:
                 self._drop(sequence)
             case _:
                 self.scheduler.start(sequence)
-        return commands
 
     def _wake(self, key: str, now_ns: int) -> list[Command]:
         if key == RENEW_KEY:
             return self.pulls.renew(now_ns)
         assert key == LEASE_KEY, key
-        expired, commands = self.offers.expire(now_ns)
-        self._end_crossings(expired)
-        return commands
+        return self._end_crossings(*self.offers.expire(now_ns))
 
     def _cancel(self, request_id: RequestId, now_ns: int) -> list[Command]:
         """Stop a request. Blocks that a step or a copy still touches are freed after it."""
         sequence = self.sequences.get(request_id)
         if sequence is None or request_id in self.pulls.arrivals:
-            return self._drop_arrival(request_id, now_ns)
+            arrived, commands = self.pulls.drop(request_id, now_ns)
+            self._take_in(arrived)
+            return commands
         if request_id in self.offers.crossings:
             return self._take_back(sequence)
         if sequence.state is not SequenceState.CLOSING:
             self._stop(sequence)
         return []
 
-    def _drop_arrival(self, request_id: RequestId, now_ns: int) -> list[Command]:
-        sequence, commands = self.pulls.drop(request_id, now_ns)
-        if sequence is not None:
-            self._drop(sequence)
-        return commands
-
     def _take_back(self, sequence: Sequence) -> list[Command]:
         """Withdraw what is offered of a sequence, finished or not; a peer may be reading it."""
         if sequence.state is SequenceState.RUNNING:
             self.scheduler.remove(sequence)
             sequence.move_to(SequenceState.HANDING_OFF)
-        return self.offers.withdraw(sequence)
+        return self._end_crossings(*self.offers.withdraw(sequence))
 
-    def _end_crossings(self, sequences: Iterable[Sequence | None]) -> None:
+    def _end_crossings(
+        self, sequences: Iterable[Sequence], commands: Iterable[Command] = ()
+    ) -> list[Command]:
         """Stop and free sequences whose blocks no peer reads any more."""
         for sequence in sequences:
-            if sequence is not None:
-                self._stop(sequence)
+            self._stop(sequence)
+        return list(commands)
 
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence out of the line; it is freed now, or after the step that writes it."""
@@ -226,7 +228,9 @@ class Worker:
         """
         request_id = event.request_id
         if request_id in self.pulls.arrivals:
-            return self._drop_arrival(request_id, now_ns)
+            sequence, commands = self.pulls.drop(request_id, now_ns, is_fenced=True)
+            self._take_in(sequence)
+            return commands
         if request_id not in self.sequences:
             self.pulls.bury(request_id)
         return [self._release_to(event.source, request_id)]
@@ -386,13 +390,9 @@ class Worker:
     def check(self) -> None:
         """Assert that the books balance; called after every event in simulation."""
         self.kv.check()
-        holders = {s.request_id for s in self.sequences.values() if s.state.value != "waiting"}
-        assert len(holders) == self.kv.num_requests, (holders, self.kv.num_requests)
-        for sequence in self.scheduler.running:
-            assert sequence.state is SequenceState.RUNNING, (sequence.request_id, sequence.state)
-            assert sequence.num_computed <= sequence.capacity_tokens, sequence.request_id
-        for sequence in self.scheduler.waiting:
-            assert sequence.state is SequenceState.WAITING, (sequence.request_id, sequence.state)
-        if self._plan is None and self.scheduler.waiting and not self.scheduler.running:
-            held = self.offers.crossings or self.pulls.num_admitted
-            assert held or self.defragmenter.is_busy, f"idle while {self.scheduler.waiting[0].request_id} waits"
+        check_sequences(self.sequences.values(), self.kv, self.scheduler)
+        is_idle = self._plan is None and not self.scheduler.running
+        if is_idle and self.scheduler.waiting:
+            # Somebody must be holding what the first in line wants.
+            held = self.offers.crossings or self.pulls.num_admitted or self.defragmenter.is_busy
+            assert held, f"idle while {self.scheduler.waiting[0].request_id} waits"

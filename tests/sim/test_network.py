@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from penstock.core.config import Handoff
 from penstock.core.events import Move
 from penstock.core.types import NS_PER_MS, Role
 from penstock.sim.executor import chain_layout
@@ -33,7 +34,7 @@ def make_spec(seed, sizes, windows, faults):
         max_num_batched_tokens=rng.choice([16, 50, 128]),
         max_model_len=200,
         eos_token_ids=(EOS,),
-        is_streaming=rng.random() < 0.7,
+        handoff=rng.choice([*Handoff, Handoff.STREAM]),
         link_cost=LinkCost(bytes_per_s=rng.choice([100_000, 10_000_000_000]), **faults),
     )
 

@@ -12,7 +12,7 @@ from copy import deepcopy
 
 import pytest
 
-from penstock.core.config import WorkerConfig
+from penstock.core.config import Handoff, WorkerConfig
 from penstock.core.events import (
     Command,
     Event,
@@ -30,6 +30,7 @@ from penstock.core.messages import (
     Expired,
     Message,
     PeerUp,
+    RequestFailed,
     Tokens,
     WorkerInfo,
 )
@@ -37,7 +38,7 @@ from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, Role, WorkerId
 from penstock.sim.executor import chain_layout
-from penstock.transfer.session import SINK, SOURCE, Session, SessionState
+from penstock.transfer.session import PUSH_SINK, PUSH_SOURCE, SINK, SOURCE, Session, SessionState
 from penstock.worker.worker import Worker
 
 NAMES = ("p0", "d0")
@@ -46,7 +47,7 @@ RID = RequestId("r")
 Choice = tuple[str, int]
 
 
-def make_worker(name: str, chunk_tokens: int) -> Worker:
+def make_worker(name: str, chunk_tokens: int, handoff: Handoff) -> Worker:
     return Worker(
         WorkerConfig(
             worker_id=WorkerId(name),
@@ -56,6 +57,7 @@ def make_worker(name: str, chunk_tokens: int) -> Worker:
             num_blocks=(4,),
             max_model_len=64,
             max_num_batched_tokens=chunk_tokens,
+            handoff=handoff,
         )
     )
 
@@ -67,16 +69,16 @@ class World:
     when a step of the prefill worker is over is one of the choices.
     """
 
-    def __init__(self, chunk_tokens: int = 64) -> None:
+    def __init__(self, chunk_tokens: int = 64, handoff: Handoff = Handoff.STREAM) -> None:
         self.now_ns = 0
         self.is_chunked = chunk_tokens < 20
-        self.workers = {name: make_worker(name, chunk_tokens) for name in NAMES}
+        self.workers = {name: make_worker(name, chunk_tokens, handoff) for name in NAMES}
         self.steps: list[tuple[str, Step]] = []
         self.wire: list[tuple[str, Message]] = []
         self.moves: list[tuple[str, SubmitMove]] = []
         self.timers: list[tuple[int, str, str]] = []
         self.num_ends = 0
-        self.num_expired = 0
+        self.num_given_back = 0
         self.budget = {"drop": 1, "twice": 1, "corrupt": 2, "fail": 1, "cancel": 1, "time": 2}
         for name in NAMES:
             for other in NAMES:
@@ -134,7 +136,7 @@ class World:
     def hear(self, message: Message) -> None:
         if isinstance(message, Tokens):
             self.num_ends += sum(o.finish_reason is not None for o in message.outputs)
-        self.num_expired += isinstance(message, Expired)
+        self.num_given_back += isinstance(message, Expired | RequestFailed)
 
     def choices(self) -> list[Choice]:
         found: list[Choice] = [("deliver", i) for i in range(len(self.wire))]
@@ -212,7 +214,7 @@ class World:
     def check_end(self) -> None:
         assert self.num_ends <= 1, "answered twice"
         was_cancelled = not self.budget["cancel"]
-        assert self.num_ends or self.num_expired or was_cancelled, "lost without a word"
+        assert self.num_ends or self.num_given_back or was_cancelled, "lost without a word"
         for name, worker in self.workers.items():
             assert worker.is_idle, name
             load = worker.load()
@@ -241,15 +243,19 @@ def explore(world: World, depth: int, path: list[Choice]) -> int:
     return count
 
 
-@pytest.mark.parametrize(("chunk_tokens", "depth"), [(64, 4), (16, 5)])
-def test_every_order_of_one_hand_off_up_to_a_bound(chunk_tokens: int, depth: int) -> None:
-    assert explore(World(chunk_tokens), depth, []) > 500
+WAYS = [(64, Handoff.WHOLE), (16, Handoff.STREAM), (64, Handoff.PUSH), (16, Handoff.PUSH)]
 
 
-@pytest.mark.parametrize("chunk_tokens", [64, 16, 7])
+@pytest.mark.parametrize(("chunk_tokens", "handoff"), WAYS)
+def test_every_order_of_one_hand_off_up_to_a_bound(chunk_tokens: int, handoff: Handoff) -> None:
+    depth = 5 if handoff is Handoff.STREAM else 4
+    assert explore(World(chunk_tokens, handoff), depth, []) > 500
+
+
+@pytest.mark.parametrize(("chunk_tokens", "handoff"), [*WAYS, (7, Handoff.STREAM)])
 @pytest.mark.parametrize("block", range(6))
-def test_random_orders_beyond_it(chunk_tokens: int, block: int) -> None:
-    start = World(chunk_tokens)
+def test_random_orders_beyond_it(chunk_tokens: int, handoff: Handoff, block: int) -> None:
+    start = World(chunk_tokens, handoff)
     for seed in range(block * 50, block * 50 + 50):
         rng = random.Random(seed)
         world, path = deepcopy(start), []
@@ -267,7 +273,7 @@ def test_a_state_that_does_not_follow_is_a_bug() -> None:
     session = Session(RID, WorkerId("p"), SOURCE)
     with pytest.raises(AssertionError):
         session.move_to(SessionState.VERIFIED)
-    for table in (SOURCE, SINK):
+    for table in (SOURCE, SINK, PUSH_SOURCE, PUSH_SINK):
         reachable, todo = set(), [Session(RID, WorkerId("p"), table).state]
         while todo:
             state = todo.pop()
