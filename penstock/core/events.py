@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from penstock.core.messages import GroupBlocks, Message
 from penstock.core.step import Sampled, Step
-from penstock.core.types import BlockId, Digest, RequestId, WorkerId
+from penstock.core.types import BlockId, Digest, RequestId, Role, WorkerId
 
 # ------------------------------------------------------------------------------------- local events
 
@@ -36,6 +36,16 @@ class Retire(Struct, frozen=True, tag=True):
 
     worker_id: WorkerId
     epoch: int
+
+
+class SetRole(Struct, frozen=True, tag=True, kw_only=True):
+    """Give a worker another role, from the next assignment on; None leaves the one it has.
+    `is_pinned`: from now on nobody but a further `SetRole` changes it.
+    """
+
+    worker_id: WorkerId
+    role: Role | None
+    is_pinned: bool = True
 
 
 class Drain(Struct, frozen=True, tag=True):
@@ -162,5 +172,15 @@ class WakeAt(Struct, frozen=True, tag=True):
     key: str
 
 
-Event = Message | WorkerLost | WorkerSuspected | Retire | Drain | StepDone | MoveDone | Woken
+Event = (
+    Message
+    | WorkerLost
+    | WorkerSuspected
+    | Retire
+    | SetRole
+    | Drain
+    | StepDone
+    | MoveDone
+    | Woken
+)
 Command = Send | RunStep | SubmitMove | WakeAt

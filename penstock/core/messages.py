@@ -254,12 +254,17 @@ class Expired(Tagged, frozen=True):
 
 
 class RequestFailed(Tagged, frozen=True):
-    """This request cannot go on here. `is_retryable`: another worker may succeed."""
+    """This request cannot go on here. `is_retryable`: another worker may succeed.
+
+    `retry_after_s` is set when it was given up because the cluster is too busy, not because of
+    itself: the client may come again after that time.
+    """
 
     request_id: RequestId
     reason: str
     is_retryable: bool = False
     worker_id: WorkerId = WorkerId("")
+    retry_after_s: float | None = None
 
 
 class Offer(Tagged, frozen=True):
