@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.serve import serve
 
                 return serve(options)
+            case "worker":
+                from penstock.cli.worker import worker
+
+                return worker(options)
             case "chat":
                 from penstock.cli.chat import chat
 

@@ -16,7 +16,7 @@ from penstock.core.messages import (
     WorkerInfo,
 )
 from penstock.core.request import Request
-from penstock.core.types import RequestId, Role
+from penstock.core.types import RequestId, Role, WorkerId
 
 Sink = Callable[[TokenOutput | RequestFailed], None]
 """Called on the event loop's thread with every piece of one request; the last one has a finish
@@ -76,3 +76,19 @@ class Service(Protocol):
 
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
+
+
+class Administration(Protocol):
+    """A cluster whose workers can be changed while it serves. Calls are as those of `Service`."""
+
+    def start_workers(self, role: Role, count: int) -> tuple[WorkerId, ...]:
+        """Start more workers on this host; they serve when they are up.
+
+        Raises: `WorkersUnavailable` while the model loads, `BadRequest` for a number that is none.
+        """
+
+    def retire_worker(self, worker_id: WorkerId) -> None:
+        """Give a worker nothing new, and end it when it has finished what it has.
+
+        Raises: `UnknownWorker`.
+        """
