@@ -1,6 +1,7 @@
-"""NIXL for real: its UCX back end over loopback, agents of one process and of several."""
+"""Reads through NIXL: with a double of the agent everywhere, over UCX for real where NIXL is."""
 
 import base64
+import os
 import secrets
 import subprocess
 import sys
@@ -12,14 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.errors import PeerLost
+from penstock.core.errors import BackendUnavailable, DeadlineExceeded, PeerLost
 from penstock.core.messages import Endpoint, RegionDescriptor
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.nixl import Nixl
+from penstock.transport.nixl_agent import has_rdma, load_bindings
 from penstock.transport.nixl_owner import NixlAddress, NixlOwner
-
-pytest.importorskip("nixl")
+from tests.transport.double.nixl_agent import DoubleAgent
 
 BLOCK_BYTES = 4096
 ROOT = Path(__file__).parents[2]
@@ -52,15 +53,26 @@ def with_address(memory: PeerMemory, address: NixlAddress) -> PeerMemory:
     return msgspec.structs.replace(memory, endpoints=(Endpoint("nixl", text),))
 
 
+@pytest.fixture(params=["double", "nixl"])
+def backend(request, monkeypatch):
+    if request.param == "nixl":
+        pytest.importorskip("nixl")
+        return None
+    agent = type("Agent", (DoubleAgent,), {"agents": {}})
+    monkeypatch.setattr("penstock.transport.nixl.NixlAgent", agent)
+    monkeypatch.setattr("penstock.transport.nixl_owner.NixlAgent", agent)
+    return agent
+
+
 @pytest.fixture
-def way():
+def way(backend):
     way = Nixl(silence_s=2.0)
     yield way
     way.close()
 
 
 @pytest.fixture
-def owner():
+def owner(backend):
     owner = NixlOwner(epoch=1)
     yield owner
     owner.close()
@@ -210,6 +222,83 @@ def test_what_was_pulled_into_long_ago_is_let_go_and_can_come_back(way, owner, m
     assert all((pool.blocks == region.blocks).all() for pool in pools)
 
 
+@pytest.mark.parametrize("backend", ["double"], indirect=True)
+def test_a_silent_peer_has_a_deadline_and_the_agent_ends_with_it(backend, owner):
+    region, into = region_of(4), empty(4)
+    owner.add(region)
+    way = Nixl(silence_s=0.05)
+    source = way.open(memory_of(owner, region), 0)
+    reader = way._reader
+    backend.is_silent = True
+    with pytest.raises(DeadlineExceeded, match="p was silent or slow"):
+        source.pull(into, cut([1], [1]))
+    with pytest.raises(PeerLost, match="p was silent or slow"):
+        way.open(memory_of(owner, region), 0)
+    assert len(backend.agents) == 1, "an agent whose reads are under way has not ended"
+    backend.is_silent = False
+    source.pull(into, cut([2], [2]))
+    assert way._reader is not reader
+    assert into.blocks[:, 0].tolist() == [0, 0, 3, 0]
+    way.close()
+    owner.close()
+    assert not backend.agents
+    owner._agent.agents[owner._agent.metadata] = owner._agent  # the fixture closes it once more
+
+
+@pytest.mark.parametrize("backend", ["double"], indirect=True)
+def test_forgetting_and_closing_end_a_pull_that_is_under_way(backend, owner):
+    region = region_of(4)
+    owner.add(region)
+    for end in (lambda way: way.forget("p", 1), lambda way: way.close()):
+        way = Nixl(silence_s=60.0)
+        source = way.open(memory_of(owner, region), 0)
+        backend.is_silent = True
+        errors = []
+
+        def pull(source=source, errors=errors) -> None:
+            try:
+                source.pull(empty(4), cut([0], [0]))
+            except PeerLost as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=pull)
+        thread.start()
+        while not way._lock.locked():
+            time.sleep(0.001)
+        end(way)
+        thread.join(20)
+        backend.is_silent = False
+        assert errors == ["p: p was forgotten"]
+
+
+def test_two_peers_are_not_one_agent(way, owner):
+    region = region_of(4)
+    owner.add(region)
+    way.open(memory_of(owner, region), 0)
+    with pytest.raises(PeerLost, match="metadata of another peer"):
+        way.open(memory_of(owner, region, name="q"), 0)
+
+
+def test_rdma_is_what_the_system_lists(tmp_path):
+    assert not has_rdma(tmp_path / "none")
+    assert not has_rdma(tmp_path)
+    (tmp_path / "mlx5_0").touch()
+    assert has_rdma(tmp_path)
+
+
+def test_settings_of_the_environment_are_left_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nixl._bindings", None)
+    monkeypatch.setenv("UCX_LOG_LEVEL", "info")
+    monkeypatch.setenv("UCX_MODULES", "all")
+    monkeypatch.setenv("NIXL_LOG_LEVEL", "to be deleted")
+    monkeypatch.delenv("NIXL_LOG_LEVEL")
+    with pytest.raises(BackendUnavailable, match="pip install"):
+        load_bindings()
+    assert os.environ["UCX_LOG_LEVEL"] == "info"
+    assert os.environ["UCX_MODULES"] == "all"
+    assert os.environ["NIXL_LOG_LEVEL"] == "FATAL"
+
+
 # ------------------------------------------------------------------------------- several processes
 
 OWNER = """
@@ -243,6 +332,7 @@ def start_owner(epoch: int) -> tuple[subprocess.Popen[str], PeerMemory]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["nixl"], indirect=True)
 def test_an_owner_ends_cleanly_and_one_that_is_killed_is_lost(way, no_leaks):
     into, blocks = empty(4096), np.arange(4096)
     process, memory = start_owner(1)
@@ -279,6 +369,7 @@ from penstock.core.errors import DeadlineExceeded, PeerLost
 from penstock.transfer.plan import cut
 from penstock.transfer.region import Region
 from penstock.transport.nixl import Nixl
+from penstock.transport.nixl_agent import has_rdma, load_bindings
 from tests.transport.test_nixl import start_owner
 
 blocks = np.arange(4096)
@@ -321,8 +412,11 @@ print("right")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["nixl"], indirect=True)
 @pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_over_ucx_tcp_silence_has_a_limit_and_nothing_lands_late(how, no_leaks, monkeypatch):
+def test_over_ucx_tcp_silence_has_a_limit_and_nothing_lands_late(
+    backend, how, no_leaks, monkeypatch
+):
     monkeypatch.setenv("UCX_TLS", "tcp,self")
     command = [sys.executable, "-c", READER, how]
     done = subprocess.run(
