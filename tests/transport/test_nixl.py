@@ -242,7 +242,7 @@ def test_a_silent_peer_has_a_deadline_and_the_agent_ends_with_it(backend, owner)
     way.close()
     owner.close()
     assert not backend.agents
-    owner._agent.agents[owner._agent.metadata] = owner._agent  # the fixture closes it once more
+    backend.agents[owner._agent.name] = owner._agent  # the fixture closes it once more
 
 
 @pytest.mark.parametrize("backend", ["double"], indirect=True)
