@@ -15,12 +15,15 @@ It reads a pool and changes nothing. An idle worker asks for a plan, has the poo
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from penstock.core.block import BlockState
 from penstock.core.types import BlockId
 from penstock.kv.allocator import split_runs
 from penstock.kv.pool import BlockPool, Relocation
+
+Segment = tuple[int, int]
+"""First block and length of blocks that may be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +42,16 @@ class _Stretch:
 def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Relocation]:
     """Choose up to `moves_max` moves that make the longest free run as long as can be.
 
-    Nothing when it has `wanted` blocks already, or no move makes it longer; no more moves than it
-    takes to reach `wanted`. Every plan that is carried out leaves a longer run, so that plans come
-    to an end. With s segments O(s * moves_max) at most, and far less in a pool that is full.
+    Nothing when it has `wanted` blocks already, or no move makes it longer; no longer than `wanted`,
+    with few moves rather than the fewest. Every plan that is carried out leaves a longer run, so
+    that plans come to an end. With s segments O(s * moves_max) at most, and far less in a pool that is full.
     """
     segments = pool.allocator.segments()
     longest = pool.allocator.largest_free
-    if len(segments) < 2 or longest >= wanted:
+    if not segments or longest >= wanted:
         return []
     best = _best_stretch(pool, segments, moves_max, wanted)
-    if best is None or min(best.length, wanted) <= longest:
+    if min(best.length, wanted) <= longest:
         return []
     kept = [
         BlockId(block_id)
@@ -59,49 +62,71 @@ def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Rel
     return _place(kept, list(split_runs(b for b in empty if not best.start <= b < best.end)))
 
 
-def _empty(pool: BlockPool, segment: tuple[int, int]) -> list[BlockId]:
-    """Return the blocks of a segment that have no content; `segment` is (first block, length)."""
+def _empty(pool: BlockPool, segment: Segment) -> list[BlockId]:
+    """Return the blocks of a segment that have no content."""
     start, length = segment
     blocks = map(BlockId, range(start, start + length))
     return [block_id for block_id in blocks if not pool.prefix_cache.is_indexed(block_id)]
 
 
 def _best_stretch(
-    pool: BlockPool, segments: list[tuple[int, int]], moves_max: int, wanted: int
-) -> _Stretch | None:
-    """Return the longest stretch that `moves_max` moves can free, the cheapest of those that reach
-    `wanted`; None when there is none.
+    pool: BlockPool, segments: list[Segment], moves_max: int, wanted: int
+) -> _Stretch:
+    """Return the longest stretch that `moves_max` moves can free; a cheap one where several reach
+    `wanted`.
 
-    Two pointers over the segments: a stretch that costs too much costs too much with one more.
+    Two pointers over the segments: one more segment never makes a stretch shorter, and what costs
+    too much, or is long enough, is so with one more.
     """
-    empty = [len(_empty(pool, segment)) for segment in segments]
-    total = sum(empty)
     barriers = _barriers(pool, segments, moves_max)
-    best: _Stretch | None = None
-    first = cost = inside = 0
-    for last, (start, length) in enumerate(segments):
-        before = barriers[last - 1] if last else None
-        if before is None:
-            first, cost, inside = last, 0, 0
-        else:
-            cost += before
-        inside += empty[last]
-        while cost > min(moves_max, total - inside):
-            cost -= barriers[first] or 0
-            inside -= empty[first]
+    kept_before = list(accumulate((n or 0 for n in barriers), initial=0))
+    empty_before = list(accumulate((len(_empty(pool, s)) for s in segments), initial=0))
+
+    def between(first: int, last: int) -> tuple[_Stretch | None, int]:
+        cost = kept_before[last] - kept_before[first]
+        room = empty_before[-1] - (empty_before[last + 1] - empty_before[first])
+        if cost > moves_max:
+            return None, room
+        return _trimmed(pool, segments[first], segments[last], cost, room), room
+
+    candidates = []
+    first = 0
+    for last in range(len(segments)):
+        if last and barriers[last - 1] is None:
+            first = last
+        stretch, room = between(first, last)
+        while stretch is None:
             first += 1
-        stretch = _Stretch(segments[first][0], start + length, cost)
-        stretch = _widen(pool, stretch, moves_max, total - inside, wanted)
-        if best is None or _worth(stretch, wanted) > _worth(best, wanted):
-            best = stretch
-    return best
+            stretch, room = between(first, last)
+        while first < last:
+            shorter, room_of_shorter = between(first + 1, last)
+            if shorter is None or shorter.length < wanted:
+                break
+            stretch, room, first = shorter, room_of_shorter, first + 1
+        # What was trimmed is room that is spoken for.
+        room = max(room, stretch.num_kept)
+        candidates.append(_widen(pool, stretch, moves_max, room, wanted))
+    return max(candidates, key=lambda found: (min(found.length, wanted), -found.num_kept))
 
 
-def _worth(stretch: _Stretch, wanted: int) -> tuple[int, int]:
-    return min(stretch.length, wanted), -stretch.num_kept
+def _trimmed(
+    pool: BlockPool, first: Segment, last: Segment, cost: int, room: int
+) -> _Stretch | None:
+    """Return the stretch from one segment to another, less as much of their outer ends as its
+    `cost` cached blocks need beyond the `room` elsewhere; None when that is not enough.
+    """
+    start, end = first[0], last[0] + last[1]
+    lacking = cost - room
+    while lacking > 0 and end > last[0]:
+        end -= 1
+        lacking -= pool.state(BlockId(end)) is BlockState.FREE
+    while lacking > 0 and start < first[0] + first[1]:
+        lacking -= pool.state(BlockId(start)) is BlockState.FREE
+        start += 1
+    return _Stretch(start, end, cost) if lacking <= 0 else None
 
 
-def _barriers(pool: BlockPool, segments: list[tuple[int, int]], moves_max: int) -> list[int | None]:
+def _barriers(pool: BlockPool, segments: list[Segment], moves_max: int) -> list[int | None]:
     """Return how many blocks stand behind each segment before the next; None when they may not, or
     are too many to, be moved.
     """
@@ -139,11 +164,11 @@ def _widen(pool: BlockPool, stretch: _Stretch, moves_max: int, room: int, wanted
     return _Stretch(start, end, cost)
 
 
-def _place(kept: Iterable[BlockId], room: list[tuple[int, int]]) -> list[Relocation]:
+def _place(kept: Iterable[BlockId], room: list[Segment]) -> list[Relocation]:
     """Give each run of cached blocks the tightest segment that takes it whole.
 
     So what was adjacent stays adjacent, and a prompt that hits it later crosses in as few spans. A
-    run that fits nowhere takes the longest segments whole. `room` has (first block, length) each.
+    run that fits nowhere takes the longest segments whole.
     """
     by_length = sorted((length, start) for start, length in room)
     relocations: list[Relocation] = []

@@ -86,6 +86,19 @@ def test_no_more_is_moved_than_what_is_wanted_takes():
     assert carry_out(pool, 8, wanted=4) == []
 
 
+def test_few_moves_are_made_where_few_reach_what_is_wanted():
+    # All of it would take three moves; 9 blocks need one, at the right.
+    pool = pool_of("H.k.k.k.......H....H")
+    assert carry_out(pool, 8, wanted=9) == [Relocation(6, 15)]
+    assert picture_of(pool) == "H.k.k.........Hk...H"
+
+
+def test_where_there_is_no_other_room_a_run_gives_some_of_its_own():
+    pool = pool_of(".k..kk..k...kkk.H")
+    carry_out(pool, 3)
+    assert pool.allocator.largest_free == 9
+
+
 def test_what_is_held_is_not_moved_and_not_crossed():
     assert plan_relocation(pool_of("..H.."), 8, wanted=MANY) == []
     assert plan_relocation(pool_of("..HkH"), 8, wanted=MANY) == []
@@ -145,11 +158,15 @@ def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves):
 
 
 @settings(max_examples=200)
-@given(picture=st.text(FREE + KEPT + HELD, min_size=1, max_size=24), moves=st.integers(1, 24))
-def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves):
+@given(
+    picture=st.text(FREE + KEPT + HELD, min_size=1, max_size=24),
+    moves=st.integers(1, 24),
+    wanted=st.integers(1, 30),
+)
+def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves, wanted):
     """Against trying every stretch: its cached blocks must be few enough and have a place."""
     pool = pool_of(picture)
-    carry_out(pool, moves)
+    carry_out(pool, moves, wanted)
     total = picture.count(FREE)
     for start in range(len(picture)):
         for end in range(start + 1, len(picture) + 1):
@@ -157,7 +174,8 @@ def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves):
             room = total - part.count(FREE)
             if HELD in part or part.count(KEPT) > min(moves, room) or FREE not in part:
                 continue
-            assert pool.allocator.largest_free >= len(part), (part, picture_of(pool))
+            reached = min(len(part), wanted)
+            assert pool.allocator.largest_free >= reached, (part, picture_of(pool))
 
 
 # --- the pool meanwhile
