@@ -42,9 +42,9 @@ class _Stretch:
 def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Relocation]:
     """Choose up to `moves_max` moves that make the longest free run as long as can be.
 
-    Nothing when it has `wanted` blocks already, or no move makes it longer; no longer than `wanted`,
+    Nothing when it has `wanted` blocks already, or no move makes it longer; no more than `wanted`,
     with few moves rather than the fewest. Every plan that is carried out leaves a longer run, so
-    that plans come to an end. With s segments O(s * moves_max) at most, and far less in a pool that is full.
+    that plans come to an end. With s segments O(s * moves_max) and a look at each empty block.
     """
     segments = pool.allocator.segments()
     longest = pool.allocator.largest_free
