@@ -92,3 +92,9 @@ class Administration(Protocol):
 
         Raises: `UnknownWorker`.
         """
+
+    def set_role(self, worker_id: WorkerId, role: Role | None, *, is_pinned: bool) -> Role:
+        """Change a worker's role from its next request on (None: keep it); return the old one.
+
+        Raises: `UnknownWorker`.
+        """

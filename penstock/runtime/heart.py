@@ -21,7 +21,7 @@ from penstock.runtime.clock import HostTime
 from penstock.runtime.messaging import Messenger
 from penstock.runtime.settings import PulseSettings
 
-SEEK_PAUSES_S: Final = (0.5, 5.0)
+SEEK_PAUSES_S: Final = (0.5, 3.0)
 """Between two attempts to find the controller again: at first, and at most."""
 
 _log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from penstock.core.events import (
     Event,
     Move,
     MoveDone,
+    SetRole,
 )
 from penstock.core.messages import (
     Cancel,
@@ -210,10 +211,20 @@ class LocalCluster:
             self._supervisor.retire(worker_id)
         self._membership.retire(worker_id, info.epoch)
 
+    def set_role(self, worker_id: WorkerId, role: Role | None, *, is_pinned: bool) -> Role:
+        """Change a worker's role from its next request on (None: keep it); return the old one.
+
+        Raises: `UnknownWorker`.
+        """
+        self._info(worker_id)
+        old = self.controller.workers[worker_id].role
+        self._deliver(SetRole(worker_id=worker_id, role=role, is_pinned=is_pinned))
+        return old
+
     def _info(self, worker_id: WorkerId) -> WorkerInfo:
         record = self.controller.workers.get(worker_id)
         if record is None:
-            up = ", ".join(self.controller.workers) or "none"
+            up = ", ".join(sorted(self.controller.workers)) or "none"
             raise UnknownWorker(f"there is no worker {worker_id}; up are: {up}", "worker")
         return record.info
 

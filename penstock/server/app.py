@@ -89,6 +89,7 @@ def create_app(
             Route("/metrics", api.show_metrics),
             Route("/cluster", cluster.show),
             Route("/cluster/workers", cluster.start_workers, methods=["POST"]),
+            Route("/pd_role_switch", cluster.switch_role, methods=["POST"]),
             Route("/cluster/workers/{worker}", cluster.retire_worker, methods=["DELETE"]),
             Route("/openapi.json", api.show_openapi),
             Route("/docs", api.show_docs),

@@ -1,5 +1,5 @@
 """Looking at the cluster, and changing it while it serves: `GET /cluster`, workers started and
-retired.
+retired, roles switched.
 
 Owns the form in which that is asked and answered. What a change means is the cluster's affair,
 behind `Administration`; `app.py` routes to here.
@@ -24,7 +24,8 @@ BODY_TIMEOUT_S: Final = 10.0
 
 
 class WorkerView(Struct, kw_only=True):
-    """A worker. `state` is up, suspected (silent for a while) or leaving.
+    """A worker. `state` is up, suspected (silent for a while) or leaving. A pinned role is not
+    changed by the cluster.
 
     `host` is "" on the server's own. `epoch` is new for every incarnation. `transports` are the
     ways by which others read its KV; `assigned` counts requests that it is to serve, the counts
@@ -33,6 +34,7 @@ class WorkerView(Struct, kw_only=True):
 
     id: str
     role: str
+    is_pinned: bool
     host: str
     state: str
     epoch: int
@@ -84,6 +86,27 @@ class WorkerLeaves(Struct, kw_only=True):
     leaving: str
 
 
+class SwitchRole(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /pd_role_switch`: `worker` has the role `new_role` from its next request on.
+
+    Pinned, it keeps it until the next call; otherwise the cluster may change it as it sees fit.
+    Without a `new_role` it keeps the one it has.
+    """
+
+    worker: str
+    new_role: Role | None = None
+    is_pinned: bool = True
+
+
+class RoleSwitched(Struct, kw_only=True):
+    """Its answer."""
+
+    worker: str
+    old_role: str
+    new_role: str
+    is_pinned: bool
+
+
 class ClusterApi:
     """The endpoints. Without an administration they only show."""
 
@@ -91,6 +114,7 @@ class ClusterApi:
         self._service = service
         self._administration = administration
         self._start_bodies = msgspec.json.Decoder(StartWorkers)
+        self._switch_bodies = msgspec.json.Decoder(SwitchRole)
 
     async def show(self, request: HttpRequest) -> Response:
         """Return who serves, and what they have to do."""
@@ -107,6 +131,18 @@ class ClusterApi:
         worker_id = WorkerId(request.path_params["worker"])
         self._admin().retire_worker(worker_id)
         return _answer(request, WorkerLeaves(leaving=worker_id), 202)
+
+    async def switch_role(self, request: HttpRequest) -> Response:
+        """Give a worker another role, while it runs."""
+        body = decode_body(self._switch_bodies, await _body_of(request))
+        old = self._admin().set_role(WorkerId(body.worker), body.new_role, is_pinned=body.is_pinned)
+        switched = RoleSwitched(
+            worker=body.worker,
+            old_role=old.value,
+            new_role=(body.new_role or old).value,
+            is_pinned=body.is_pinned,
+        )
+        return _answer(request, switched)
 
     def _admin(self) -> Administration:
         if self._administration is None:
@@ -136,7 +172,8 @@ def _view_worker(worker: WorkerStatus) -> WorkerView:
     kinds = [region.kind for region in info.regions] + [e.kind for e in info.endpoints]
     shown = WorkerView(
         id=info.worker_id,
-        role=info.role.value,
+        role=(worker.role or info.role).value,
+        is_pinned=worker.is_pinned,
         host=info.host,
         state="leaving" if worker.is_leaving else "suspected" if worker.is_suspected else "up",
         epoch=info.epoch,

@@ -12,7 +12,9 @@ import msgspec
 
 from penstock.server.cluster import (
     ClusterView,
+    RoleSwitched,
     StartWorkers,
+    SwitchRole,
     WorkerLeaves,
     WorkersStarted,
 )
@@ -67,6 +69,7 @@ _OPERATIONS = (
     _Operation(
         "post", "/cluster/workers", "Start more workers here", StartWorkers, WorkersStarted
     ),
+    _Operation("post", "/pd_role_switch", "Give a worker another role", SwitchRole, RoleSwitched),
     _Operation(
         "delete", "/cluster/workers/{worker}", "Let a worker finish and leave", None, WorkerLeaves
     ),

@@ -29,6 +29,10 @@ class Notebook:
             raise UnknownWorker("there is no worker nobody", "worker")
         self.asked.append(("retire", worker_id))
 
+    def set_role(self, worker_id: WorkerId, role: Role | None, *, is_pinned: bool) -> Role:
+        self.asked.append(("role", worker_id, role, is_pinned))
+        return Role.PREFILL
+
 
 def tell(story: Callable[[httpx.AsyncClient], Awaitable[None]], *keys: str) -> Asked:
     notebook = Notebook()
@@ -66,6 +70,21 @@ def test_workers_are_started_and_retired():
         assert (leaving.status_code, leaving.json()) == (202, {"leaving": "decode-1"})
 
     assert tell(story) == [("start", Role.DECODE, 2), ("retire", "decode-1")]
+
+
+def test_roles_are_switched_pinned_and_set_free():
+    async def story(http: httpx.AsyncClient) -> None:
+        body = {"worker": "prefill-0", "new_role": "decode"}
+        switched = await http.post("/pd_role_switch", json=body)
+        assert switched.json() == body | {"old_role": "prefill", "is_pinned": True}
+        free = await http.post("/pd_role_switch", json={"worker": "p", "is_pinned": False})
+        assert free.json()["new_role"] == "prefill"
+        assert (await http.post("/pd_role_switch", json={"worker": "p", "role": 1})).is_error
+
+    assert tell(story) == [
+        ("role", "prefill-0", Role.DECODE, True),
+        ("role", "p", None, False),
+    ]
 
 
 def test_what_makes_no_sense_is_refused_with_the_field():
