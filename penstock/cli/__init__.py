@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.sim import sim
 
                 return sim(options)
+            case "replay":
+                from penstock.cli.replay import replay
+
+                return replay(options)
             case command:
                 raise AssertionError(command)
     except PenstockError as error:

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from penstock.cli.doctor_arguments import add_doctor
-from penstock.cli.sim_arguments import add_sim
+from penstock.cli.sim_arguments import add_replay, add_sim
 from penstock.cli.values import count, port, positive
 from penstock.cli.worker_arguments import add_limits, add_network, add_worker
 from penstock.core.version import VERSION
@@ -20,6 +20,7 @@ examples:
   penstock chat                               talk to a server on this machine
   penstock doctor                             what this machine can do, and what it lacks
   penstock sim serve --help                   simulate a cluster of GPUs: none is needed
+  penstock replay run.log                     simulate a recorded run with one thing changed
 """
 
 _SERVE_EXAMPLES = """\
@@ -51,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     add_doctor(commands)
     add_sim(commands)
+    add_replay(commands)
     return parser
 
 

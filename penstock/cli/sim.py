@@ -64,7 +64,7 @@ def _serve(options: argparse.Namespace) -> int:
     summary = summarise(seen, slo)
     title = f"{options.workload} on {describe_fleet(members)}"
     if options.report:
-        _write(options.report, render_report(title, seen, summary, slo))
+        write_page(options.report, render_report(title, seen, summary, slo))
     if options.json:
         record = msgspec.to_builtins(summary)
         settings = {
@@ -130,7 +130,8 @@ def _parse_fault(text: str, names: set[str]) -> Fault:
     return Fault(name, int(float(at_s) * NS_PER_S), 1 / float(factor) if factor else 0.0)
 
 
-def _write(path: str, text: str) -> None:
+def write_page(path: str, text: str) -> None:
+    """Write a page. Raises: `StartupFailed` when it cannot be written."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

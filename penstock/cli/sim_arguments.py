@@ -41,6 +41,44 @@ cluster is one kind of worker, and the answer is how many of it, up to N, carry 
 """
 
 
+_REPLAY_EXAMPLES = """\
+examples:
+  penstock serve --decision-log run.log                  record a run, then
+  penstock replay run.log                                simulate it as it was: how far off is it?
+  penstock replay run.log --cluster 2xprefill,1xdecode   the same load on other workers
+  penstock replay run.log --speed 1.5 --slo-ttft-ms 300  half as many requests again, other limits
+
+Workers are like the recorded ones: step times, links and pauses are fitted to the log. What a
+simulation cannot know is what else the machine did.
+"""
+
+
+def add_replay(commands: "Commands") -> None:
+    """Add `penstock replay`."""
+    parser = commands.add_parser(
+        "replay",
+        help="simulate a recorded run with one thing changed",
+        description="Simulate the run that a decision log recorded, with one thing changed.",
+        epilog=_REPLAY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("log", metavar="LOG", help="what `penstock serve --decision-log LOG` wrote")
+    add("--cluster", metavar="SPEC", help="other workers: 2xprefill,1xdecode")
+    add("--speed", type=_above_zero, default=1.0, metavar="X", help="requests come X times as fast")
+    add("--slo-ttft-ms", type=_above_zero, default=2000.0, metavar="MS", help="default 2000")
+    add("--slo-tpot-ms", type=_above_zero, default=50.0, metavar="MS", help="default 50")
+    add(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="what the recorded workers were started with (default 512)",
+    )
+    add("--report", metavar="FILE", help="write a page with pictures of the simulated run (HTML)")
+    add("--json", action="store_true", help="one JSON object on standard output")
+
+
 def add_sim(commands: "Commands") -> None:
     """Add `penstock sim` and what it can do."""
     parser = commands.add_parser(

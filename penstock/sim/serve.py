@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from penstock.control.controller import Controller
+from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
 from penstock.core.events import Event, Move, MoveDone, WorkerLost
 from penstock.core.messages import (
@@ -40,6 +41,7 @@ DETECTION_NS = 20 * NS_PER_MS
 class ServeSpec:
     """What to simulate besides the workload.
 
+    `layout` is that of the hardware's model, in blocks of `block_size` tokens, unless given.
     `max_repeats` bounds how many decode steps are run at one go when nothing else happens to a
     worker: the result is the same with 1, and takes twenty times as long. A dead worker stays away
     for `respawn_ns`; everybody is looked at once per `sample_ns`.
@@ -48,6 +50,7 @@ class ServeSpec:
     members: tuple[Member, ...]
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     fabric: FabricCost = field(default_factory=FabricCost)
+    layout: KVLayout | None = None
     block_size: int = 128
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
@@ -71,15 +74,16 @@ class ModelledWorker:
     """A worker core on modelled hardware, for one life."""
 
     def __init__(self, spec: ServeSpec, fabric: Fabric, member: Member, epoch: int) -> None:
-        layout = layout_of(member.hardware.model, spec.block_size)
-        num_blocks = member.hardware.capacity_tokens // spec.block_size
+        hardware = member.hardware
+        layout = spec.layout or layout_of(hardware.model, spec.block_size)
+        num_blocks = hardware.capacity_tokens // layout.block_size
         self.member = member
         self.config = WorkerConfig(
             worker_id=WorkerId(member.name),
             role=member.role,
             epoch=epoch,
             layout=layout,
-            num_blocks=(num_blocks,),
+            num_blocks=hardware.num_blocks or (num_blocks,) * len(layout.groups),
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
@@ -87,7 +91,7 @@ class ModelledWorker:
             max_repeats=spec.max_repeats,
         )
         self.core = Worker(self.config)
-        self.executor = ModelledExecutor(fabric.clock, member.hardware.times)
+        self.executor = ModelledExecutor(fabric.clock, hardware.times)
         self.is_alive = True
         self._clock = fabric.clock
         self._fabric = fabric
