@@ -72,6 +72,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
 
     `is_corrupt`: it landed, but a digest is not that of the offer. `is_stale`: a block had been
     handed out anew at the source before it was read to the end; then there is an error as well.
+    `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`).
     """
 
     move_id: int
@@ -83,6 +84,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     error: str | None = None
     is_corrupt: bool = False
     is_stale: bool = False
+    digests: tuple[tuple[Digest, ...], ...] = ()
 
 
 class Woken(Struct, frozen=True, tag=True):
@@ -173,14 +175,6 @@ class WakeAt(Struct, frozen=True, tag=True):
 
 
 Event = (
-    Message
-    | WorkerLost
-    | WorkerSuspected
-    | Retire
-    | SetRole
-    | Drain
-    | StepDone
-    | MoveDone
-    | Woken
+    Message | WorkerLost | WorkerSuspected | Retire | SetRole | Drain | StepDone | MoveDone | Woken
 )
 Command = Send | RunStep | SubmitMove | WakeAt

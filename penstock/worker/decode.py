@@ -29,6 +29,7 @@ from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import Adoption, KVCache
 from penstock.kv.group import Pull
 from penstock.transfer.plan import align
+from penstock.transfer.reshape import whole_blocks
 from penstock.transfer.session import SINK, Session, SessionState
 from penstock.worker.numbers import Numbers
 from penstock.worker.reshaping import Reshaping
@@ -299,7 +300,7 @@ class PullDesk:
         return SubmitMove(move)
 
     def _keep(self, copy: _Copy, done: MoveDone) -> None:
-        """Count what has landed, and keep the digests of full blocks of our shape."""
+        """Count what has landed, and keep the digests of full blocks."""
         arrival = copy.arrival
         assert arrival.adoption is not None
         num_full = arrival.offer.num_tokens // self.config.layout.block_size
@@ -311,6 +312,9 @@ class PullDesk:
             partial_id = adopted.destination_of.get(num_full)
             rows = zip(pull.destination_ids, pull.digests, strict=False)
             self.kv.note_digests(index, [row for row in rows if row[0] != partial_id])
+        for index, (wanted, digests) in enumerate(zip(copy.reshapes, done.digests, strict=False)):
+            filled = whole_blocks(wanted, self.config.layout.block_size)
+            self.kv.note_digests(index, zip(filled, digests, strict=False))
         arrival.is_verified &= all(r.source.digests or not r.end for r in copy.reshapes)
         timeline = arrival.offer.timeline
         timeline.transport = done.transport if done.num_spans else timeline.transport
