@@ -46,6 +46,10 @@ def sim(options: argparse.Namespace) -> int:
             from penstock.cli.sim_sweep import sweep
 
             return sweep(options)
+        case "memory":
+            from penstock.cli.sim_memory import memory
+
+            return memory(options)
         case act:
             raise AssertionError(act)
 

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from penstock.cli.sim_memory import add_memory
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -88,6 +90,7 @@ def add_sim(commands: "Commands") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     acts = parser.add_subparsers(dest="act", required=True, metavar="ACT")
+    add_memory(acts)
     serve = _add_act(acts, "serve", "simulate one cluster under one load", _SERVE_EXAMPLES)
     serve.add_argument("--report", metavar="FILE", help="write a page with pictures (HTML)")
     serve.add_argument(
