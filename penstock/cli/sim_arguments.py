@@ -1,9 +1,19 @@
 """What may be said to `penstock sim`. Parses and explains; `penstock/cli/sim.py` acts."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from penstock.cli.sim_memory import add_memory
+
+POLICIES: Final = (
+    "predicted",
+    "round_robin",
+    "least_loaded",
+    "prefix_aware",
+    "power_of_two",
+    "arrow",
+)
+"""The names of `penstock/control/policies/`, which would take numpy to import."""
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -135,6 +145,7 @@ def _add_act(acts: "Commands", name: str, help_text: str, examples: str) -> argp
     )
     _add_load(parser.add_argument_group("load"))
     _add_cluster(parser.add_argument_group("cluster"))
+    _add_policy(parser.add_argument_group("controller"))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
@@ -155,6 +166,23 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default 0)")
     add("--slo-ttft-ms", type=_above_zero, default=2000.0, metavar="MS", help="default 2000")
     add("--slo-tpot-ms", type=_above_zero, default=50.0, metavar="MS", help="default 50")
+
+
+def _add_policy(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--policy",
+        choices=POLICIES,
+        default="predicted",
+        metavar="NAME",
+        help=f"how workers are chosen: {', '.join(POLICIES)} (default predicted)",
+    )
+    add(
+        "--admission",
+        action="store_true",
+        help="refuse at once what would break the limits, instead of serving it late",
+    )
+    add("--max-queued", type=_positive, default=100_000, metavar="N", help="default 100000")
 
 
 def _add_cluster(group: argparse._ArgumentGroup) -> None:

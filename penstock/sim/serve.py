@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from penstock.control.controller import Controller
+from penstock.control.policies import USES_PREFIXES
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
 from penstock.core.events import Event, Move, MoveDone, WorkerLost
@@ -35,6 +36,7 @@ from penstock.sim.workload import Arrival
 from penstock.worker.worker import Worker
 
 DETECTION_NS = 20 * NS_PER_MS
+NAMES_INTERVAL_NS = 100 * NS_PER_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,11 @@ class ServeSpec:
     max_repeats: int = 64
     respawn_ns: int = 10 * NS_PER_S
     sample_ns: int = NS_PER_S
+
+    @property
+    def tells_names(self) -> bool:
+        """True when workers tell which blocks they have: nobody else is asked for them."""
+        return self.is_prefix_caching and self.controller.policy in USES_PREFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ class ModelledWorker:
             max_num_batched_tokens=spec.max_num_batched_tokens,
             is_prefix_caching=spec.is_prefix_caching,
             max_repeats=spec.max_repeats,
+            names_interval_ns=NAMES_INTERVAL_NS if spec.tells_names else None,
         )
         self.core = Worker(self.config)
         self.executor = ModelledExecutor(fabric.clock, hardware.times)
@@ -300,7 +308,7 @@ class ModelledCluster:
         """Note how busy everybody is, once per `sample_ns`."""
         now_ns, seen = self.clock.now_ns(), self.observation
         status = self.controller.status()
-        roles = {str(w.info.worker_id): w.info.role.value for w in status.workers}
+        roles = {str(w.info.worker_id): (w.role or w.info.role).value for w in status.workers}
         workers = {name: worker.sample() for name, worker in self.workers.items()}
         seen.note(Sample(now_ns, self._num_submitted, seen.num_ended, roles, workers))
         progress(now_ns / NS_PER_S, self._num_submitted, seen.num_ended)
