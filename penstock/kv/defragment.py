@@ -7,7 +7,8 @@ one stretch into short segments elsewhere; what they leave behind is one long se
     before   |held|free free|kept|free free free|held|free|held|
     after    |held|free free free free free free|held|kept|held|
 
-Only blocks without content are written: a spare one, which still has its name, may yet be hit.
+Blocks without content are written, and, if that is allowed, spare ones, which may be overwritten
+at any moment but until then could be hit: a full cache has few others.
 It reads a pool and changes nothing. An idle worker asks for a plan, has the pool pin and reserve
 (`BlockPool.begin_relocation`), the bytes copied, and the names moved (`end_relocation`).
 """
@@ -39,18 +40,38 @@ class _Stretch:
         return self.end - self.start
 
 
-def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Relocation]:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What `plan_relocation` was asked."""
+
+    pool: BlockPool
+    moves_max: int
+    wanted: int
+    may_evict: bool
+
+    def is_room(self, block_id: BlockId) -> bool:
+        """Tell whether a cached block may be moved here."""
+        if self.pool.state(block_id) is BlockState.FREE:
+            return True
+        return self.may_evict and self.pool.prefix_cache.is_spare(block_id)
+
+
+def plan_relocation(
+    pool: BlockPool, moves_max: int, *, wanted: int, may_evict: bool = False
+) -> list[Relocation]:
     """Choose up to `moves_max` moves that make the longest free run as long as can be.
 
     Nothing when it has `wanted` blocks already, or no move makes it longer; no more than `wanted`,
-    with few moves rather than the fewest. Every plan that is carried out leaves a longer run, so
-    that plans come to an end. With s segments O(s * moves_max) and a look at each empty block.
+    with few moves rather than the fewest. With `may_evict` spare blocks may be written, and lose
+    their names to it. Every plan that is carried out leaves a longer run, so that plans come to an
+    end. With s segments O(s * moves_max) and a look at each block that may be written.
     """
     segments = pool.allocator.segments()
     longest = pool.allocator.largest_free
     if not segments or longest >= wanted:
         return []
-    best = _best_stretch(pool, segments, moves_max, wanted)
+    task = _Task(pool, moves_max, wanted, may_evict)
+    best = _best_stretch(task, segments)
     if min(best.length, wanted) <= longest:
         return []
     kept = [
@@ -58,36 +79,33 @@ def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Rel
         for block_id in range(best.start, best.end)
         if pool.can_relocate(BlockId(block_id))
     ]
-    empty = (b for segment in segments for b in _empty(pool, segment))
-    return _place(kept, list(split_runs(b for b in empty if not best.start <= b < best.end)))
+    room = (b for segment in segments for b in _room(task, segment))
+    return _place(kept, list(split_runs(b for b in room if not best.start <= b < best.end)))
 
 
-def _empty(pool: BlockPool, segment: Segment) -> list[BlockId]:
-    """Return the blocks of a segment that have no content."""
+def _room(task: _Task, segment: Segment) -> list[BlockId]:
+    """Return the blocks of a segment that cached ones may be moved to."""
     start, length = segment
-    blocks = map(BlockId, range(start, start + length))
-    return [block_id for block_id in blocks if not pool.prefix_cache.is_indexed(block_id)]
+    return [b for b in map(BlockId, range(start, start + length)) if task.is_room(b)]
 
 
-def _best_stretch(
-    pool: BlockPool, segments: list[Segment], moves_max: int, wanted: int
-) -> _Stretch:
-    """Return the longest stretch that `moves_max` moves can free; a cheap one where several reach
-    `wanted`.
+def _best_stretch(task: _Task, segments: list[Segment]) -> _Stretch:
+    """Return the longest stretch that the moves can free; a cheap one where several are as long as
+    wanted.
 
     Two pointers over the segments: one more segment never makes a stretch shorter, and what costs
     too much, or is long enough, is so with one more.
     """
-    barriers = _barriers(pool, segments, moves_max)
+    barriers = _barriers(task, segments)
     kept_before = list(accumulate((n or 0 for n in barriers), initial=0))
-    empty_before = list(accumulate((len(_empty(pool, s)) for s in segments), initial=0))
+    room_before = list(accumulate((len(_room(task, s)) for s in segments), initial=0))
 
     def between(first: int, last: int) -> tuple[_Stretch | None, int]:
         cost = kept_before[last] - kept_before[first]
-        room = empty_before[-1] - (empty_before[last + 1] - empty_before[first])
-        if cost > moves_max:
+        room = room_before[-1] - (room_before[last + 1] - room_before[first])
+        if cost > task.moves_max:
             return None, room
-        return _trimmed(pool, segments[first], segments[last], cost, room), room
+        return _trimmed(task, segments[first], segments[last], cost, room), room
 
     candidates = []
     first = 0
@@ -100,18 +118,16 @@ def _best_stretch(
             stretch, room = between(first, last)
         while first < last:
             shorter, room_of_shorter = between(first + 1, last)
-            if shorter is None or shorter.length < wanted:
+            if shorter is None or shorter.length < task.wanted:
                 break
             stretch, room, first = shorter, room_of_shorter, first + 1
         # What was trimmed is room that is spoken for.
         room = max(room, stretch.num_kept)
-        candidates.append(_widen(pool, stretch, moves_max, room, wanted))
-    return max(candidates, key=lambda found: (min(found.length, wanted), -found.num_kept))
+        candidates.append(_widen(task, stretch, room))
+    return max(candidates, key=lambda found: (min(found.length, task.wanted), -found.num_kept))
 
 
-def _trimmed(
-    pool: BlockPool, first: Segment, last: Segment, cost: int, room: int
-) -> _Stretch | None:
+def _trimmed(task: _Task, first: Segment, last: Segment, cost: int, room: int) -> _Stretch | None:
     """Return the stretch from one segment to another, less as much of their outer ends as its
     `cost` cached blocks need beyond the `room` elsewhere; None when that is not enough.
     """
@@ -119,42 +135,42 @@ def _trimmed(
     lacking = cost - room
     while lacking > 0 and end > last[0]:
         end -= 1
-        lacking -= pool.state(BlockId(end)) is BlockState.FREE
+        lacking -= task.is_room(BlockId(end))
     while lacking > 0 and start < first[0] + first[1]:
-        lacking -= pool.state(BlockId(start)) is BlockState.FREE
+        lacking -= task.is_room(BlockId(start))
         start += 1
     return _Stretch(start, end, cost) if lacking <= 0 else None
 
 
-def _barriers(pool: BlockPool, segments: list[Segment], moves_max: int) -> list[int | None]:
+def _barriers(task: _Task, segments: list[Segment]) -> list[int | None]:
     """Return how many blocks stand behind each segment before the next; None when they may not, or
     are too many to, be moved.
     """
     barriers: list[int | None] = []
     for (start, length), (following, _) in pairwise(segments):
         between = range(start + length, following)
-        is_open = len(between) <= moves_max and all(
-            pool.can_relocate(BlockId(block_id)) for block_id in between
+        is_open = len(between) <= task.moves_max and all(
+            task.pool.can_relocate(BlockId(block_id)) for block_id in between
         )
         barriers.append(len(between) if is_open else None)
     return [*barriers, None]
 
 
-def _widen(pool: BlockPool, stretch: _Stretch, moves_max: int, room: int, wanted: int) -> _Stretch:
-    """Take in blocks behind and before a stretch, up to `wanted`, while what has to move finds one
-    of `room` empty blocks elsewhere; an empty block that is taken in is none of them any more.
+def _widen(task: _Task, stretch: _Stretch, room: int) -> _Stretch:
+    """Take in blocks behind and before a stretch, until it is as long as wanted, while what has to
+    move finds one of `room` places elsewhere; a place that is taken in is none of them any more.
     """
-    start, end, cost = stretch.start, stretch.end, stretch.num_kept
+    pool, cost = task.pool, stretch.num_kept
+    start, end = stretch.start, stretch.end
 
     def takes(block_id: BlockId) -> bool:
         nonlocal cost, room
-        is_kept = pool.can_relocate(block_id)
-        is_empty = pool.state(block_id) is BlockState.FREE
-        if not (is_kept or is_empty or pool.prefix_cache.is_spare(block_id)):
+        is_kept, is_room = pool.can_relocate(block_id), task.is_room(block_id)
+        if not (is_kept or is_room or pool.prefix_cache.is_spare(block_id)):
             return False
-        if cost + is_kept > min(moves_max, room - is_empty) or end - start >= wanted:
+        if cost + is_kept > min(task.moves_max, room - is_room) or end - start >= task.wanted:
             return False
-        cost, room = cost + is_kept, room - is_empty
+        cost, room = cost + is_kept, room - is_room
         return True
 
     while end < pool.num_blocks and takes(BlockId(end)):

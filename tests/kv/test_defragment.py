@@ -47,8 +47,8 @@ def name_of(block_id):
     return BlockHash(b"name %d" % block_id)
 
 
-def carry_out(pool, moves_max, wanted=MANY):
-    plan = plan_relocation(pool, moves_max, wanted=wanted)
+def carry_out(pool, moves_max, wanted=MANY, may_evict=False):
+    plan = plan_relocation(pool, moves_max, wanted=wanted, may_evict=may_evict)
     pool.begin_relocation(plan)
     pool.check()
     assert pool.end_relocation(plan) == len(plan)
@@ -125,6 +125,14 @@ def test_a_spare_block_is_not_written():
         assert pool.prefix_cache.find(name_of(block_id)) == block_id
 
 
+def test_a_spare_block_gives_its_place_where_that_is_allowed():
+    pool = pool_of("Hss.k..HsH")
+    carry_out(pool, 8, may_evict=True)
+    assert picture_of(pool) == "Hss....HkH"
+    assert pool.prefix_cache.find(name_of(8)) is None
+    assert pool.prefix_cache.find(name_of(1)) == 1
+
+
 def test_nothing_to_do():
     for picture in ("....", "HHHH", "kkkk", "H..kk", "k", "."):
         pool = pool_of(picture)
@@ -134,18 +142,21 @@ def test_nothing_to_do():
 
 @settings(max_examples=300)
 @given(
-    picture=st.text(FREE + KEPT + SPARE + HELD, min_size=1, max_size=60), moves=st.integers(0, 9)
+    picture=st.text(FREE + KEPT + SPARE + HELD, min_size=1, max_size=60),
+    moves=st.integers(0, 9),
+    may_evict=st.booleans(),
 )
-def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves):
+def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves, may_evict):
     pool = pool_of(picture)
     held = [b for b in range(len(picture)) if picture[b] == HELD]
     kept = {name_of(b) for b in range(len(picture)) if picture[b] == KEPT}
     for _ in range(len(picture) + 1):
         longest, writable = pool.allocator.largest_free, pool.allocator.num_free
         now = picture_of(pool)
-        plan = carry_out(pool, moves)
+        plan = carry_out(pool, moves, may_evict=may_evict)
         assert len(plan) <= moves
-        assert all(now[r.source] == KEPT and now[r.destination] in FREE + SPARE for r in plan)
+        room = FREE + SPARE if may_evict else FREE
+        assert all(now[r.source] == KEPT and now[r.destination] in room for r in plan)
         assert pool.allocator.num_free == writable
         assert [b for b in range(len(picture)) if picture_of(pool)[b] == HELD] == held
         for block_hash in kept:
@@ -162,11 +173,15 @@ def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves):
     picture=st.text(FREE + KEPT + HELD, min_size=1, max_size=24),
     moves=st.integers(1, 24),
     wanted=st.integers(1, 30),
+    is_spare=st.booleans(),
 )
-def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves, wanted):
-    """Against trying every stretch: its cached blocks must be few enough and have a place."""
-    pool = pool_of(picture)
-    carry_out(pool, moves, wanted)
+def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves, wanted, is_spare):
+    """Against trying every stretch: its cached blocks must be few enough and have a place.
+
+    Spare blocks are room like others where they may be.
+    """
+    pool = pool_of(picture.replace(FREE, SPARE) if is_spare else picture)
+    carry_out(pool, moves, wanted, may_evict=is_spare)
     total = picture.count(FREE)
     for start in range(len(picture)):
         for end in range(start + 1, len(picture) + 1):
