@@ -77,7 +77,10 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
     if settings.transport == Nixl.kind and not is_installed():
         raise StartupFailed(f"--transport nixl: {MISSING}")
     load_library()  # compiled now and not in some request's hand-off; workers share it
-    find = _load_instant if settings.executor == INSTANT_EXECUTOR else _load_model
+    if settings.executor == INSTANT_EXECUTOR:
+        find = _load_instant
+    else:
+        find = _load_model if settings.num_workers else _describe_model
     facts, make_execute = find(settings, progress)
     return facts, partial(_work, settings, facts, make_execute)
 
@@ -94,6 +97,7 @@ def _work(
     if settings.is_pinned:
         _pin(spec.index, threads)
     layout = facts.layout
+    assert layout is not None, facts
     is_instant = settings.executor == INSTANT_EXECUTOR
     pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
     regions = tuple(pool.region for pool in pools)
@@ -213,7 +217,33 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         vocab_size=model.vocab_size,
         description=model.description,
     )
-    return facts, partial(_bind_model, partial(ModelExecutor, model), facts.layout)
+    return facts, partial(_bind_model, partial(ModelExecutor, model), layout)
+
+
+def _describe_model(
+    settings: ClusterSettings, progress: Progress
+) -> tuple[ModelFacts, MakeExecute]:
+    """Find out what the front must know where no worker will be forked: no weights are read."""
+    progress("reading the model's config", 0.0)
+    from penstock.engine.loading import describe_model
+
+    model = describe_model(settings.engine)
+    facts = ModelFacts(
+        folder=str(model.folder),
+        layout=None,
+        num_blocks=(),
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        vocab_size=model.vocab_size,
+        description="on other hosts",
+    )
+    return facts, _bind_nothing
+
+
+def _bind_nothing(
+    _regions: tuple[Region, ...], _threads: int
+) -> tuple[Execute, Callable[[], None]]:
+    raise AssertionError("a worker was forked without a model")
 
 
 def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, ...]:

@@ -234,9 +234,9 @@ def run_host(arguments: Sequence[str], load: Load) -> None:
         Host(link, lambda spec: run_worker(spec, place)).serve()
 
 
-def _compare(ours: KVLayout, theirs: KVLayout | None) -> None:
+def _compare(ours: KVLayout | None, theirs: KVLayout | None) -> None:
     """Make sure that what was loaded is what the cluster serves, before anybody is forked."""
-    refusal = theirs.incompatibility(ours) if theirs is not None else None
+    refusal = ours.incompatibility(theirs) if ours is not None and theirs is not None else None
     if refusal is not None:
         raise StartupFailed(f"this model is not the one that the cluster serves: {refusal}")
 

@@ -194,8 +194,13 @@ class LocalCluster:
 
         Raises: `WorkersUnavailable` while the model loads, `BadRequest` for a number that is none.
         """
-        if not self._supervisor.is_loaded or self.broken.done():
+        if self._model is None or self.broken.done():
             raise WorkersUnavailable("the model is not loaded")
+        if self._model.layout is None:
+            raise WorkersUnavailable(
+                "this host was started without workers and has no model: add some of other hosts "
+                "with penstock worker --join, or serve with --prefill and --decode above 0"
+            )
         room = WORKERS_MAX - len(self._supervisor.slots)
         if not 0 < count <= room:
             raise BadRequest(f"{count}: 1 to {room} more workers can be started here", "count")

@@ -16,6 +16,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from penstock.core.block import KVLayout
 from penstock.core.events import Event, Retire, WorkerLost, WorkerSuspected
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.messages import Hello, Message, PeerUp
@@ -71,6 +72,7 @@ class Membership:
         self._deliver = deliver
         self._kill = kill
         self._model: ModelFacts | None = None
+        self._layout: KVLayout | None = None
         self._workers: dict[WorkerId, _Member] = {}
         self._hosts: dict[WorkerId, _Host] = {}
         self._last_epochs: dict[str, int] = {}
@@ -80,6 +82,7 @@ class Membership:
     def loaded(self, model: ModelFacts) -> None:
         """Let others in from now on."""
         self._model = model
+        self._layout = model.layout
 
     # ------------------------------------------------------------------------------ what comes in
 
@@ -116,6 +119,7 @@ class Membership:
             return False
         if known is not None:
             self.lose(info.worker_id, known.epoch, "another incarnation took its place")
+        self._layout = self._layout or info.layout
         route = self._messenger.route(info.address, info.remote_address)
         self._messenger.connect(info.worker_id, info.epoch, route)
         self._workers[info.worker_id] = _Member(
@@ -174,13 +178,15 @@ class Membership:
         if self._model is None:
             self._messenger.send(join.host, self._ping(host))  # it knows that we heard it
             return
-        engine = replace(self._settings.engine, dtype=self._model.layout.dtype)
+        engine = self._settings.engine
+        if self._layout is not None:
+            engine = replace(engine, dtype=self._layout.dtype)
         admitted = Admitted(
             name=host.name,
             epoch=max(int(time.time()), self._last_epochs.get(host.name, 0)),
             engine=engine,
             executor=self._settings.executor,
-            layout=self._model.layout,
+            layout=self._layout,
             machine=machine_id(),
             echo_ns=join.sent_ns,
             now_ns=time.monotonic_ns(),

@@ -125,14 +125,14 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """What the front needs to know of the loaded model. `num_blocks` is per KV group of each
-    worker.
+    worker. Where all workers are on other hosts nothing is loaded: no `layout`, no blocks.
 
     `folder` is where its files are; `description` says in a line what runs it, for people.
     """
 
     folder: str
 
-    layout: KVLayout
+    layout: KVLayout | None
     num_blocks: tuple[int, ...]
     max_model_len: int
     eos_token_ids: tuple[int, ...]

@@ -92,7 +92,7 @@ class Supervisor:
         self._last_epoch = last_epoch
         self._host = host
         self._callbacks = callbacks
-        self.is_loaded = False
+        self._is_loaded = False
         self._is_stopping = False
         self._stage = "starting"
         self._silence_timer: asyncio.TimerHandle | None = None
@@ -107,7 +107,7 @@ class Supervisor:
     @property
     def is_complete(self) -> bool:
         """True when the model is loaded and every worker is up."""
-        return self.is_loaded and all(slot.is_up for slot in self.slots.values())
+        return self._is_loaded and all(slot.is_up for slot in self.slots.values())
 
     def start(self) -> None:
         """Have the host load the model and fork the workers; returns at once."""
@@ -170,7 +170,7 @@ class Supervisor:
                 self._await_word()
                 self._callbacks.progress(stage, fraction)
             case Ready(model):
-                self.is_loaded = True
+                self._is_loaded = True
                 if self._silence_timer is not None:
                     self._silence_timer.cancel()
                 self._callbacks.loaded(model)
@@ -230,7 +230,7 @@ class Supervisor:
         if self._is_stopping:
             return
         ends = "\n".join(list(self._host.last_lines)[-12:])
-        if not self.is_loaded:
+        if not self._is_loaded:
             self._fail(f"the process that loads the model ended ({reason})\n{ends}")
             return
         _log.error("the host process is gone: %s\n%s", reason, ends)
@@ -288,7 +288,7 @@ class Supervisor:
             task.cancel()
         await self._host.end(END_TIMEOUT_S)
         await asyncio.sleep(pause_s)
-        self.is_loaded = False
+        self._is_loaded = False
         self._host = HostProcess.spawn(Path(self._prepare.folder))
         self.start()
 
