@@ -129,6 +129,8 @@ class _Joining:
         return replace(
             theirs,
             model=find_clusters_model(theirs.model, self._options.model),
+            dtype=self._options.dtype or theirs.dtype,
+            block_size=self._options.block_size or theirs.block_size,
             kv_cache_bytes=self._options.kv_cache_memory,
             # Whether code may run here that comes with a model is said here and nowhere else.
             trust_remote_code=self._options.trust_remote_code,

@@ -17,9 +17,10 @@ examples:
   penstock worker --join gpu0:7777 /mnt/models/Qwen3-0.6B         its folder has another place here
 
 The server's host is where `penstock serve --listen` runs; it prints this command. The cluster key
-must be the same on both: copy its file (0600), or set PENSTOCK_CLUSTER_KEY. The model, its dtype
-and block size are the cluster's. Ctrl-C finishes what the workers have and leaves; a second one
-leaves at once, and what was not finished is begun again elsewhere.
+must be the same on both: copy its file (0600), or set PENSTOCK_CLUSTER_KEY. The model is the
+cluster's, and so are dtype and block size if nothing else is asked for: between workers that differ
+in them KV is converted as it is pulled. Ctrl-C finishes what the workers have and leaves; a second
+one leaves at once, and what was not finished is begun again elsewhere.
 """
 
 
@@ -49,7 +50,19 @@ def add_worker(commands: "Commands") -> None:
     add("--workers", type=positive, default=1, metavar="N", help="how many (default: 1)")
     add("--name", metavar="NAME", help="what to call this host (default: its name)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add_limits(parser.add_argument_group("workers"))
+    workers = parser.add_argument_group("workers")
+    workers.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of weights and KV here (default: the cluster's)",
+    )
+    workers.add_argument(
+        "--block-size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        help="tokens of a KV block here (default: the cluster's)",
+    )
+    add_limits(workers)
     network = parser.add_argument_group("other hosts")
     add_key(network)
     network.add_argument(

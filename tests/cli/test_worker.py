@@ -104,6 +104,35 @@ def test_a_worker_joins_takes_traffic_drains_and_leaves(free_port: int, folder: 
         assert text_of(server) == alone
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ours", "theirs", "transport"),
+    [
+        ("--dtype float32 --block-size 16", "--block-size 64", "shm"),
+        ("--dtype float32 --block-size 64", "--block-size 16", "tcp"),
+        ("--dtype bfloat16", "--dtype float32 --block-size 16", "shm"),
+    ],
+)
+def test_workers_that_keep_their_kv_in_another_shape_hand_off_all_the_same(
+    ours: str, theirs: str, transport: str, free_port: int, folder: Path
+):
+    local = f"--executor model --prefill 1 --decode 0 --transport {transport} {ours}".split()
+    options = f"--role decode --name there --transport {transport} {theirs}".split()
+    with listening(*local, port=free_port, folder=folder) as server:
+        alone = text_of(server)
+        with joining(*options, port=server.join_port, folder=folder) as joined:
+            joined.wait_until_in()
+            body = {"prompt": "Once upon a time" * 9, "max_tokens": 20, "seed": 1}
+            _, answer = server.post("/v1/completions", body, **{"x-penstock-ledger": "1"})
+            ledger = answer["penstock_ledger"]
+            assert (ledger["transport"], ledger["pull_verified"]) == (transport, True), ledger
+            assert ledger["pull_bytes"] > 0
+            if "bfloat16" not in ours:
+                assert text_of(server) == alone
+            found = re.search(r"handoff_recomputed\S* (\d+)", server.get("/metrics")[1].decode())
+            assert found[1] == "0"
+
+
 def test_a_killed_host_is_noticed_and_comes_back_with_another_epoch(free_port: int, folder: Path):
     options = ("--role", "decode", "--name", "there")
     with listening("--prefill", "1", "--decode", "0", port=free_port, folder=folder) as server:
