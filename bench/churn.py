@@ -36,11 +36,18 @@ PULLED_PER_TICK = 64
 class Ours:
     """`KVCache`, called in the order in which the scheduler and the decode side call it.
 
-    `moves_per_tick` cached blocks may be moved in the background while a token is decoded.
+    `moves_per_tick` cached blocks may be moved in the background while a token is decoded, with
+    `may_evict` onto spare ones too.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, chunk: int = 2048, moves_per_tick: int = 0
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        chunk: int = 2048,
+        moves_per_tick: int = 0,
+        may_evict: bool = False,
     ) -> None:
         layout = KVLayout("churn", (KVGroup((0,)),), 1, 1, block_size, "bfloat16")
         self.num_blocks = num_blocks
@@ -48,6 +55,7 @@ class Ours:
         self._chunk = chunk
         self._block_size = block_size
         self._moves_per_tick = moves_per_tick
+        self._may_evict = may_evict
         self._under_way: list[Relocation] = []
         self.num_moved = self.num_hit = self.num_asked = 0
         """Blocks moved in the background; prompt blocks found, and looked for, in the cache."""
@@ -90,7 +98,9 @@ class Ours:
             return
         pool = self.cache.groups[0].pool
         self.num_moved += pool.end_relocation(self._under_way)
-        self._under_way = plan_relocation(pool, self._moves_per_tick, wanted=self.num_blocks // 4)
+        self._under_way = plan_relocation(
+            pool, self._moves_per_tick, wanted=self.num_blocks // 4, may_evict=self._may_evict
+        )
         pool.begin_relocation(self._under_way)
 
     def writable(self) -> tuple[int, float]:

@@ -11,7 +11,7 @@ included. Fragmentation is the share of blocks that may be written and lie outsi
 
 With --defragment ours runs with and without the background defragmenter instead, which may move so
 many cached blocks of each pool while one token is decoded; at lower occupancies too, since it has
-to do with what is cached and not with what is held.
+to do with what is cached and not with what is held. `evicting` may also write over spare blocks.
 
 Without --trace the workload is a seeded synthetic one of the same kind: lengths, turns, prefixes.
 """
@@ -82,6 +82,9 @@ def makers_of(args: argparse.Namespace) -> Makers:
     if args.defragment:
         moves = args.defragment
         makers["defragmented_"] = lambda: Ours(args.pool, BLOCK_SIZE, moves_per_tick=moves)
+        makers["evicting_"] = lambda: Ours(
+            args.pool, BLOCK_SIZE, moves_per_tick=moves, may_evict=True
+        )
     else:
         makers["freelist_"] = lambda: FreeList(args.pool, BLOCK_SIZE, is_fifo=True)
         makers["stack_"] = lambda: FreeList(args.pool, BLOCK_SIZE, is_fifo=False)

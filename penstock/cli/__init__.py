@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.serve import serve
 
                 return serve(options)
+            case "worker":
+                from penstock.cli.worker import worker
+
+                return worker(options)
             case "chat":
                 from penstock.cli.chat import chat
 
@@ -35,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.sim import sim
 
                 return sim(options)
+            case "replay":
+                from penstock.cli.replay import replay
+
+                return replay(options)
             case command:
                 raise AssertionError(command)
     except PenstockError as error:

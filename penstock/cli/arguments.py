@@ -4,7 +4,9 @@ import argparse
 import os
 
 from penstock.cli.doctor_arguments import add_doctor
-from penstock.cli.sim_arguments import add_sim
+from penstock.cli.sim_arguments import add_replay, add_sim
+from penstock.cli.values import count, port, positive
+from penstock.cli.worker_arguments import add_limits, add_network, add_worker
 from penstock.core.version import VERSION
 
 _DESCRIPTION = "Serve large language models with prefill and decode on separate workers."
@@ -14,9 +16,11 @@ examples:
   penstock serve                              the built-in model, one prefill and one decode worker
   penstock serve ./Qwen3-0.6B --decode 2      a folder with a Hugging Face model
   penstock serve --mixed 1                    one worker that does both
+  penstock worker --join 10.0.0.5:7777        add a worker of this host to a server elsewhere
   penstock chat                               talk to a server on this machine
   penstock doctor                             what this machine can do, and what it lacks
   penstock sim serve --help                   simulate a cluster of GPUs: none is needed
+  penstock replay run.log                     simulate a recorded run with one thing changed
 """
 
 _SERVE_EXAMPLES = """\
@@ -25,12 +29,12 @@ examples:
   penstock serve Qwen/Qwen3-0.6B --prefill 1 --decode 2 --port 9000
   penstock serve ./model --mixed 1 --kv-cache-memory 2GiB --max-model-len 8192
   penstock serve --api-key secret --log-requests
+  penstock serve --listen 0.0.0.0:7777        and then, on another host: penstock worker --join ...
+  penstock serve --prefill 0 --decode 0 --listen 0.0.0.0:7777      with workers of other hosts alone
 
 The API is that of OpenAI: /v1/chat/completions, /v1/completions, /v1/models; beside it /health,
 /metrics and /docs. Ctrl-C finishes the requests under way; a second one ends at once.
 """
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,55 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"penstock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
+    add_worker(commands)
     _add_chat(commands)
     add_doctor(commands)
     add_sim(commands)
+    add_replay(commands)
     return parser
-
-
-def parse_bytes(text: str) -> int:
-    """Return a number of bytes: `1GiB`, `512MiB`, `1.5g`, `1000000`.
-
-    Raises: `argparse.ArgumentTypeError` for anything else.
-    """
-    lower = text.strip().lower()
-    number = lower.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = lower[len(number) :].strip().removesuffix("b")
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GiB") from None
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is too small")
-    return size
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
-    return int(text)
 
 
 def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -109,7 +70,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="MODEL",
         help="a folder, or a name on the Hugging Face hub (default: the built-in model)",
     )
-    _add_workers(parser.add_argument_group("workers"))
+    workers = parser.add_argument_group("workers")
+    _add_workers(workers)
+    add_limits(workers)
+    add_network(parser.add_argument_group("other hosts"))
     _add_model(parser.add_argument_group("model"))
     _add_http(parser.add_argument_group("HTTP"))
     _add_logs(parser.add_argument_group("logs"))
@@ -121,41 +85,14 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _add_workers(group: "argparse._ArgumentGroup") -> None:
     add = group.add_argument
-    add("--prefill", type=_count, metavar="N", help="prefill workers (default: 1)")
-    add("--decode", type=_count, metavar="N", help="decode workers (default: 1)")
+    add("--prefill", type=count, metavar="N", help="prefill workers (default: 1)")
+    add("--decode", type=count, metavar="N", help="decode workers (default: 1)")
     add(
         "--mixed",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="workers that do both (default: 0; alone, it makes the other two default to 0)",
-    )
-    add(
-        "--threads",
-        type=_positive,
-        metavar="N",
-        help="compute threads of each worker (default: the cores, shared out)",
-    )
-    add("--pin-cores", action="store_true", help="give each worker cores of its own")
-    add(
-        "--max-num-seqs",
-        type=_positive,
-        default=64,
-        metavar="N",
-        help="sequences that a worker runs at once (default: 64)",
-    )
-    add(
-        "--max-num-batched-tokens",
-        type=_positive,
-        default=512,
-        metavar="N",
-        help="new tokens of one step (default: 512)",
-    )
-    add(
-        "--kv-cache-memory",
-        type=parse_bytes,
-        metavar="SIZE",
-        help="KV cache of each worker, such as 1GiB (default: a share of the free memory)",
     )
     add(
         "--block-size",
@@ -163,21 +100,6 @@ def _add_workers(group: "argparse._ArgumentGroup") -> None:
         choices=(16, 32, 64, 128),
         default=32,
         help="tokens of a KV block (default: 32)",
-    )
-    add(
-        "--transport",
-        choices=("auto", "shm", "nixl", "tcp"),
-        default="auto",
-        help="how KV gets from worker to worker (default: auto, the fastest that leads there: "
-        "shared memory on one host)",
-    )
-    add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
-    add(
-        "--shutdown-timeout",
-        type=_seconds,
-        default=10.0,
-        metavar="S",
-        help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
     )
 
 
@@ -191,7 +113,7 @@ def _add_model(group: "argparse._ArgumentGroup") -> None:
     )
     add(
         "--max-model-len",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="longest sequence, prompt and output (default: what the model was made for)",
     )
@@ -215,7 +137,7 @@ def _add_model(group: "argparse._ArgumentGroup") -> None:
 def _add_http(group: "argparse._ArgumentGroup") -> None:
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    add("--port", type=_port, default=8000, help="port (default: 8000; 0 takes a free one)")
+    add("--port", type=port, default=8000, help="port (default: 8000; 0 takes a free one)")
     add("--uds", metavar="PATH", help="listen at this Unix socket instead")
     add(
         "--served-model-name",
@@ -251,7 +173,7 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
     add("--model", help="name of the model (default: the first that is served)")
     add("--system", metavar="TEXT", help="system message")
-    add("--max-tokens", type=_positive, metavar="N", help="longest answer (default: the server's)")
+    add("--max-tokens", type=positive, metavar="N", help="longest answer (default: the server's)")
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: the server's)")
     add("--seed", type=int, metavar="N", help="make answers repeatable")
     add(

@@ -106,12 +106,14 @@ def _say(text: str) -> None:
 
 def _limit_note(model: ModelFacts) -> str:
     """Say so when it is the KV cache that limits a sequence."""
-    if model.max_model_len < model.layout.capacity_tokens(model.num_blocks):
+    if model.layout is None or model.max_model_len < model.layout.capacity_tokens(model.num_blocks):
         return ""
     return ", as many as its KV cache holds: --kv-cache-memory sets that"
 
 
 def _kv_line(model: ModelFacts) -> str:
+    if model.layout is None:
+        return "none here: all workers are on other hosts"
     sizes = model.layout.block_bytes
     total = sum(count * size for count, size in zip(model.num_blocks, sizes, strict=True))
     return (
@@ -131,6 +133,8 @@ def _transport_line(workers: list[WorkerInfo], asked: str) -> str:
         for taker in workers
         if source.role is Role.PREFILL and taker.role is Role.DECODE
     ]
+    if not workers:
+        return "none yet: workers of other hosts may join"
     if not pairs:
         return "none: every worker does both"
     return ", ".join(pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")

@@ -26,6 +26,7 @@ from penstock.runtime.settings import INSTANT_EXECUTOR, ModelFacts
 from penstock.server.app import create_app, uvicorn_config
 from penstock.server.settings import ServedModel, ServerSettings
 from penstock.server.tokenizer import Tokenizer, load_tokenizer
+from penstock.transport.key import key_location
 
 _LAST_WORDS_S = 2.0
 """How long clients may take to read that their request was given up."""
@@ -99,7 +100,7 @@ class Front:
             return False
         facts = ready.result()
         served = self._served(facts, await tokenizer)
-        app = create_app(self._cluster, served, self._server_settings())
+        app = create_app(self._cluster, served, self._server_settings(), self._cluster)
         await stack.enter_async_context(app.router.lifespan_context(app))
         self._gate.app = app
         # What is here now stays: the collector need not look at it again between two tokens.
@@ -113,9 +114,21 @@ class Front:
             [infos[name] for name in self._cluster.settings.workers() if name in infos],
             time.monotonic() - self._started_s,
         )
+        self._tell_how_to_join()
         if self._listener.is_open_to_others and not self._api_keys():
             self._console.say("anyone who can reach this address may use it: see --api-key")
         return True
+
+    def _tell_how_to_join(self) -> None:
+        network = self._cluster.settings.network
+        if network is None:
+            return
+        key_file = Path(network.key_file) if network.key_file else None
+        self._console.say(
+            "workers of other hosts join with\n"
+            f"  penstock worker --join {self._cluster.join_address} --role decode\n"
+            f"and the cluster key: {key_location(key_file)}"
+        )
 
     async def _load_tokenizer(self, folder: Path) -> Tokenizer:
         """Read a model's folder while the host reads the weights; what has to be fetched first is

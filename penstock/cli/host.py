@@ -20,12 +20,18 @@ from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
 from penstock.core.step import Sampled, Step
-from penstock.core.types import GIB, MIB
+from penstock.core.types import GIB, MIB, RequestId
 from penstock.runtime.host import RunWorker, run_host
 from penstock.runtime.instant import DESCRIPTION, InstantExecutor, instant_layout
 from penstock.runtime.link import WorkerSpec
 from penstock.runtime.processes import available_bytes, usable_cores
-from penstock.runtime.settings import INSTANT_EXECUTOR, ClusterSettings, ModelFacts
+from penstock.runtime.settings import (
+    AUTO,
+    INSTANT_EXECUTOR,
+    ClusterSettings,
+    ModelFacts,
+    NetworkSettings,
+)
 from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
 from penstock.transfer.generation import COUNTER_BYTES, counters
 from penstock.transfer.region import Region
@@ -33,7 +39,7 @@ from penstock.transport.key import cluster_key
 from penstock.transport.mover import BlockMover
 from penstock.transport.native.library import load_library
 from penstock.transport.nixl import Nixl
-from penstock.transport.nixl_agent import MISSING, is_installed
+from penstock.transport.nixl_agent import MISSING, is_installed, is_worthwhile
 from penstock.transport.nixl_owner import NixlOwner
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.tcp import Tcp
@@ -71,7 +77,10 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
     if settings.transport == Nixl.kind and not is_installed():
         raise StartupFailed(f"--transport nixl: {MISSING}")
     load_library()  # compiled now and not in some request's hand-off; workers share it
-    find = _load_instant if settings.executor == INSTANT_EXECUTOR else _load_model
+    if settings.executor == INSTANT_EXECUTOR:
+        find = _load_instant
+    else:
+        find = _load_model if settings.num_workers else _describe_model
     facts, make_execute = find(settings, progress)
     return facts, partial(_work, settings, facts, make_execute)
 
@@ -88,6 +97,7 @@ def _work(
     if settings.is_pinned:
         _pin(spec.index, threads)
     layout = facts.layout
+    assert layout is not None, facts
     is_instant = settings.executor == INSTANT_EXECUTOR
     pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
     regions = tuple(pool.region for pool in pools)
@@ -96,7 +106,7 @@ def _work(
     Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     execute, prepare = make_execute(regions, threads)
     ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
-    mover = BlockMover(layout, regions, ways)
+    mover = BlockMover(layout, regions, ways, place.time.now_ns)
     config = WorkerConfig(
         worker_id=spec.worker_id,
         role=spec.role,
@@ -109,8 +119,9 @@ def _work(
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
     )
+    core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
     parts = WorkerParts(
-        core=Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters)),
+        core=core,
         execute=execute,
         # What the instant executor leaves in its blocks means nothing: there is nothing to verify.
         digest=no_digests if is_instant else partial(digests_of, regions=regions),
@@ -121,8 +132,13 @@ def _work(
         regions=tuple(pool.descriptor for pool in shared),
         endpoints=tuple(owner.endpoint for owner in owners),
         engine=facts.description,
+        requests=partial(_requests, core),
     )
     run_worker(config, parts, place)
+
+
+def _requests(core: Worker) -> list[RequestId]:
+    return [*core.sequences, *(entry.session.request_id for entry in core.pulls.pending)]
 
 
 def _ways(
@@ -130,15 +146,24 @@ def _ways(
 ) -> tuple[list[Way], list[NixlOwner | TcpOwner]]:
     """Return how this worker reads its peers, and by whom it is read itself.
 
-    Nothing listens unless it is asked for: workers of one host map each other's pools.
+    Nothing listens unless it is asked for or other hosts take part: workers of one host map each
+    other's pools.
     """
-    ways: list[Way] = [SharedMemory()]
+    network = settings.network or NetworkSettings(host="127.0.0.1")
+    wanted = settings.transport
+    if wanted == SharedMemory.kind or (wanted == AUTO and settings.network is None):
+        return [SharedMemory()], []
+    ways: list[Way] = [SharedMemory()] if wanted == AUTO else []
     owners: list[NixlOwner | TcpOwner] = []
-    if settings.transport == Nixl.kind:
-        ways, owners = [Nixl()], [NixlOwner(epoch)]
-    elif settings.transport == Tcp.kind:
-        key = cluster_key()
-        ways, owners = [Tcp(key)], [TcpOwner(epoch, key)]
+    if wanted == Nixl.kind or (wanted == AUTO and is_worthwhile()):
+        ways.append(Nixl())
+        owners.append(NixlOwner(epoch))
+    if wanted != Nixl.kind:
+        key = cluster_key(Path(network.key_file) if network.key_file else None)
+        ways.append(Tcp(key))
+        owners.append(
+            TcpOwner(epoch, key, host=network.host, advertised=network.advertised or None)
+        )
     for owner in owners:
         for region in regions:
             owner.add(region)
@@ -192,7 +217,33 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         vocab_size=model.vocab_size,
         description=model.description,
     )
-    return facts, partial(_bind_model, partial(ModelExecutor, model), facts.layout)
+    return facts, partial(_bind_model, partial(ModelExecutor, model), layout)
+
+
+def _describe_model(
+    settings: ClusterSettings, progress: Progress
+) -> tuple[ModelFacts, MakeExecute]:
+    """Find out what the front must know where no worker will be forked: no weights are read."""
+    progress("reading the model's config", 0.0)
+    from penstock.engine.loading import describe_model
+
+    model = describe_model(settings.engine)
+    facts = ModelFacts(
+        folder=str(model.folder),
+        layout=None,
+        num_blocks=(),
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        vocab_size=model.vocab_size,
+        description="on other hosts",
+    )
+    return facts, _bind_nothing
+
+
+def _bind_nothing(
+    _regions: tuple[Region, ...], _threads: int
+) -> tuple[Execute, Callable[[], None]]:
+    raise AssertionError("a worker was forked without a model")
 
 
 def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import msgspec
 
 from penstock.cli.sim_progress import Progress
 from penstock.cli.sim_tables import print_summary
+from penstock.core.config import ControllerConfig
 from penstock.core.errors import BadRequest, StartupFailed
 from penstock.core.types import NS_PER_S
 from penstock.sim.choose import WorkloadSpec, make_workload
@@ -46,6 +47,10 @@ def sim(options: argparse.Namespace) -> int:
             from penstock.cli.sim_sweep import sweep
 
             return sweep(options)
+        case "memory":
+            from penstock.cli.sim_memory import memory
+
+            return memory(options)
         case act:
             raise AssertionError(act)
 
@@ -64,13 +69,14 @@ def _serve(options: argparse.Namespace) -> int:
     summary = summarise(seen, slo)
     title = f"{options.workload} on {describe_fleet(members)}"
     if options.report:
-        _write(options.report, render_report(title, seen, summary, slo))
+        write_page(options.report, render_report(title, seen, summary, slo))
     if options.json:
         record = msgspec.to_builtins(summary)
         settings = {
             "workload": options.workload,
             "cluster": describe_fleet(members),
             "model": options.model,
+            "policy": options.policy,
             "gpus": num_gpus(members),
             "slo": msgspec.to_builtins(slo),
             "seed": options.seed,
@@ -100,11 +106,29 @@ def slo_of(options: argparse.Namespace) -> Slo:
     return Slo(ttft_ms=options.slo_ttft_ms, tpot_ms=options.slo_tpot_ms)
 
 
+def controller_of(options: argparse.Namespace) -> ControllerConfig:
+    """Return the controller that the options ask for.
+
+    The limits tell it what loads are measured by; promises that it refuses requests for they are
+    only when asked for.
+    """
+    ttft_ms, tpot_ms = options.slo_ttft_ms, options.slo_tpot_ms
+    return ControllerConfig(
+        policy=options.policy,
+        slo_ttft_ms=ttft_ms if options.admission else None,
+        slo_tpot_ms=tpot_ms if options.admission else None,
+        usual_ttft_ms=ttft_ms,
+        usual_tpot_ms=tpot_ms,
+        max_queued=options.max_queued,
+    )
+
+
 def spec_of(options: argparse.Namespace, cluster: str) -> ServeSpec:
     """Return the cluster of the text `cluster` with everything else from the options."""
     bytes_per_s = 1e9 / 8
     return ServeSpec(
         members=parse_fleet(cluster, options.model, gpus_per_host=options.gpus_per_host),
+        controller=controller_of(options),
         fabric=FabricCost(
             latency_ns=int(options.link_us * 1000),
             span_ns=int(options.span_us * 1000),
@@ -130,7 +154,8 @@ def _parse_fault(text: str, names: set[str]) -> Fault:
     return Fault(name, int(float(at_s) * NS_PER_S), 1 / float(factor) if factor else 0.0)
 
 
-def _write(path: str, text: str) -> None:
+def write_page(path: str, text: str) -> None:
+    """Write a page. Raises: `StartupFailed` when it cannot be written."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,7 +1,19 @@
 """What may be said to `penstock sim`. Parses and explains; `penstock/cli/sim.py` acts."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from penstock.cli.sim_memory import add_memory
+
+POLICIES: Final = (
+    "predicted",
+    "round_robin",
+    "least_loaded",
+    "prefix_aware",
+    "power_of_two",
+    "arrow",
+)
+"""The names of `penstock/control/policies/`, which would take numpy to import."""
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -41,6 +53,44 @@ cluster is one kind of worker, and the answer is how many of it, up to N, carry 
 """
 
 
+_REPLAY_EXAMPLES = """\
+examples:
+  penstock serve --decision-log run.log                  record a run, then
+  penstock replay run.log                                simulate it as it was: how far off is it?
+  penstock replay run.log --cluster 2xprefill,1xdecode   the same load on other workers
+  penstock replay run.log --speed 1.5 --slo-ttft-ms 300  half as many requests again, other limits
+
+Workers are like the recorded ones: step times, links and pauses are fitted to the log. What a
+simulation cannot know is what else the machine did.
+"""
+
+
+def add_replay(commands: "Commands") -> None:
+    """Add `penstock replay`."""
+    parser = commands.add_parser(
+        "replay",
+        help="simulate a recorded run with one thing changed",
+        description="Simulate the run that a decision log recorded, with one thing changed.",
+        epilog=_REPLAY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("log", metavar="LOG", help="what `penstock serve --decision-log LOG` wrote")
+    add("--cluster", metavar="SPEC", help="other workers: 2xprefill,1xdecode")
+    add("--speed", type=_above_zero, default=1.0, metavar="X", help="requests come X times as fast")
+    add("--slo-ttft-ms", type=_above_zero, default=2000.0, metavar="MS", help="default 2000")
+    add("--slo-tpot-ms", type=_above_zero, default=50.0, metavar="MS", help="default 50")
+    add(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="what the recorded workers were started with (default 512)",
+    )
+    add("--report", metavar="FILE", help="write a page with pictures of the simulated run (HTML)")
+    add("--json", action="store_true", help="one JSON object on standard output")
+
+
 def add_sim(commands: "Commands") -> None:
     """Add `penstock sim` and what it can do."""
     parser = commands.add_parser(
@@ -50,6 +100,7 @@ def add_sim(commands: "Commands") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     acts = parser.add_subparsers(dest="act", required=True, metavar="ACT")
+    add_memory(acts)
     serve = _add_act(acts, "serve", "simulate one cluster under one load", _SERVE_EXAMPLES)
     serve.add_argument("--report", metavar="FILE", help="write a page with pictures (HTML)")
     serve.add_argument(
@@ -94,6 +145,7 @@ def _add_act(acts: "Commands", name: str, help_text: str, examples: str) -> argp
     )
     _add_load(parser.add_argument_group("load"))
     _add_cluster(parser.add_argument_group("cluster"))
+    _add_policy(parser.add_argument_group("controller"))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
@@ -114,6 +166,23 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default 0)")
     add("--slo-ttft-ms", type=_above_zero, default=2000.0, metavar="MS", help="default 2000")
     add("--slo-tpot-ms", type=_above_zero, default=50.0, metavar="MS", help="default 50")
+
+
+def _add_policy(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--policy",
+        choices=POLICIES,
+        default="predicted",
+        metavar="NAME",
+        help=f"how workers are chosen: {', '.join(POLICIES)} (default predicted)",
+    )
+    add(
+        "--admission",
+        action="store_true",
+        help="refuse at once what would break the limits, instead of serving it late",
+    )
+    add("--max-queued", type=_positive, default=100_000, metavar="N", help="default 100000")
 
 
 def _add_cluster(group: argparse._ArgumentGroup) -> None:

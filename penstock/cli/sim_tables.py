@@ -1,5 +1,7 @@
 """The figures of simulated runs as tables that fit a terminal of a hundred columns."""
 
+from collections.abc import Callable
+
 from penstock.sim.summary import Slo, Spread, Summary
 from penstock.sim.sweep import Tried, best_at_scale
 
@@ -83,3 +85,19 @@ def _print_tried(tried: list[Tried]) -> None:
             f"{s.ttft_ms.p50:>10,.0f}{s.ttft_ms.p99:>10,.0f}{s.tpot_ms.p50:>10,.1f}"
             f"{s.tpot_ms.p99:>10,.1f}"
         )
+
+
+def print_columns(runs: dict[str, Summary]) -> None:
+    """Print several runs beside each other."""
+    print(f"{'':<18}" + "".join(f"{name:>12}" for name in runs))
+    rows: list[tuple[str, Callable[[Summary], str]]] = [
+        ("TTFT p50, ms", lambda s: f"{s.ttft_ms.p50:,.1f}"),
+        ("TTFT p99, ms", lambda s: f"{s.ttft_ms.p99:,.1f}"),
+        ("TPOT p50, ms", lambda s: f"{s.tpot_ms.p50:,.2f}"),
+        ("TPOT p99, ms", lambda s: f"{s.tpot_ms.p99:,.2f}"),
+        ("E2E p50, ms", lambda s: f"{s.e2e_ms.p50:,.0f}"),
+        ("within limits", lambda s: f"{s.slo_attainment:.1%}"),
+        ("goodput/s", lambda s: f"{s.goodput_per_s:.2f}"),
+    ]
+    for name, value in rows:
+        print(f"{name:<18}" + "".join(f"{value(summary):>12}" for summary in runs.values()))

@@ -1,31 +1,34 @@
 """`Controller`: the core that decides for the cluster.
 
-Owns the table of live requests and of workers that are up. It admits, routes, cancels, retries on
-another worker what a lost one had (with the tokens that the client already got, so the stream goes
-on), and tells the front end how it ended. Sampling depends on seed and position alone, so a
-continued request gets the very tokens it would have got.
+Owns the table of live requests. It admits (`admission.py`), routes (`router.py`), cancels, retries
+on another worker what a lost one had (with the tokens that the client already got, so the stream
+goes on), and tells the front end how it ended. Sampling depends on seed and position alone, so a
+continued request gets the very tokens it would have got. Workers are the fleet's (`fleet.py`); who
+comes and goes is decided in `membership.py`.
 """
 
+from penstock.control import membership
+from penstock.control.admission import Admission
+from penstock.control.audit import audit
+from penstock.control.fleet import Fleet
+from penstock.control.policies import HOLDS_BACK
 from penstock.control.record import RequestRecord, WorkerRecord
-from penstock.control.router import choose
+from penstock.control.router import Router
 from penstock.core.config import ControllerConfig
-from penstock.core.errors import (
-    CapacityExceeded,
-    PenstockError,
-    PromptTooLong,
-    WorkersUnavailable,
-)
+from penstock.core.errors import PenstockError
 from penstock.core.events import (
     Command,
     Drain,
     Event,
     Retire,
     Send,
+    SetRole,
     WakeAt,
     Woken,
     WorkerLost,
     WorkerSuspected,
 )
+from penstock.core.explain import Accuracy, Explanation
 from penstock.core.messages import (
     Assign,
     BlocksChanged,
@@ -34,14 +37,10 @@ from penstock.core.messages import (
     Hello,
     Load,
     Offered,
-    PeerDown,
-    PeerUp,
     RequestFailed,
-    Stop,
     Submit,
     TokenOutput,
     Tokens,
-    WorkerInfo,
 )
 from penstock.core.request import Request, RequestState, Timeline
 from penstock.core.service import ClusterStatus, WorkerStatus
@@ -51,35 +50,40 @@ _QUEUE_KEY = "queue"
 
 
 class Controller:
-    """The core of the cluster. `handle` is the only way in; `refusal` and `status` only look."""
+    """The core of the cluster. `handle` is the only way in; all else only looks."""
 
     def __init__(self, config: ControllerConfig) -> None:
         self.config = config
-        self.workers: dict[WorkerId, WorkerRecord] = {}
+        self.fleet = Fleet(config, is_holding=config.policy in HOLDS_BACK)
+        self.router = Router(config, self.fleet)
+        self.admission = Admission(config, self.fleet, self.router)
         self.requests: dict[RequestId, RequestRecord] = {}
         self._by_wire_id: dict[RequestId, RequestRecord] = {}
-        self._queue: dict[RequestId, RequestRecord] = {}
         self._totals = dict.fromkeys(("arrived", "finished", "aborted", "failed", "retried"), 0)
-        self._is_draining = False
+        self._now_ns = 0
+        self._wakes_ns: int | None = None
+        self._has_room = False
 
     # -------------------------------------------------------------------------------------- queries
 
+    @property
+    def workers(self) -> dict[WorkerId, WorkerRecord]:
+        """The workers that are up, in order of joining."""
+        return self.fleet.workers
+
     def refusal(self, request: Request) -> PenstockError | None:
         """Say why `request` would not be taken now, or None. Changes nothing."""
-        if self._is_draining:
-            return WorkersUnavailable("the server is shutting down")
-        if len(self.requests) >= self.config.max_queued:
-            return CapacityExceeded(
-                f"{len(self.requests)} requests are under way, the most this server takes", 1.0
-            )
-        limits = [w.info.capacity_tokens for w in self.workers.values()]
-        if limits and request.num_tokens + 1 > min(limits):
-            return PromptTooLong(
-                f"the prompt has {request.num_tokens} tokens, a worker's KV cache holds "
-                f"{min(limits)}: serve with more --kv-cache-memory",
-                field="messages",
-            )
-        return None
+        return self.admission.refusal(request, len(self.requests), self._now_ns)
+
+    def explain(self, request_id: RequestId) -> Explanation | None:
+        """Say why a request went where it went, and what came of it; None when nobody knows."""
+        return self.router.explanations.explain(request_id)
+
+    def accuracy(self) -> Accuracy:
+        """Return how good predictions were, as totals since the start."""
+        errors = [w.cost.fit.error for w in self.fleet if w.cost.fit.num_samples]
+        step_error = sum(errors) / len(errors) if errors else 0.0
+        return self.router.explanations.accuracy(step_error, self.fleet.transfers.all_pairs.error)
 
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
@@ -92,14 +96,16 @@ class Controller:
                     load=w.load,
                     is_leaving=w.is_leaving,
                     is_suspected=w.is_suspected,
+                    role=w.role,
+                    is_pinned=w.is_pinned,
                 )
-                for w in self.workers.values()
+                for w in self.fleet
             ),
             queued=states.count(RequestState.QUEUED),
             prefilling=states.count(RequestState.PREFILLING),
             handing_off=states.count(RequestState.HANDING_OFF),
             decoding=states.count(RequestState.DECODING),
-            is_draining=self._is_draining,
+            is_draining=self.admission.is_draining,
             **self._totals,
         )
 
@@ -107,9 +113,13 @@ class Controller:
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """Take one event in; return what to tell workers and the front end."""
+        self._now_ns = now_ns
         commands = self._react(event, now_ns)
-        for worker in [w for w in self.workers.values() if w.is_leaving]:
-            commands += self._dismiss_if_idle(worker)
+        if self._has_room:
+            self._has_room = False
+            commands += self._place_queued(now_ns)
+        if self.fleet.leaving:
+            commands += membership.dismiss(self.fleet, self.requests.values())
         return commands
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
@@ -121,95 +131,116 @@ class Controller:
             case Cancel(request_id=request_id):
                 return self._cancel(request_id)
             case Offered(request_id=wire_id):
-                return self._note_offered(wire_id)
-            case Load(worker_id=worker_id):
-                if worker_id in self.workers:
-                    self.workers[worker_id].load = event
-                return []
-            case BlocksChanged():
-                return []
+                return self._note_offered(wire_id, now_ns)
             case RequestFailed():
                 return self._take_failure(event, now_ns)
             case Expired():
                 return self._take_expired(event, now_ns)
-            case Hello(info=info):
-                return self._welcome(info, now_ns)
-            case WorkerLost():
-                return self._lose(event, now_ns)
-            case WorkerSuspected():
-                return self._suspect(event)
-            case Retire(worker_id=worker_id, epoch=epoch):
-                return self._retire(worker_id, epoch)
-            case Drain():
-                self._is_draining = True
-                return []
             case Woken():
                 return self._expire(now_ns)
+            case Drain():
+                self.admission.is_draining = True
+                return []
+            case _:
+                return self._change_fleet(event, now_ns)
+
+    def _change_fleet(self, event: Event, now_ns: int) -> list[Command]:
+        """Take in what is about a worker, not a request; there may be room now."""
+        commands: list[Command] = []
+        self._has_room = bool(self.admission.queue)
+        match event:
+            case Load():
+                self.fleet.note_load(event)
+            case BlocksChanged():
+                self.fleet.note_blocks(event)
+            case Hello(info=info):
+                commands = membership.welcome(self.fleet, info)
+            case WorkerLost():
+                commands = self._lose(event, now_ns)
+            case WorkerSuspected():
+                membership.suspect(self.fleet, event)
+            case Retire():
+                membership.retire(self.fleet, event)
+            case SetRole():
+                membership.set_role(self.fleet, event)
             case _:
                 raise AssertionError(f"a {type(event).__name__} is not for the controller")
+        return commands
+
+    # ------------------------------------------------------------------------- a request comes in
 
     def _submit(self, request: Request, now_ns: int) -> list[Command]:
         self._totals["arrived"] += 1
         refusal = self.refusal(request)
         if refusal is not None:
             self._totals["failed"] += 1
-            return [Send(FRONT, RequestFailed(request_id=request.request_id, reason=str(refusal)))]
+            failed = RequestFailed(
+                request_id=request.request_id,
+                reason=str(refusal),
+                retry_after_s=getattr(refusal, "retry_after_s", None),
+            )
+            return [Send(FRONT, failed)]
         assert request.request_id not in self.requests, request.request_id
+        commands: list[Command] = []
+        victim = self.admission.victim(request, len(self.requests))
+        if victim is not None:
+            reason = "given up for a more urgent request"
+            commands += self._fail(victim, reason, retry_after_s=1.0)
         record = RequestRecord(request, now_ns)
         self.requests[request.request_id] = record
-        return self._place(record, now_ns)
+        return commands + self._queue(record, now_ns)
+
+    def _queue(self, record: RequestRecord, now_ns: int) -> list[Command]:
+        """Assign a request to workers, or let it wait its turn."""
+        if not self.admission.queue:
+            commands = self._place(record, now_ns)
+            if commands:
+                return commands
+        record.queued_ns = now_ns
+        self.admission.queue.add(record)
+        self._has_room = True
+        return self._wake(now_ns)
+
+    def _place_queued(self, now_ns: int) -> list[Command]:
+        """Assign those that wait, in their turn, until there is no room for the next."""
+        commands: list[Command] = []
+        queue = self.admission.queue
+        while (record := queue.first()) is not None:
+            placed = self._place(record, now_ns)
+            if not placed:
+                break
+            queue.take(record)
+            commands += placed
+        return commands
 
     def _place(self, record: RequestRecord, now_ns: int) -> list[Command]:
-        """Assign a queued request to workers, or keep it queued until one comes up or its time is
-        over.
-        """
-        pair = choose(self._candidates(), record.num_tokens)
-        if pair is None:
-            self._queue[record.request_id] = record
-            record.queued_ns = now_ns
-            return [WakeAt(now_ns + self.config.queue_timeout_ns, _QUEUE_KEY)]
-        self._queue.pop(record.request_id, None)
-        prefill_worker, decode_worker = pair
-        request = record.begin_attempt(self.workers[prefill_worker], self.workers[decode_worker])
+        """Assign a request to workers; nothing when nobody is open."""
+        chosen = self.router.choose(record, now_ns)
+        if chosen is None:
+            return []
+        request = self.router.assign(record, *chosen)
+        prefill, decode = record.prefill, record.decode
+        assert prefill is not None
+        assert decode is not None
         self._by_wire_id[record.wire_id] = record
-        is_alone = prefill_worker == decode_worker
+        is_alone = prefill is decode
         record.move_to(RequestState.DECODING if is_alone else RequestState.PREFILLING)
-        self._count(record, 1)
         timeline = Timeline(
             arrived_ns=record.arrived_ns,
-            prefill_worker=prefill_worker,
+            prefill_worker=prefill.info.worker_id,
             prompt_tokens=len(request.prompt_token_ids),
         )
-        assign = Assign(request=request, decode_worker=decode_worker, timeline=timeline)
-        return [Send(prefill_worker, assign)]
+        assign = Assign(request=request, decode_worker=decode.info.worker_id, timeline=timeline)
+        return [Send(prefill.info.worker_id, assign)]
 
-    def _candidates(self) -> list[WorkerRecord]:
-        """Return the workers that may get a request: those that are heard, if there are any."""
-        staying = [worker for worker in self.workers.values() if not worker.is_leaving]
-        return [worker for worker in staying if not worker.is_suspected] or staying
+    # --------------------------------------------------------------------------- a request goes on
 
-    def _count(self, record: RequestRecord, sign: int) -> None:
-        """Book a request's expected work on its workers, or take it off again (`sign` -1).
-
-        Prefill work is on the books while the state is PREFILLING; KV space on the decode worker
-        from assignment on, with the output that may still come.
-        """
-        prefill, decode = record.prefill, record.decode
-        if prefill is not None and record.state is RequestState.PREFILLING:
-            prefill.prefill_tokens += sign * record.request.num_tokens
-        if decode is not None:
-            expected = record.request.num_tokens + record.request.params.max_tokens
-            decode.decode_tokens += sign * expected
-            decode.num_requests += sign
-        if prefill is not None and prefill is not decode:
-            prefill.num_requests += sign
-
-    def _note_offered(self, wire_id: RequestId) -> list[Command]:
+    def _note_offered(self, wire_id: RequestId, now_ns: int) -> list[Command]:
         record = self._by_wire_id.get(wire_id)
         if record is not None and record.state is RequestState.PREFILLING:
-            assert record.prefill is not None, wire_id
-            record.prefill.prefill_tokens -= record.request.num_tokens
+            self.router.note_prefilled(record, now_ns)
             record.move_to(RequestState.HANDING_OFF)
+            self._has_room = bool(self.admission.queue)
         return []
 
     def _take_tokens(self, event: Tokens, now_ns: int) -> list[Command]:
@@ -223,21 +254,30 @@ class Controller:
                     commands.append(Send(event.worker_id, Cancel(request_id=output.request_id)))
                 continue
             record.output_token_ids += output.token_ids
-            if record.state is not RequestState.DECODING:
-                self._start_decoding(record)
+            if not record.is_decoding:
+                self._start_decoding(record, output, now_ns)
             outputs.append(_under_own_id(record, output))
             if output.finish_reason is not None:
+                self.router.lengths.note(len(record.output_token_ids))
                 self._end(record, RequestState.FINISHED)
         if outputs:
             tokens = Tokens(worker_id=event.worker_id, outputs=tuple(outputs))
             commands.append(Send(FRONT, tokens))
         return commands
 
-    def _start_decoding(self, record: RequestRecord) -> None:
-        """The first token may overtake the prefill worker's word that it has offered."""
+    def _start_decoding(self, record: RequestRecord, output: TokenOutput, now_ns: int) -> None:
+        """Note the first token of an attempt; it may overtake the word that it was offered."""
+        record.is_decoding = True
+        self.router.note_prefilled(record, now_ns)
+        self._has_room = bool(self.admission.queue)
         if record.state is RequestState.PREFILLING:
-            self._note_offered(record.wire_id)
-        record.move_to(RequestState.DECODING)
+            record.move_to(RequestState.HANDING_OFF)
+        if record.state is RequestState.HANDING_OFF:
+            record.move_to(RequestState.DECODING)
+        explanations = self.router.explanations
+        explanations.note_first_token(record.request_id, output.timeline, now_ns)
+
+    # ------------------------------------------------------------------------------ a request ends
 
     def _cancel(self, request_id: RequestId) -> list[Command]:
         record = self.requests.get(request_id)
@@ -253,64 +293,38 @@ class Controller:
         return [Send(worker, cancel) for worker in record.workers if worker in self.workers]
 
     def _end(self, record: RequestRecord, state: RequestState) -> None:
-        self._count(record, -1)
+        self.router.release(record, self._now_ns)
         record.move_to(state)
         self._totals[state.value] += 1
         del self.requests[record.request_id]
         self._by_wire_id.pop(record.wire_id, None)
-        self._queue.pop(record.request_id, None)
+        self.admission.queue.discard(record)
+        self._has_room = bool(self.admission.queue)
+        num_output = len(record.output_token_ids)
+        explanations = self.router.explanations
+        explanations.note_end(record.request_id, state, num_output, self._now_ns)
 
-    # --------------------------------------------------------------------------- workers and faults
+    def _fail(
+        self, record: RequestRecord, reason: str, retry_after_s: float | None = None
+    ) -> list[Command]:
+        self._end(record, RequestState.FAILED)
+        failed = RequestFailed(
+            request_id=record.request_id, reason=reason, retry_after_s=retry_after_s
+        )
+        return [Send(FRONT, failed)]
 
-    def _welcome(self, info: WorkerInfo, now_ns: int) -> list[Command]:
-        """Introduce a new worker and the others to each other, and give it what was queued."""
-        peers = list(self.workers.values())
-        refusal = info.layout.incompatibility(peers[0].info.layout) if peers else None
-        if refusal is not None:
-            return [Send(info.worker_id, Stop(reason=refusal))]
-        self.workers[info.worker_id] = WorkerRecord(info)
-        commands: list[Command] = []
-        for peer in peers:
-            commands.append(Send(peer.info.worker_id, PeerUp(info=info)))
-            commands.append(Send(info.worker_id, PeerUp(info=peer.info)))
-        for record in list(self._queue.values()):
-            commands += self._place(record, now_ns)
-        return commands
+    # --------------------------------------------------------------------------------------- faults
 
     def _lose(self, event: WorkerLost, now_ns: int) -> list[Command]:
         """Forget a dead worker, tell the others, and retry what it had."""
-        worker = self.workers.get(event.worker_id)
-        if worker is None or worker.info.epoch != event.epoch:
+        worker, commands = membership.lose(self.fleet, event)
+        if worker is None:
             return []
-        del self.workers[event.worker_id]
-        down = PeerDown(worker_id=event.worker_id, epoch=event.epoch)
-        commands: list[Command] = [Send(other, down) for other in self.workers]
         reason = f"worker {event.worker_id} was lost ({event.reason})"
         for record in list(self.requests.values()):
             if record.needs(worker):
                 commands += self._retry(record, reason, now_ns)
         return commands
-
-    def _suspect(self, event: WorkerSuspected) -> list[Command]:
-        worker = self.workers.get(event.worker_id)
-        if worker is not None and worker.info.epoch == event.epoch:
-            worker.is_suspected = event.is_suspected
-        return []
-
-    def _retire(self, worker_id: WorkerId, epoch: int) -> list[Command]:
-        worker = self.workers.get(worker_id)
-        if worker is not None and worker.info.epoch == epoch:
-            worker.is_leaving = True
-        return []
-
-    def _dismiss_if_idle(self, worker: WorkerRecord) -> list[Command]:
-        """Let a leaving worker go when no request needs it any more. O(live requests)."""
-        if any(record.needs(worker) for record in self.requests.values()):
-            return []
-        info = worker.info
-        del self.workers[info.worker_id]
-        down = PeerDown(worker_id=info.worker_id, epoch=info.epoch)
-        return [Send(info.worker_id, Stop()), *(Send(other, down) for other in self.workers)]
 
     def _take_failure(self, event: RequestFailed, now_ns: int) -> list[Command]:
         record = self._by_wire_id.get(event.request_id)
@@ -334,36 +348,36 @@ class Controller:
         if record.attempts >= self.config.max_attempts:
             return commands + self._fail(record, f"{reason}; tried {record.attempts} times")
         self._totals["retried"] += 1
-        self._count(record, -1)
+        self.router.release(record, now_ns)
         self._by_wire_id.pop(record.wire_id, None)
         record.prefill = record.decode = None
+        record.is_decoding = False
         record.move_to(RequestState.QUEUED)
-        return commands + self._place(record, now_ns)
-
-    def _fail(self, record: RequestRecord, reason: str) -> list[Command]:
-        self._end(record, RequestState.FAILED)
-        return [Send(FRONT, RequestFailed(request_id=record.request_id, reason=reason))]
+        return commands + self._queue(record, now_ns)
 
     def _expire(self, now_ns: int) -> list[Command]:
-        """Fail what has waited for a worker longer than it may."""
-        oldest_ns = now_ns - self.config.queue_timeout_ns
-        expired = [record for record in self._queue.values() if record.queued_ns <= oldest_ns]
-        return [c for r in expired for c in self._fail(r, "no worker came up in time")]
+        """Fail what has waited longer than it may."""
+        self._wakes_ns = None
+        commands: list[Command] = []
+        for record, reason in list(self.admission.expired(now_ns)):
+            commands += self._fail(record, reason)
+        return commands + (self._wake(now_ns) if self.admission.queue else [])
+
+    def _wake(self, now_ns: int) -> list[Command]:
+        """Ask to be woken for the first wait that may end; one at a time is enough."""
+        at_ns = now_ns + self.config.queue_timeout_ns
+        if self._wakes_ns is not None and self._wakes_ns <= at_ns:
+            return []
+        self._wakes_ns = at_ns
+        return [WakeAt(at_ns, _QUEUE_KEY)]
 
     def check(self) -> None:
         """Assert that the books balance."""
-        totals = self._totals
-        ended = totals["finished"] + totals["aborted"] + totals["failed"]
-        assert totals["arrived"] == ended + len(self.requests), (totals, len(self.requests))
-        for record in self.requests.values():
-            is_queued = record.state is RequestState.QUEUED
-            assert is_queued == (record.request_id in self._queue), record.request_id
-            assert is_queued or self._by_wire_id[record.wire_id] is record, record.request_id
-        assert len(self._by_wire_id) + len(self._queue) == len(self.requests)
-        if not self.requests:
-            for worker in self.workers.values():
-                books = (worker.prefill_tokens, worker.decode_tokens, worker.num_requests)
-                assert books == (0, 0, 0), (worker.info.worker_id, books)
+        assert len(self._by_wire_id) + len(self.admission.queue) == len(self.requests)
+        for wire_id, record in self._by_wire_id.items():
+            assert record.wire_id == wire_id, (wire_id, record.wire_id)
+            assert self.requests[record.request_id] is record, wire_id
+        audit(self._totals, self.requests, self.admission.queue, self.fleet)
         assert len(self.requests) <= self.config.max_queued
 
 

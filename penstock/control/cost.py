@@ -21,7 +21,7 @@ import numpy as np
 
 from penstock.control.fit import Fit, Float64
 from penstock.control.profiles import coefficients_ns
-from penstock.core.messages import PullSample, StepSample
+from penstock.core.step import PullSample, StepSample
 from penstock.core.types import WorkerId
 
 A, B, C, D, E, F = range(6)
@@ -87,6 +87,14 @@ class TransferCosts:
     def __init__(self) -> None:
         self.all_pairs = Fit(TRANSFER_PRIOR_NS)
         self._pairs: OrderedDict[tuple[WorkerId, WorkerId], Fit] = OrderedDict()
+        self._known: dict[tuple[WorkerId, WorkerId], tuple[float, float, float]] = {}
+        self.others = _three(self.all_pairs)
+        """T0, alpha and ns per byte of pairs that have none of their own."""
+
+    @property
+    def num_known(self) -> int:
+        """Number of pairs with a transfer of their own."""
+        return len(self._known)
 
     def learn(self, to: WorkerId, samples: tuple[PullSample, ...]) -> None:
         """Take in pulls that `to` has made. Keeps the `PAIRS_MAX` pairs heard of last."""
@@ -100,23 +108,31 @@ class TransferCosts:
                 fit = self._pairs[pair] = Fit(self.all_pairs.coefficients)
             self._pairs.move_to_end(pair)
             fit.update(row, sample.duration_ns)
+            if fit.num_samples >= OWN_AFTER:
+                self._known[pair] = _three(fit)
             if len(self._pairs) > PAIRS_MAX:
-                self._pairs.popitem(last=False)
+                forgotten, _ = self._pairs.popitem(last=False)
+                self._known.pop(forgotten, None)
+        self.others = _three(self.all_pairs)
 
     def forget(self, worker_id: WorkerId) -> None:
         """Drop what is known of a worker that is gone: its successor may be elsewhere."""
         for pair in [pair for pair in self._pairs if worker_id in pair]:
             del self._pairs[pair]
+            self._known.pop(pair, None)
 
-    def coefficients(self, source: WorkerId, to: WorkerId) -> Float64:
+    def coefficients(self, source: WorkerId, to: WorkerId) -> tuple[float, float, float]:
         """Return T0, alpha and ns per byte from `source` to `to`."""
-        fit = self._pairs.get((source, to))
-        is_known = fit is not None and fit.num_samples >= OWN_AFTER
-        return fit.coefficients if fit is not None and is_known else self.all_pairs.coefficients
+        return self._known.get((source, to), self.others)
 
     def predict_ns(
         self, source: WorkerId, to: WorkerId, num_bytes: float, num_spans: float
     ) -> float:
         """Return the expected time of one transfer."""
-        fixed, per_span, per_byte = self.coefficients(source, to).tolist()
-        return float(fixed + per_span * num_spans + per_byte * num_bytes)
+        fixed, per_span, per_byte = self._known.get((source, to), self.others)
+        return fixed + per_span * num_spans + per_byte * num_bytes
+
+
+def _three(fit: Fit) -> tuple[float, float, float]:
+    fixed, per_span, per_byte = fit.coefficients.tolist()
+    return fixed, per_span, per_byte

@@ -2,37 +2,80 @@
 worker that is up.
 """
 
+from msgspec import structs
+
+from penstock.control.cost import WorkerCost
 from penstock.core.messages import Load, WorkerInfo
 from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState
-from penstock.core.types import RequestId, WorkerId
+from penstock.core.types import RequestId, Role, WorkerId
 
 
 class WorkerRecord:
-    """A worker that is up, and how much of its time is spoken for.
+    """A worker that is up, and how much of its time is spoken for. Whoever changes a book here says
+    so to the fleet (`Fleet.refresh`), which keeps columns of them for the router.
 
-    `prefill_tokens` are tokens assigned to it whose prefill is not known to be done;
-    `decode_tokens` are the KV slots that the requests decoding there, or on their way, take now;
-    `num_requests` counts both. One that is leaving gets nothing new.
+    `slot` is its row there. `role` is a label that may change; it is `is_pinned` when nobody but a
+    person may do so. One that is leaving gets nothing new; one that is suspected gets nothing while
+    there is another.
+
+    `prefill_tokens` are tokens assigned to it whose prefill is not known to be done, `backlog_ns`
+    the time expected for them, `free_at_ns` when it should be through. `decode_tokens` are the KV
+    slots that the requests decoding there, or on their way, take at most, `kv_tokens` what they are
+    expected to, `context_tokens` what they look at; `num_decodes` counts them. `num_requests`
+    counts all.
     """
 
     __slots__ = (
+        "backlog_ns",
+        "context_tokens",
+        "cost",
         "decode_tokens",
+        "free_at_ns",
         "info",
         "is_leaving",
+        "is_pinned",
         "is_suspected",
+        "kv_tokens",
         "load",
+        "num_decodes",
+        "num_prefills",
         "num_requests",
         "prefill_tokens",
+        "role",
+        "slot",
     )
 
-    def __init__(self, info: WorkerInfo) -> None:
+    def __init__(self, info: WorkerInfo, slot: int) -> None:
         self.info = info
-        self.load: Load | None = None
-        self.prefill_tokens = 0
-        self.decode_tokens = 0
-        self.num_requests = 0
+        self.slot = slot
+        self.role: Role = info.role
+        self.is_pinned = False
         self.is_leaving = False
         self.is_suspected = False
+        self.load: Load | None = None
+        self.cost = WorkerCost(info.profile)
+        self.prefill_tokens = 0
+        self.num_prefills = 0
+        self.backlog_ns = 0.0
+        self.free_at_ns = 0.0
+        self.decode_tokens = 0
+        self.num_decodes = 0
+        self.context_tokens = 0
+        self.kv_tokens = 0
+        self.num_requests = 0
+
+
+class Booking:
+    """What one attempt of a request has put on its workers' books; taken off as it was put on."""
+
+    __slots__ = ("context_tokens", "decode_tokens", "is_prefilling", "kv_tokens", "prefill_ns")
+
+    def __init__(self, prefill_ns: float, decode_tokens: int, kv_tokens: int, context: int) -> None:
+        self.prefill_ns = prefill_ns
+        self.decode_tokens = decode_tokens
+        self.kv_tokens = kv_tokens
+        self.context_tokens = context
+        self.is_prefilling = True
 
 
 class RequestRecord:
@@ -48,7 +91,9 @@ class RequestRecord:
     __slots__ = (
         "arrived_ns",
         "attempts",
+        "booking",
         "decode",
+        "is_decoding",
         "output_token_ids",
         "prefill",
         "queued_ns",
@@ -63,9 +108,12 @@ class RequestRecord:
         self.wire_id = request.request_id
         self.arrived_ns = request.arrived_ns or now_ns
         self.queued_ns = now_ns
+        self.is_decoding = False
+        """True from the first token of the attempt on."""
         self.attempts = 0
         self.prefill: WorkerRecord | None = None
         self.decode: WorkerRecord | None = None
+        self.booking: Booking | None = None
         self.output_token_ids: list[int] = []
 
     @property
@@ -78,6 +126,11 @@ class RequestRecord:
         """The workers that hold something of this request."""
         pair = (self.prefill, self.decode)
         return tuple(dict.fromkeys(w.info.worker_id for w in pair if w is not None))
+
+    @property
+    def holders(self) -> tuple[WorkerRecord, ...]:
+        """The incarnations on whose books it is."""
+        return tuple(w for w in (self.prefill, self.decode) if w is not None)
 
     def needs(self, worker: WorkerRecord) -> bool:
         """True while this request could not go on without that worker."""
@@ -102,13 +155,6 @@ class RequestRecord:
         self.prefill, self.decode = prefill, decode
         if not self.output_token_ids and self.wire_id == self.request_id:
             return self.request
-        original = self.request
-        return Request(
-            request_id=self.wire_id,
-            prompt_token_ids=original.prompt_token_ids,
-            params=original.params,
-            output_token_ids=tuple(self.output_token_ids),
-            cache_salt=original.cache_salt,
-            priority=original.priority,
-            arrived_ns=original.arrived_ns,
+        return structs.replace(
+            self.request, request_id=self.wire_id, output_token_ids=tuple(self.output_token_ids)
         )

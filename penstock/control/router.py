@@ -1,47 +1,159 @@
-"""Choose the workers of a request: a prefill and a decode worker, or one that does both.
+"""`Router`: puts requests to the policy, books what it chooses, and remembers why.
 
-Pure functions over `WorkerRecord`s. The rule is the least work already assigned, in tokens; ties go
-to the worker that joined first. One worker serves alone when there is no prefill to hand off (a
-prompt of one token), when the cluster has workers of both roles and the mixed one is less busy, or
-when one of the two roles has nobody left.
+It owns the count of placements and the expected lengths of answers. Which rule chooses is the
+policy's affair (`control/policies/`), who is up and how busy is the fleet's.
 """
 
-from collections.abc import Iterable
+from hashlib import blake2b
 
-from penstock.control.record import WorkerRecord
-from penstock.core.types import Role, WorkerId
+from penstock.control.explain import Decision, Explanations
+from penstock.control.fleet import CLOSED, Fleet
+from penstock.control.lengths import OutputLengths
+from penstock.control.policies import POLICIES, USES_PREFIXES, Ask, Choice
+from penstock.control.policies.policy import predict
+from penstock.control.record import Booking, RequestRecord, WorkerRecord
+from penstock.core.config import ControllerConfig
+from penstock.core.errors import StartupFailed
+from penstock.core.request import Request
+from penstock.core.types import NS_PER_MS, RequestId
 
 
-def choose(workers: Iterable[WorkerRecord], num_tokens: int) -> tuple[WorkerId, WorkerId] | None:
-    """Return (prefill worker, decode worker), equal when one serves alone, or None when nobody is
-    up.
+class Router:
+    """From a request to its workers.
 
-    `num_tokens` counts prompt and output so far. O(workers).
+    Raises: `StartupFailed` for a policy that there is not.
     """
-    by_role: dict[Role, list[WorkerRecord]] = {role: [] for role in Role}
-    for worker in workers:
-        by_role[worker.info.role].append(worker)
-    mixed = min(by_role[Role.MIXED], key=_busy_tokens, default=None)
-    prefill = min(by_role[Role.PREFILL], key=_prefill_tokens, default=None)
-    decode = min(by_role[Role.DECODE], key=_decode_tokens, default=None)
-    if prefill is None or decode is None:
-        # A role is a label: with one of the two gone, whoever is left does both.
-        alone = mixed or prefill or decode
-        return (alone.info.worker_id, alone.info.worker_id) if alone else None
-    if mixed is not None and _busy_tokens(mixed) < _prefill_tokens(prefill):
-        return mixed.info.worker_id, mixed.info.worker_id
-    if num_tokens == 1:
-        return decode.info.worker_id, decode.info.worker_id
-    return prefill.info.worker_id, decode.info.worker_id
+
+    def __init__(self, config: ControllerConfig, fleet: Fleet) -> None:
+        self.lengths = OutputLengths()
+        self.explanations = Explanations()
+        self._config = config
+        self._fleet = fleet
+        if config.policy not in POLICIES:
+            known = ", ".join(POLICIES)
+            raise StartupFailed(f"--policy: {config.policy!r} is none of {known}")
+        self._choose = POLICIES[config.policy]
+        self._uses_prefixes = config.policy in USES_PREFIXES
+        self._num_placed = 0
+
+    def choose(self, record: RequestRecord, now_ns: int) -> tuple[Ask, Choice] | None:
+        """Return what was asked and chosen, or None when nobody is open. Changes no book."""
+        if not self._fleet.workers:
+            return None
+        ask = self._ask(record.request, record.output_token_ids, now_ns)
+        choice = self._choose(self._fleet, ask)
+        return None if choice is None else (ask, choice)
+
+    def expected_ttft_ns(self, request: Request, now_ns: int) -> float | None:
+        """Return what a request that came now would see; None when nobody is open."""
+        if not self._fleet.workers:
+            return None
+        ask = self._ask(request, [], now_ns)
+        choice = self._choose(self._fleet, ask)
+        if choice is None:
+            return None
+        return predict(self._fleet, ask, choice.prefill, choice.decode).ttft_ns
+
+    def assign(self, record: RequestRecord, ask: Ask, choice: Choice) -> Request:
+        """Book a choice and begin the attempt; return the request to send."""
+        fleet = self._fleet
+        self._num_placed += 1
+        prediction = predict(fleet, ask, choice.prefill, choice.decode)
+        prefill, decode = fleet.at(choice.prefill), fleet.at(choice.decode)
+        request = record.begin_attempt(prefill, decode)
+        record.booking = Booking(
+            prediction.prefill_ns,
+            decode_tokens=record.request.num_tokens + record.request.params.max_tokens,
+            kv_tokens=ask.num_tokens + ask.expected_output_tokens,
+            context=ask.num_tokens + ask.expected_output_tokens // 2,
+        )
+        self._book(record.booking, record, prefill, decode, ask.now_ns)
+        self.explanations.note(
+            Decision(
+                record.request_id,
+                self._config.policy,
+                record.attempts,
+                record.arrived_ns,
+                ask,
+                choice,
+                fleet.names,
+                prediction,
+            )
+        )
+        return request
+
+    def note_prefilled(self, record: RequestRecord, now_ns: int) -> None:
+        """Take a prefill that is done off its worker's books."""
+        booking, worker = record.booking, record.prefill
+        if booking is None or worker is None or not booking.is_prefilling:
+            return
+        booking.is_prefilling = False
+        worker.num_prefills -= 1
+        worker.prefill_tokens -= record.request.num_tokens
+        worker.backlog_ns = worker.backlog_ns - booking.prefill_ns if worker.num_prefills else 0.0
+        worker.free_at_ns = now_ns + worker.backlog_ns
+        self._fleet.refresh(worker)
+
+    def release(self, record: RequestRecord, now_ns: int) -> None:
+        """Take all that a request has booked off again: it is over, or begins anew."""
+        booking, prefill, decode = record.booking, record.prefill, record.decode
+        if booking is None or prefill is None or decode is None:
+            return
+        self.note_prefilled(record, now_ns)
+        record.booking = None
+        decode.num_decodes -= 1
+        decode.decode_tokens -= booking.decode_tokens
+        decode.kv_tokens -= booking.kv_tokens
+        decode.context_tokens -= booking.context_tokens
+        decode.num_requests -= 1
+        if prefill is not decode:
+            prefill.num_requests -= 1
+        self._fleet.refresh(decode)
+
+    def _book(
+        self,
+        booking: Booking,
+        record: RequestRecord,
+        prefill: WorkerRecord,
+        decode: WorkerRecord,
+        now_ns: int,
+    ) -> None:
+        prefill.num_prefills += 1
+        prefill.prefill_tokens += record.request.num_tokens
+        prefill.backlog_ns += booking.prefill_ns
+        prefill.free_at_ns = max(prefill.free_at_ns, now_ns) + booking.prefill_ns
+        prefill.num_requests += prefill is not decode
+        decode.num_decodes += 1
+        decode.decode_tokens += booking.decode_tokens
+        decode.kv_tokens += booking.kv_tokens
+        decode.context_tokens += booking.context_tokens
+        decode.num_requests += 1
+        self._fleet.refresh(prefill)
+        if decode is not prefill:
+            self._fleet.refresh(decode)
+
+    def _ask(self, request: Request, output_token_ids: list[int], now_ns: int) -> Ask:
+        config = self._config
+        cached = None
+        if self._uses_prefixes and self._fleet.index.num_blocks:
+            token_ids = request.prompt_token_ids + tuple(output_token_ids)
+            cached = self._fleet.cached_tokens(token_ids, request.cache_salt)
+        slo_ttft_ms = request.slo_ttft_ms or config.slo_ttft_ms
+        slo_tpot_ms = request.slo_tpot_ms or config.slo_tpot_ms
+        num_output = len(output_token_ids)
+        return Ask(
+            num_tokens=len(request.prompt_token_ids) + num_output,
+            expected_output_tokens=self.lengths.expect(request.params.max_tokens - num_output),
+            cached_tokens=cached,
+            draw=_draw(request.request_id),
+            turn=self._num_placed,
+            now_ns=now_ns,
+            slo_ttft_ns=(slo_ttft_ms or config.usual_ttft_ms) * NS_PER_MS,
+            slo_tpot_ns=(slo_tpot_ms or config.usual_tpot_ms) * NS_PER_MS,
+            tpot_bound_ns=slo_tpot_ms * NS_PER_MS if slo_tpot_ms else CLOSED,
+        )
 
 
-def _prefill_tokens(worker: WorkerRecord) -> int:
-    return worker.prefill_tokens
-
-
-def _decode_tokens(worker: WorkerRecord) -> int:
-    return worker.decode_tokens
-
-
-def _busy_tokens(worker: WorkerRecord) -> int:
-    return worker.prefill_tokens + worker.decode_tokens
+def _draw(request_id: RequestId) -> int:
+    """Return 64 bits that look random and are the same in every run."""
+    return int.from_bytes(blake2b(request_id.encode(), digest_size=8).digest(), "little")

@@ -81,12 +81,26 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
     """What the controller core needs to know.
 
     A lost worker's requests are retried `max_attempts - 1` times. `queue_timeout_ns` bounds the
-    wait for a first worker.
+    wait for a first worker, `wait_timeout_ns` that for room on one. `policy` chooses the workers of
+    a request (`penstock/control/policies/`). A prefill worker is given requests until it has
+    `admit_backlog_ms` of prefills ahead; the others wait at the controller.
+
+    `slo_ttft_ms` and `slo_tpot_ms` are promises: what would break them by more than `slo_slack`
+    times is refused, or waits. A request may bring its own. Where there is none, `usual_ttft_ms`
+    and `usual_tpot_ms` say what loads are measured by, and nobody is refused for being late.
     """
 
     max_queued: int = 4096
     max_attempts: int = 3
     queue_timeout_ns: int = 30 * NS_PER_S
+    wait_timeout_ns: int = 600 * NS_PER_S
+    policy: str = "least_loaded"
+    admit_backlog_ms: float = 250.0
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    slo_slack: float = 1.0
+    usual_ttft_ms: float = 1000.0
+    usual_tpot_ms: float = 100.0
 
 
 def _require(is_valid: bool, flag: str, value: object) -> None:

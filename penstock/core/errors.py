@@ -3,7 +3,8 @@
 PenstockError
 ├── BadRequest            it can never succeed as it stands; `field` says what to change
 │   ├── PromptTooLong     shorten the prompt or serve with a larger --max-model-len
-│   └── UnknownModel      ask for one of the served models
+│   ├── UnknownModel      ask for one of the served models
+│   └── UnknownWorker     ask for one of the workers that are up
 ├── Unauthorized          send the API key
 ├── CapacityExceeded      come back after `retry_after_s`
 ├── WorkersUnavailable    nobody can take the request: the cluster is starting, draining or dead
@@ -39,6 +40,10 @@ class PromptTooLong(BadRequest):
 
 class UnknownModel(BadRequest):
     """The named model is not served here."""
+
+
+class UnknownWorker(BadRequest):
+    """The named worker is not part of this cluster."""
 
 
 class Unauthorized(PenstockError):

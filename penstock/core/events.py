@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from penstock.core.messages import GroupBlocks, Message
 from penstock.core.step import Sampled, Step
-from penstock.core.types import BlockId, Digest, RequestId, WorkerId
+from penstock.core.types import BlockId, Digest, RequestId, Role, WorkerId
 
 # ------------------------------------------------------------------------------------- local events
 
@@ -38,6 +38,16 @@ class Retire(Struct, frozen=True, tag=True):
     epoch: int
 
 
+class SetRole(Struct, frozen=True, tag=True, kw_only=True):
+    """Give a worker another role, from the next assignment on; None leaves the one it has.
+    `is_pinned`: from now on nobody but a further `SetRole` changes it.
+    """
+
+    worker_id: WorkerId
+    role: Role | None
+    is_pinned: bool = True
+
+
 class Drain(Struct, frozen=True, tag=True):
     """Take no new request; finish what is under way."""
 
@@ -62,6 +72,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
 
     `is_corrupt`: it landed, but a digest is not that of the offer. `is_stale`: a block had been
     handed out anew at the source before it was read to the end; then there is an error as well.
+    `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`).
     """
 
     move_id: int
@@ -73,6 +84,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     error: str | None = None
     is_corrupt: bool = False
     is_stale: bool = False
+    digests: tuple[tuple[Digest, ...], ...] = ()
 
 
 class Woken(Struct, frozen=True, tag=True):
@@ -165,5 +177,7 @@ class WakeAt(Struct, frozen=True, tag=True):
     key: str
 
 
-Event = Message | WorkerLost | WorkerSuspected | Retire | Drain | StepDone | MoveDone | Woken
+Event = (
+    Message | WorkerLost | WorkerSuspected | Retire | SetRole | Drain | StepDone | MoveDone | Woken
+)
 Command = Send | RunStep | SubmitMove | WakeAt

@@ -22,7 +22,7 @@ from msgspec.msgpack import Decoder, Encoder
 from penstock.core.block import KVLayout
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
-from penstock.core.step import TokenLogprobs
+from penstock.core.step import PullSample, StepSample, TokenLogprobs
 from penstock.core.types import (
     BlockHash,
     BlockId,
@@ -98,30 +98,6 @@ class GroupBlocks(Struct, frozen=True, array_like=True):
     block_ids: tuple[BlockId, ...]
     digests: tuple[Digest, ...] = ()
     generations: tuple[int, ...] = ()
-
-
-class StepSample(Struct, frozen=True, array_like=True):
-    """What one step had to do, and how long it took.
-
-    `prefill_tokens` are new tokens of sequences that got more than one, `prefill_work` the sum over
-    those of S^2 + 2 * S * P (S new tokens behind P). The others got one token each and look at
-    `context_tokens` in all.
-    """
-
-    prefill_tokens: int
-    prefill_work: int
-    decodes: int
-    context_tokens: int
-    duration_ns: int
-
-
-class PullSample(Struct, frozen=True, array_like=True):
-    """How long one pull from `source` took."""
-
-    source: WorkerId
-    num_bytes: int
-    num_spans: int
-    duration_ns: int
 
 
 class GrantedBlocks(Struct, frozen=True, array_like=True):
@@ -261,12 +237,17 @@ class Expired(Tagged, frozen=True):
 
 
 class RequestFailed(Tagged, frozen=True):
-    """This request cannot go on here. `is_retryable`: another worker may succeed."""
+    """This request cannot go on here. `is_retryable`: another worker may succeed.
+
+    `retry_after_s` is set when it was given up because the cluster is too busy, not because of
+    itself: the client may come again after that time.
+    """
 
     request_id: RequestId
     reason: str
     is_retryable: bool = False
     worker_id: WorkerId = WorkerId("")
+    retry_after_s: float | None = None
 
 
 class Offer(Tagged, frozen=True):
@@ -343,10 +324,14 @@ class Grant(Tagged, frozen=True):
 
 
 class Release(Tagged, frozen=True):
-    """The offered blocks are not needed any more: pulled, or not wanted."""
+    """The offered blocks are not needed any more: pulled, or not wanted.
+
+    `is_spoiled`: what was read of them was wrong every time, so they may be wrong where they lie.
+    """
 
     request_id: RequestId
     worker_id: WorkerId
+    is_spoiled: bool = False
 
 
 Message = (

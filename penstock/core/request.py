@@ -58,7 +58,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `output_token_ids` is not empty when the request is continued after a preemption, a migration or
     a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
-    cache.
+    cache. A lower `priority` is more urgent; requests of one `fairness_key` share what keys are
+    given in turn. The SLOs, in ms, are those of the cluster where there are none.
     """
 
     request_id: RequestId
@@ -68,6 +69,9 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: str = ""
     priority: int = 0
     arrived_ns: int = 0
+    fairness_key: str = ""
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
 
     @property
     def num_tokens(self) -> int:

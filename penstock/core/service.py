@@ -16,7 +16,7 @@ from penstock.core.messages import (
     WorkerInfo,
 )
 from penstock.core.request import Request
-from penstock.core.types import RequestId
+from penstock.core.types import RequestId, Role, WorkerId
 
 Sink = Callable[[TokenOutput | RequestFailed], None]
 """Called on the event loop's thread with every piece of one request; the last one has a finish
@@ -27,7 +27,8 @@ reason or is a failure.
 class WorkerStatus(Struct, frozen=True, kw_only=True):
     """A worker as the controller sees it. `load` is None until its first report.
 
-    One that is leaving gets nothing new; one that is suspected has been silent for a while.
+    One that is leaving gets nothing new; one that is suspected has been silent for a while. `role`
+    is the label it has now, which may not be the one it came with.
     """
 
     info: WorkerInfo
@@ -35,6 +36,8 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     load: Load | None = None
     is_leaving: bool = False
     is_suspected: bool = False
+    role: Role | None = None
+    is_pinned: bool = False
 
 
 class ClusterStatus(Struct, frozen=True, kw_only=True):
@@ -73,3 +76,25 @@ class Service(Protocol):
 
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
+
+
+class Administration(Protocol):
+    """A cluster whose workers can be changed while it serves. Calls are as those of `Service`."""
+
+    def start_workers(self, role: Role, count: int) -> tuple[WorkerId, ...]:
+        """Start more workers on this host; they serve when they are up.
+
+        Raises: `WorkersUnavailable` while the model loads, `BadRequest` for a number that is none.
+        """
+
+    def retire_worker(self, worker_id: WorkerId) -> None:
+        """Give a worker nothing new, and end it when it has finished what it has.
+
+        Raises: `UnknownWorker`.
+        """
+
+    def set_role(self, worker_id: WorkerId, role: Role | None, *, is_pinned: bool) -> Role:
+        """Change a worker's role from its next request on (None: keep it); return the old one.
+
+        Raises: `UnknownWorker`.
+        """

@@ -1,4 +1,5 @@
-"""One model step as plain data: what a worker asks of its executor, and what comes back.
+"""One model step as plain data: what a worker asks of its executor, what comes back, and how long
+it took.
 
 The worker core builds it, the executor port runs it, neither keeps anything for the other: an
 executor has no per-request state, so a request may appear on any worker at any step.
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from penstock.core.request import SamplingParams
-from penstock.core.types import BlockId
+from penstock.core.types import BlockId, WorkerId
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -71,3 +72,27 @@ class Sampled(Struct, frozen=True, array_like=True):
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+class StepSample(Struct, frozen=True, array_like=True):
+    """What one step had to do, and how long it took.
+
+    `prefill_tokens` are new tokens of sequences that got more than one, `prefill_work` the sum over
+    those of S^2 + 2 * S * P (S new tokens behind P). The others got one token each and look at
+    `context_tokens` in all.
+    """
+
+    prefill_tokens: int
+    prefill_work: int
+    decodes: int
+    context_tokens: int
+    duration_ns: int
+
+
+class PullSample(Struct, frozen=True, array_like=True):
+    """How long one pull from `source` took."""
+
+    source: WorkerId
+    num_bytes: int
+    num_spans: int
+    duration_ns: int

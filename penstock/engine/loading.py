@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -90,6 +91,32 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
             forward=forward,
             kernels=loading.kernels(loading.dtype),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """What is known of a model without its weights."""
+
+    folder: Path
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+def describe_model(config: EngineConfig) -> ModelDescription:
+    """Read what a model's folder says of it, and no weights.
+
+    Raises: `StartupFailed` when there is no such model, or its kind is not supported.
+    """
+    folder = find_folder(config)
+    hf_config = read_config(folder, config)
+    text: Any = hf_config.get_text_config()
+    return ModelDescription(
+        folder=folder,
+        vocab_size=text.vocab_size,
+        max_model_len=_max_model_len(config, text),
+        eos_token_ids=read_eos_token_ids(folder, hf_config),
+    )
 
 
 @dataclass(slots=True, kw_only=True)

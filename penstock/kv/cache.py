@@ -151,6 +151,12 @@ class KVCache:
             group.pool.release(held.held_ids)
         self._tables.give_row(holding.row)
 
+    def disown(self, request_id: RequestId) -> None:
+        """Drop the names of all blocks that the request holds: their content may be wrong."""
+        holding = self._holdings[request_id]
+        for group, held in zip(self.groups, holding.groups, strict=True):
+            group.pool.prefix_cache.unname(held.held_ids)
+
     # --- hand-off
 
     def offer(

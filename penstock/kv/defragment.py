@@ -7,7 +7,8 @@ one stretch into short segments elsewhere; what they leave behind is one long se
     before   |held|free free|kept|free free free|held|free|held|
     after    |held|free free free free free free|held|kept|held|
 
-Only blocks without content are written: a spare one, which still has its name, may yet be hit.
+Blocks without content are written, and, if that is allowed, spare ones, which may be overwritten
+at any moment but until then could be hit: a full cache has few others.
 It reads a pool and changes nothing. An idle worker asks for a plan, has the pool pin and reserve
 (`BlockPool.begin_relocation`), the bytes copied, and the names moved (`end_relocation`).
 """
@@ -15,12 +16,15 @@ It reads a pool and changes nothing. An idle worker asks for a plan, has the poo
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from penstock.core.block import BlockState
 from penstock.core.types import BlockId
 from penstock.kv.allocator import split_runs
 from penstock.kv.pool import BlockPool, Relocation
+
+Segment = tuple[int, int]
+"""First block and length of blocks that may be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,100 +40,137 @@ class _Stretch:
         return self.end - self.start
 
 
-def plan_relocation(pool: BlockPool, moves_max: int, *, wanted: int) -> list[Relocation]:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What `plan_relocation` was asked."""
+
+    pool: BlockPool
+    moves_max: int
+    wanted: int
+    may_evict: bool
+
+    def is_room(self, block_id: BlockId) -> bool:
+        """Tell whether a cached block may be moved here."""
+        if self.pool.state(block_id) is BlockState.FREE:
+            return True
+        return self.may_evict and self.pool.prefix_cache.is_spare(block_id)
+
+
+def plan_relocation(
+    pool: BlockPool, moves_max: int, *, wanted: int, may_evict: bool = False
+) -> list[Relocation]:
     """Choose up to `moves_max` moves that make the longest free run as long as can be.
 
-    Nothing when it has `wanted` blocks already, or no move makes it longer; no more moves than it
-    takes to reach `wanted`. Every plan that is carried out leaves a longer run, so that plans come
-    to an end. With s segments O(s * moves_max) at most, and far less in a pool that is full.
+    Nothing when it has `wanted` blocks already, or no move makes it longer; no more than `wanted`,
+    with few moves rather than the fewest. With `may_evict` spare blocks may be written, and lose
+    their names to it. Every plan that is carried out leaves a longer run, so that plans come to an
+    end. With s segments O(s * moves_max) and a look at each block that may be written.
     """
     segments = pool.allocator.segments()
     longest = pool.allocator.largest_free
-    if len(segments) < 2 or longest >= wanted:
+    if not segments or longest >= wanted:
         return []
-    best = _best_stretch(pool, segments, moves_max, wanted)
-    if best is None or min(best.length, wanted) <= longest:
+    task = _Task(pool, moves_max, wanted, may_evict)
+    best = _best_stretch(task, segments)
+    if min(best.length, wanted) <= longest:
         return []
     kept = [
         BlockId(block_id)
         for block_id in range(best.start, best.end)
         if pool.can_relocate(BlockId(block_id))
     ]
-    empty = (b for segment in segments for b in _empty(pool, segment))
-    return _place(kept, list(split_runs(b for b in empty if not best.start <= b < best.end)))
+    room = (b for segment in segments for b in _room(task, segment))
+    return _place(kept, list(split_runs(b for b in room if not best.start <= b < best.end)))
 
 
-def _empty(pool: BlockPool, segment: tuple[int, int]) -> list[BlockId]:
-    """Return the blocks of a segment that have no content; `segment` is (first block, length)."""
+def _room(task: _Task, segment: Segment) -> list[BlockId]:
+    """Return the blocks of a segment that cached ones may be moved to."""
     start, length = segment
-    blocks = map(BlockId, range(start, start + length))
-    return [block_id for block_id in blocks if not pool.prefix_cache.is_indexed(block_id)]
+    return [b for b in map(BlockId, range(start, start + length)) if task.is_room(b)]
 
 
-def _best_stretch(
-    pool: BlockPool, segments: list[tuple[int, int]], moves_max: int, wanted: int
-) -> _Stretch | None:
-    """Return the longest stretch that `moves_max` moves can free, the cheapest of those that reach
-    `wanted`; None when there is none.
+def _best_stretch(task: _Task, segments: list[Segment]) -> _Stretch:
+    """Return the longest stretch that the moves can free; a cheap one where several are as long as
+    wanted.
 
-    Two pointers over the segments: a stretch that costs too much costs too much with one more.
+    Two pointers over the segments: one more segment never makes a stretch shorter, and what costs
+    too much, or is long enough, is so with one more.
     """
-    empty = [len(_empty(pool, segment)) for segment in segments]
-    total = sum(empty)
-    barriers = _barriers(pool, segments, moves_max)
-    best: _Stretch | None = None
-    first = cost = inside = 0
-    for last, (start, length) in enumerate(segments):
-        before = barriers[last - 1] if last else None
-        if before is None:
-            first, cost, inside = last, 0, 0
-        else:
-            cost += before
-        inside += empty[last]
-        while cost > min(moves_max, total - inside):
-            cost -= barriers[first] or 0
-            inside -= empty[first]
+    barriers = _barriers(task, segments)
+    kept_before = list(accumulate((n or 0 for n in barriers), initial=0))
+    room_before = list(accumulate((len(_room(task, s)) for s in segments), initial=0))
+
+    def between(first: int, last: int) -> tuple[_Stretch | None, int]:
+        cost = kept_before[last] - kept_before[first]
+        room = room_before[-1] - (room_before[last + 1] - room_before[first])
+        if cost > task.moves_max:
+            return None, room
+        return _trimmed(task, segments[first], segments[last], cost, room), room
+
+    candidates = []
+    first = 0
+    for last in range(len(segments)):
+        if last and barriers[last - 1] is None:
+            first = last
+        stretch, room = between(first, last)
+        while stretch is None:
             first += 1
-        stretch = _Stretch(segments[first][0], start + length, cost)
-        stretch = _widen(pool, stretch, moves_max, total - inside, wanted)
-        if best is None or _worth(stretch, wanted) > _worth(best, wanted):
-            best = stretch
-    return best
+            stretch, room = between(first, last)
+        while first < last:
+            shorter, room_of_shorter = between(first + 1, last)
+            if shorter is None or shorter.length < task.wanted:
+                break
+            stretch, room, first = shorter, room_of_shorter, first + 1
+        # What was trimmed is room that is spoken for.
+        room = max(room, stretch.num_kept)
+        candidates.append(_widen(task, stretch, room))
+    return max(candidates, key=lambda found: (min(found.length, task.wanted), -found.num_kept))
 
 
-def _worth(stretch: _Stretch, wanted: int) -> tuple[int, int]:
-    return min(stretch.length, wanted), -stretch.num_kept
+def _trimmed(task: _Task, first: Segment, last: Segment, cost: int, room: int) -> _Stretch | None:
+    """Return the stretch from one segment to another, less as much of their outer ends as its
+    `cost` cached blocks need beyond the `room` elsewhere; None when that is not enough.
+    """
+    start, end = first[0], last[0] + last[1]
+    lacking = cost - room
+    while lacking > 0 and end > last[0]:
+        end -= 1
+        lacking -= task.is_room(BlockId(end))
+    while lacking > 0 and start < first[0] + first[1]:
+        lacking -= task.is_room(BlockId(start))
+        start += 1
+    return _Stretch(start, end, cost) if lacking <= 0 else None
 
 
-def _barriers(pool: BlockPool, segments: list[tuple[int, int]], moves_max: int) -> list[int | None]:
+def _barriers(task: _Task, segments: list[Segment]) -> list[int | None]:
     """Return how many blocks stand behind each segment before the next; None when they may not, or
     are too many to, be moved.
     """
     barriers: list[int | None] = []
     for (start, length), (following, _) in pairwise(segments):
         between = range(start + length, following)
-        is_open = len(between) <= moves_max and all(
-            pool.can_relocate(BlockId(block_id)) for block_id in between
+        is_open = len(between) <= task.moves_max and all(
+            task.pool.can_relocate(BlockId(block_id)) for block_id in between
         )
         barriers.append(len(between) if is_open else None)
     return [*barriers, None]
 
 
-def _widen(pool: BlockPool, stretch: _Stretch, moves_max: int, room: int, wanted: int) -> _Stretch:
-    """Take in blocks behind and before a stretch, up to `wanted`, while what has to move finds one
-    of `room` empty blocks elsewhere; an empty block that is taken in is none of them any more.
+def _widen(task: _Task, stretch: _Stretch, room: int) -> _Stretch:
+    """Take in blocks behind and before a stretch, until it is as long as wanted, while what has to
+    move finds one of `room` places elsewhere; a place that is taken in is none of them any more.
     """
-    start, end, cost = stretch.start, stretch.end, stretch.num_kept
+    pool, cost = task.pool, stretch.num_kept
+    start, end = stretch.start, stretch.end
 
     def takes(block_id: BlockId) -> bool:
         nonlocal cost, room
-        is_kept = pool.can_relocate(block_id)
-        is_empty = pool.state(block_id) is BlockState.FREE
-        if not (is_kept or is_empty or pool.prefix_cache.is_spare(block_id)):
+        is_kept, is_room = pool.can_relocate(block_id), task.is_room(block_id)
+        if not (is_kept or is_room or pool.prefix_cache.is_spare(block_id)):
             return False
-        if cost + is_kept > min(moves_max, room - is_empty) or end - start >= wanted:
+        if cost + is_kept > min(task.moves_max, room - is_room) or end - start >= task.wanted:
             return False
-        cost, room = cost + is_kept, room - is_empty
+        cost, room = cost + is_kept, room - is_room
         return True
 
     while end < pool.num_blocks and takes(BlockId(end)):
@@ -139,11 +180,11 @@ def _widen(pool: BlockPool, stretch: _Stretch, moves_max: int, room: int, wanted
     return _Stretch(start, end, cost)
 
 
-def _place(kept: Iterable[BlockId], room: list[tuple[int, int]]) -> list[Relocation]:
+def _place(kept: Iterable[BlockId], room: list[Segment]) -> list[Relocation]:
     """Give each run of cached blocks the tightest segment that takes it whole.
 
     So what was adjacent stays adjacent, and a prompt that hits it later crosses in as few spans. A
-    run that fits nowhere takes the longest segments whole. `room` has (first block, length) each.
+    run that fits nowhere takes the longest segments whole.
     """
     by_length = sorted((length, start) for start, length in room)
     relocations: list[Relocation] = []

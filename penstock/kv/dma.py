@@ -1,13 +1,14 @@
 """DMA scheduler: which transfer goes next on each link.
 
-A queue per link. Classes in order hand-off, onboard, prefetch, offload; the earliest deadline first
-within a class. So that a lower class does not starve, it earns a share of every byte that others
-are given while it waits, and goes first when it has earned its head. Waiting transfers of the same
-class that are adjacent at both ends of a link ride in one descriptor and pay its latency once.
+A queue per link. Classes in order hand-off, onboard, prefetch, offload, relocate; the earliest
+deadline first within a class. So that a lower class does not starve, it earns a share of every byte
+that others are given while it waits, and goes first when it has earned its head. Waiting transfers
+of the same class that are adjacent at both ends of a link ride in one descriptor and pay its
+latency once.
 
 A transfer waits, moves, and is gone; it can be cancelled or promoted while it waits, not after.
 Links are fed with at most `num_queues` descriptors at a time, so that what is urgent overtakes what
-waits here and not in hardware.
+waits here and not in hardware; of several queues, one is kept free of prefetches and offloads.
 
 Busy time (somebody used the link) and exposed time (computation waited for it) are booked apart:
 the first is free as long as the second is zero. It knows no block beyond its key and moves nothing:
@@ -25,11 +26,14 @@ from penstock.kv.tiers import BlockKey, Link, LinkSpec, Tier
 
 CLASSES: Final = tuple(MoveClass)
 """Most urgent first."""
+IDLE_ONLY: Final = (MoveClass.PREFETCH, MoveClass.OFFLOAD, MoveClass.RELOCATE)
+"""Classes for which nobody waits at this moment."""
 SHARES: Final[Mapping[MoveClass, float]] = {
     MoveClass.HANDOFF: 0.0,
     MoveClass.ONBOARD: 0.2,
     MoveClass.PREFETCH: 0.05,
     MoveClass.OFFLOAD: 0.05,
+    MoveClass.RELOCATE: 0.05,
 }
 """What each class is sure of, whatever more urgent classes ask for."""
 DESCRIPTOR_BYTES_MAX: Final = 1 << 20
@@ -237,7 +241,10 @@ class DmaScheduler:
 
     def _head(self, queue: _Queue) -> Transfer | None:
         """Return what goes first: who has earned it, else the most urgent class."""
-        heads = [head for kind in CLASSES if (head := _peek(queue, kind))]
+        idle_only = [d for d in queue.moving.values() if d.kind in IDLE_ONLY]
+        is_kept = queue.spec.num_queues > 1 and len(idle_only) >= queue.spec.num_queues - 1
+        kinds = [kind for kind in CLASSES if not (is_kept and kind in IDLE_ONLY)]
+        heads = [head for kind in kinds if (head := _peek(queue, kind))]
         for head in heads[1:]:
             if queue.earned_bytes[head.kind] >= head.num_bytes:
                 return head
@@ -250,7 +257,7 @@ class DmaScheduler:
         num_bytes = sum(transfer.num_bytes for transfer in transfers)
         for kind in CLASSES:
             if kind is not head.kind and queue.num_waiting[kind]:
-                queue.earned_bytes[kind] += self._shares[kind] * num_bytes
+                queue.earned_bytes[kind] += self._shares.get(kind, 0.0) * num_bytes
         spent = queue.earned_bytes[head.kind] - num_bytes
         queue.earned_bytes[head.kind] = max(0.0, spent)
         if not queue.moving:

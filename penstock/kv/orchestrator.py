@@ -244,11 +244,13 @@ class Orchestrator:
 
     # ------------------------------------------------------------------------------ room
 
-    def _make_room(self, tier: Tier, num_bytes: int, now_ns: int) -> bool:
+    def _make_room(self, tier: Tier, num_bytes: int, now_ns: int, *, may_sink: bool = True) -> bool:
         """Evict until `num_bytes` fit; False while what must be written below has not been."""
         order = self._orders[tier]
         while self.residency.free_bytes(tier) < num_bytes:
             victim = order.victim(lambda key: self._can_evict(key, tier))
+            if victim is not None and not may_sink and len(self.residency.present(victim)) == 1:
+                return False
             if victim is None:
                 return False
             is_only = len(self.residency.present(victim)) == 1
@@ -309,7 +311,8 @@ class Orchestrator:
             copy = self.residency.copy(key, target)
             if mode is not WriteMode.THROUGH or copy is None:
                 return
-            if self._make_room(tier, codec.block_bytes, now_ns):
+            # Not at the price of writing another block's only copy elsewhere first.
+            if self._make_room(tier, codec.block_bytes, now_ns, may_sink=False):
                 deadline_ns = now_ns + self.config.prefetch_horizon_ns
                 self._flights.send_as(key, copy, tier, codec, MoveClass.OFFLOAD, deadline_ns)
 

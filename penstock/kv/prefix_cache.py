@@ -164,6 +164,16 @@ class PrefixCache:
         self._block_of[block_hash] = destination
         self._hash_of[destination] = block_hash
 
+    def unname(self, block_ids: Iterable[BlockId]) -> None:
+        """Drop the names of blocks that are held, if they have one: nobody else is to hit them."""
+        for block_id in block_ids:
+            assert not self.is_idle(block_id), f"block {block_id} is held by nobody"
+            block_hash = self._hash_of.pop(block_id, None)
+            if block_hash is not None:
+                del self._block_of[block_hash]
+                if self.changes is not None:
+                    self.changes[block_hash] = False
+
     def forget(self, block_ids: Iterable[BlockId]) -> None:
         """Drop the names of those blocks that are spare: they are about to be overwritten."""
         for block_id in self._spare.intersection(block_ids):

@@ -31,6 +31,9 @@ class Tier(Enum):
     DRAM = "dram"
     DISK = "disk"
 
+    # Members are single objects; Enum's own hash is a call into Python, a million times a second.
+    __hash__ = object.__hash__
+
 
 class TierSpec(Struct, frozen=True, kw_only=True):
     """How much a tier holds."""

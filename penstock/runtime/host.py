@@ -23,8 +23,10 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from penstock.core.block import KVLayout
 from penstock.core.errors import PenstockError, StartupFailed
 from penstock.core.types import WorkerId
+from penstock.runtime.clock import HostTime
 from penstock.runtime.link import (
     Exited,
     Failed,
@@ -209,6 +211,7 @@ def run_host(arguments: Sequence[str], load: Load) -> None:
             return
         try:
             model, run_worker = load(prepare.settings, partial(_tell, link))
+            _compare(model.layout, prepare.layout)
         except StartupFailed as error:
             link.send(Failed(str(error)))
             return
@@ -220,9 +223,22 @@ def run_host(arguments: Sequence[str], load: Load) -> None:
             controller_address=prepare.controller_address,
             front_fd=front_fd,
             decision_log=prepare.settings.decision_log,
+            network=prepare.settings.network,
+            pulse=prepare.settings.pulse,
+            host=prepare.settings.host,
+            is_remote=prepare.controller_address.startswith("tcp:"),
+            is_same_machine=prepare.clock_offset_ns is None,
+            time=HostTime(prepare.clock_offset_ns or 0),
         )
         link.send(Ready(model))
         Host(link, lambda spec: run_worker(spec, place)).serve()
+
+
+def _compare(ours: KVLayout | None, theirs: KVLayout | None) -> None:
+    """Make sure that what was loaded is what the cluster serves, before anybody is forked."""
+    refusal = ours.incompatibility(theirs) if ours is not None and theirs is not None else None
+    if refusal is not None:
+        raise StartupFailed(f"this model is not the one that the cluster serves: {refusal}")
 
 
 def _tell(link: Link[ToHost], stage: str, fraction: float) -> None:

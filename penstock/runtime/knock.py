@@ -44,17 +44,6 @@ class Door:
         return f"{self.host}:{self.port}"
 
 
-def split_address(text: str, flag: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT` or `[HOST]:PORT`.
-
-    Raises: `StartupFailed` naming the flag.
-    """
-    host, _, port = text.removeprefix("tcp://").rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise StartupFailed(f"{flag} {text}: give it as HOST:PORT, such as 10.0.0.5:7777")
-    return host.strip("[]"), int(port)
-
-
 async def knock(host: str, port: int, keys: CurveKeys, timeout_s: float = KNOCK_TIMEOUT_S) -> Door:
     """Reach the cluster at an address, prove both sides, and hang up.
 

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import msgspec
 from msgspec import Struct
 
+from penstock.core.block import KVLayout
 from penstock.core.types import MIB, Role, WorkerId
 from penstock.runtime.settings import ClusterSettings, ModelFacts
 
@@ -18,11 +19,17 @@ PACKET_BYTES_MAX = MIB
 
 
 class Prepare(Struct, frozen=True, tag=True):
-    """Load the model. `controller_address` is where workers report."""
+    """Load the model. `controller_address` is where workers report.
+
+    A host that has joined adds what it knows of the controller: `layout` is what the model must
+    have (None: any), `clock_offset_ns` what the controller's clock is ahead, None on its machine.
+    """
 
     settings: ClusterSettings
     folder: str
     controller_address: str
+    layout: KVLayout | None = None
+    clock_offset_ns: int | None = None
 
 
 class WorkerSpec(Struct, frozen=True, kw_only=True):

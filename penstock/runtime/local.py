@@ -1,5 +1,5 @@
-"""`LocalCluster`: a whole cluster on one machine: the controller here, the host and the workers in
-processes of their own.
+"""`LocalCluster`: a cluster as its controller's process sees it: the controller here, the host and
+the workers of this machine in processes of their own, and those of other hosts that have joined.
 
 It is the `Service` that the HTTP server and the Python API are given. Everything runs on the event
 loop's thread.
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from penstock.control.controller import Controller
 from penstock.core.config import ControllerConfig
-from penstock.core.errors import StartupFailed, WorkersUnavailable
+from penstock.core.errors import BadRequest, StartupFailed, UnknownWorker, WorkersUnavailable
 from penstock.core.events import (
     Drain,
     Event,
     Move,
     MoveDone,
-    WorkerLost,
+    SetRole,
 )
 from penstock.core.messages import (
     Cancel,
@@ -29,21 +29,26 @@ from penstock.core.messages import (
     Stop,
     Submit,
     Tokens,
+    WorkerInfo,
 )
 from penstock.core.node import Node
 from penstock.core.request import Request
 from penstock.core.service import ClusterStatus, Sink
-from penstock.core.types import CONTROLLER, FRONT, RequestId, WorkerId
+from penstock.core.types import CONTROLLER, FRONT, RequestId, Role, WorkerId
 from penstock.runtime.clock import LoopClock
 from penstock.runtime.folder import RunFolder
 from penstock.runtime.journal import open_journal
-from penstock.runtime.messaging import Messenger
+from penstock.runtime.link import Prepare
+from penstock.runtime.membership import Membership
+from penstock.runtime.messaging import Messenger, open_network
 from penstock.runtime.process import HostProcess
 from penstock.runtime.settings import ClusterSettings, ModelFacts
 from penstock.runtime.supervisor import Callbacks, Supervisor
 from penstock.runtime.worker import CONTROLLER_EPOCH
 
 WORKER_END_TIMEOUT_S = 2.0
+WORKERS_MAX = 256
+"""Workers of this host; more than any host has use for."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,25 +82,34 @@ class LocalCluster:
         self._ready: asyncio.Future[ModelFacts] = asyncio.get_running_loop().create_future()
         self.broken: asyncio.Future[StartupFailed] = asyncio.get_running_loop().create_future()
         """Done when the cluster can serve no more, with the reason."""
+        network = self.settings.network
         self._messenger = Messenger(
-            CONTROLLER, CONTROLLER_EPOCH, self._folder.path, self._receive, hears_strangers=True
+            CONTROLLER,
+            CONTROLLER_EPOCH,
+            self._folder.path,
+            self._receive,
+            hears_strangers=True,
+            network=open_network(network, network.port) if network else None,
+            on_fenced=lambda sender, epoch: self._membership.on_fenced(sender, epoch),
         )
         self._node = Node(
             self.controller,
             clock=LoopClock(asyncio.get_running_loop()),
-            transport=_FrontTransport(self._messenger, self._to_front),
+            transport=_FrontTransport(self._messenger, self._to_front, self._dismiss),
             log=open_journal(self.settings.decision_log),
         )
         self._messenger.open()
         self._supervisor = Supervisor(
-            self.settings,
-            folder=self._folder.path,
-            controller_address=self._messenger.address,
+            Prepare(self.settings, str(self._folder.path), self._messenger.address),
             host=self._host,
             callbacks=Callbacks(
                 progress=self._progress, loaded=self._loaded, lost=self._lose, failed=self._fail
             ),
         )
+        self._membership = Membership(
+            self._messenger, self.settings, deliver=self._deliver, kill=self._supervisor.kill
+        )
+        self._watching = asyncio.ensure_future(self._membership.watch())
         self._supervisor.start()
         self._is_started = True
 
@@ -126,6 +140,7 @@ class LocalCluster:
         self._is_started = False
         self.drain()
         self.abandon("the server was stopped")
+        self._watching.cancel()
         for worker_id in self.controller.workers:
             self._messenger.send(worker_id, Stop())
         await asyncio.sleep(0)
@@ -134,6 +149,11 @@ class LocalCluster:
         self._folder.remove()
 
     # ---------------------------------------------------------------------------------- the service
+
+    @property
+    def join_address(self) -> str:
+        """Where other hosts join, as HOST:PORT; "" when they cannot."""
+        return self._messenger.remote_address.removeprefix("tcp://")
 
     @property
     def num_live_requests(self) -> int:
@@ -167,6 +187,52 @@ class LocalCluster:
         """Return the cluster as of now."""
         return self.controller.status()
 
+    # ----------------------------------------------------------------------------- administration
+
+    def start_workers(self, role: Role, count: int) -> tuple[WorkerId, ...]:
+        """Start more workers on this host; they serve when they are up.
+
+        Raises: `WorkersUnavailable` while the model loads, `BadRequest` for a number that is none.
+        """
+        if self._model is None or self.broken.done():
+            raise WorkersUnavailable("the model is not loaded")
+        if self._model.layout is None:
+            raise WorkersUnavailable(
+                "this host was started without workers and has no model: add some of other hosts "
+                "with penstock worker --join, or serve with --prefill and --decode above 0"
+            )
+        room = WORKERS_MAX - len(self._supervisor.slots)
+        if not 0 < count <= room:
+            raise BadRequest(f"{count}: 1 to {room} more workers can be started here", "count")
+        return tuple(self._supervisor.add(role) for _ in range(count))
+
+    def retire_worker(self, worker_id: WorkerId) -> None:
+        """Give a worker nothing new, and end it when it has finished what it has.
+
+        Raises: `UnknownWorker`.
+        """
+        info = self._info(worker_id)
+        if worker_id in self._supervisor.slots:
+            self._supervisor.retire(worker_id)
+        self._membership.retire(worker_id, info.epoch)
+
+    def set_role(self, worker_id: WorkerId, role: Role | None, *, is_pinned: bool) -> Role:
+        """Change a worker's role from its next request on (None: keep it); return the old one.
+
+        Raises: `UnknownWorker`.
+        """
+        self._info(worker_id)
+        old = self.controller.workers[worker_id].role
+        self._deliver(SetRole(worker_id=worker_id, role=role, is_pinned=is_pinned))
+        return old
+
+    def _info(self, worker_id: WorkerId) -> WorkerInfo:
+        record = self.controller.workers.get(worker_id)
+        if record is None:
+            up = ", ".join(sorted(self.controller.workers)) or "none"
+            raise UnknownWorker(f"there is no worker {worker_id}; up are: {up}", "worker")
+        return record.info
+
     def drain(self) -> None:
         """Take no new request from now on."""
         self._deliver(Drain())
@@ -196,15 +262,22 @@ class LocalCluster:
 
     def _receive(self, message: Message) -> None:
         if isinstance(message, Hello):
-            info = message.info
-            self._messenger.connect(info.worker_id, info.epoch, info.address)
+            if not self._membership.welcome(message):
+                return
             self._deliver(message)
-            self._supervisor.joined(info.worker_id, info.epoch)
-            if self._supervisor.is_complete and not self._ready.done():
-                assert self._model is not None
-                self._ready.set_result(self._model)
-            return
-        self._deliver(message)
+            self._supervisor.joined(message.info.worker_id, message.info.epoch)
+            self._note_ready()
+        elif not self._membership.receive(message):
+            self._deliver(message)
+
+    def _note_ready(self) -> None:
+        if self._supervisor.is_complete and not self._ready.done():
+            assert self._model is not None
+            self._ready.set_result(self._model)
+
+    def _dismiss(self, worker_id: WorkerId) -> None:
+        """The controller lets a worker go: it is to end for good, whoever started it."""
+        self._membership.dismiss(worker_id)
 
     def _to_front(self, message: Message) -> None:
         """Pass on what the controller has for the clients."""
@@ -229,10 +302,11 @@ class LocalCluster:
 
     def _loaded(self, model: ModelFacts) -> None:
         self._model = model
+        self._membership.loaded(model)
+        self._note_ready()
 
     def _lose(self, worker_id: WorkerId, epoch: int, reason: str) -> None:
-        self._messenger.forget(worker_id, epoch)
-        self._deliver(WorkerLost(worker_id=worker_id, epoch=epoch, reason=reason))
+        self._membership.lose(worker_id, epoch, reason)
 
     def _fail(self, error: StartupFailed) -> None:
         if not self._ready.done():
@@ -245,17 +319,27 @@ class LocalCluster:
 
 
 class _FrontTransport:
-    """The transport port of the controller: workers by messages, the front by a call."""
+    """The transport port of the controller: workers by messages, the front by a call. `dismiss`
+    hears of every worker that is told to stop.
+    """
 
-    def __init__(self, messenger: Messenger, to_front: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        messenger: Messenger,
+        to_front: Callable[[Message], None],
+        dismiss: Callable[[WorkerId], None],
+    ) -> None:
         self._messenger = messenger
         self._to_front = to_front
+        self._dismiss = dismiss
 
     def send(self, to: WorkerId, message: Message) -> None:
         if to == FRONT:
             self._to_front(message)
-        else:
-            self._messenger.send(to, message)
+            return
+        self._messenger.send(to, message)
+        if isinstance(message, Stop) and not message.reason:
+            self._dismiss(to)
 
     def submit(self, move: Move, _done: Callable[[MoveDone], None]) -> None:
         raise AssertionError(f"the controller has no blocks to move: {move}")

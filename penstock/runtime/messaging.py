@@ -30,6 +30,8 @@ from penstock.core.errors import StartupFailed
 from penstock.core.messages import WIRE_ERRORS, Message, encode_message
 from penstock.core.types import MIB, WorkerId
 from penstock.runtime.curve import CurveKeys, Gatekeeper
+from penstock.runtime.settings import NetworkSettings
+from penstock.transport.key import cluster_key
 
 HIGH_WATER_MARK = 10_000
 """Frames that wait for a peer before its link is cut. One worker sends a frame per model step."""
@@ -54,6 +56,12 @@ class Network:
     host: str
     port: int = 0
     advertised: str = ""
+
+
+def open_network(settings: NetworkSettings, port: int = 0) -> Network:
+    """Return where a node of this host listens. Raises: `StartupFailed` when there is no key."""
+    key = cluster_key(Path(settings.key_file) if settings.key_file else None)
+    return Network(CurveKeys.derive(key), settings.host, port, settings.advertised)
 
 
 class Envelope(Struct, frozen=True, array_like=True):

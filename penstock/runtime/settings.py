@@ -12,7 +12,46 @@ from penstock.core.types import Role, WorkerId
 
 MODEL_EXECUTOR = "model"
 INSTANT_EXECUTOR = "instant"
-TRANSPORTS = ("auto", "shm", "nixl", "tcp")
+AUTO = "auto"
+TRANSPORTS = (AUTO, "shm", "nixl", "tcp")
+
+
+class NetworkSettings(Struct, frozen=True, kw_only=True):
+    """How this host's processes are reached from other hosts.
+
+    They listen at `host`, one of this machine's addresses (0.0.0.0 for all), and are called by
+    `advertised`, the same if "". `port` is the controller's; workers take free ones. `key_file`
+    holds the cluster key; None means where `transport/key.py` looks.
+    """
+
+    host: str
+    port: int = 0
+    advertised: str = ""
+    key_file: str | None = None
+
+
+class PulseSettings(Struct, frozen=True, kw_only=True):
+    """How the controller and its workers know of each other that they are alive.
+
+    Both speak every `interval_s`. Who has been silent for `suspect_after_s` gets nothing new while
+    there are others, and counts as dead after `lost_after_s`, and so does a worker whose step takes
+    longer than `step_timeout_s`. A worker on another host whose controller is silent looks for it
+    for `rejoin_timeout_s`.
+    """
+
+    interval_s: float = 1.0
+    suspect_after_s: float = 3.0
+    lost_after_s: float = 10.0
+    step_timeout_s: float = 300.0
+    rejoin_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Check the order. Raises: `StartupFailed` naming the flags."""
+        if not 0 < self.interval_s < self.suspect_after_s <= self.lost_after_s:
+            raise StartupFailed(
+                f"--lost-after {self.lost_after_s:g}: it must be longer than a few heartbeats of "
+                f"{self.interval_s:g} s"
+            )
 
 
 class ClusterSettings(Struct, frozen=True, kw_only=True):
@@ -20,9 +59,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
     `threads` is per worker, None shares the cores out. `executor` "instant" runs no model (see
     `instant.py`). `transport` is one of `TRANSPORTS`; auto is shared memory: all workers are on
-    one host. `decision_log` is a file for the decisions of the controller; each worker's go to that
-    name with its own behind it. `start_timeout_s` bounds each silence while the model loads, by
-    default ten minutes, or a day where it has to be fetched.
+    one host. `network` lets other hosts take part; without it nothing listens to them. `host` is
+    what this one is called, "" for that of the controller. `decision_log` is a file for the
+    decisions of the controller; each worker's go to that name with its own behind it.
+    `start_timeout_s` bounds each silence while the model loads, by default ten minutes, or a day
+    where it has to be fetched.
     """
 
     engine: EngineConfig
@@ -33,12 +74,15 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     is_prefix_caching: bool = True
     executor: str = MODEL_EXECUTOR
-    transport: str = "auto"
+    transport: str = AUTO
     threads: int | None = None
     is_pinned: bool = False
     decision_log: str | None = None
     start_timeout_s: float | None = None
     join_timeout_s: float = 60.0
+    network: NetworkSettings | None = None
+    pulse: PulseSettings = PulseSettings()
+    host: str = ""
 
     def __post_init__(self) -> None:
         """Check that the workers can serve. Raises: `StartupFailed` naming the flags."""
@@ -46,10 +90,12 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
         for flag, count in counts.items():
             if count < 0:
                 raise StartupFailed(f"{flag}: {count} is not a number of workers")
-        if not self.mixed and not (self.prefill and self.decode):
+        is_alone = self.network is None
+        if is_alone and not self.mixed and not (self.prefill and self.decode):
             raise StartupFailed(
                 "at least one prefill and one decode worker, or one that does both, is needed: "
-                "--prefill 1 --decode 1, or --mixed 1"
+                "--prefill 1 --decode 1, or --mixed 1 (or --listen HOST:PORT, for workers of other "
+                "hosts to join)"
             )
         for flag, limit in {
             "--max-num-seqs": self.max_num_seqs,
@@ -69,8 +115,9 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     def workers(self) -> dict[WorkerId, Role]:
         """Name the workers, in the order in which they are started."""
         counts = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}
+        stem = f"{self.host}-" if self.host else ""
         return {
-            WorkerId(f"{role.value}-{index}"): role
+            WorkerId(f"{role.value}-{stem}{index}"): role
             for role, count in counts.items()
             for index in range(count)
         }
@@ -78,16 +125,27 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """What the front needs to know of the loaded model. `num_blocks` is per KV group of each
-    worker.
+    worker. Where all workers are on other hosts nothing is loaded: no `layout`, no blocks.
 
     `folder` is where its files are; `description` says in a line what runs it, for people.
     """
 
     folder: str
 
-    layout: KVLayout
+    layout: KVLayout | None
     num_blocks: tuple[int, ...]
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     description: str
+
+
+def split_address(text: str, flag: str) -> tuple[str, int]:
+    """Return host and port of `HOST:PORT` or `[HOST]:PORT`.
+
+    Raises: `StartupFailed` naming the flag.
+    """
+    host, _, port = text.removeprefix("tcp://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise StartupFailed(f"{flag} {text}: give it as HOST:PORT, such as 10.0.0.5:7777")
+    return host.strip("[]"), int(port)

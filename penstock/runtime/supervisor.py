@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from penstock.core.errors import StartupFailed
@@ -27,12 +28,15 @@ from penstock.runtime.link import (
     WorkerSpec,
 )
 from penstock.runtime.process import HostProcess
-from penstock.runtime.settings import ClusterSettings, ModelFacts
+from penstock.runtime.processes import describe_code
+from penstock.runtime.settings import ModelFacts
 
 RESTARTS_PER_WINDOW = 3
 RESTART_WINDOW_S = 60.0
 RESTART_PAUSES_S = (0.0, 1.0, 5.0)
 END_TIMEOUT_S = 5.0
+LEFT = describe_code(0)
+"""How a worker ends that was told to."""
 LOAD_TIMEOUT_S = 600.0
 FETCH_TIMEOUT_S = 86400.0
 
@@ -41,7 +45,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class WorkerSlot:
-    """One worker id through its incarnations. `pid` is None while no process is alive."""
+    """One worker id through its incarnations. `pid` is None while no process is alive; one that is
+    leaving is not replaced.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -49,6 +55,8 @@ class WorkerSlot:
     epoch: int = 0
     pid: int | None = None
     is_up: bool = False
+    is_leaving: bool = False
+    has_been_up: bool = False
     join_timer: asyncio.TimerHandle | None = None
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS_PER_WINDOW + 1))
 
@@ -66,20 +74,22 @@ class Callbacks:
 
 
 class Supervisor:
-    """Lives on the running event loop from `start` to `stop`."""
+    """Lives on the running event loop from `start` to `stop`.
+
+    Incarnations are counted from `last_epoch` + 1 on.
+    """
 
     def __init__(
         self,
-        settings: ClusterSettings,
+        prepare: Prepare,
         *,
-        folder: Path,
-        controller_address: str,
         host: HostProcess,
         callbacks: Callbacks,
+        last_epoch: int = 0,
     ) -> None:
-        self._prepare = Prepare(settings, str(folder), controller_address)
-        self._settings = settings
-        self._folder = folder
+        self._prepare = prepare
+        self._settings = settings = prepare.settings
+        self._last_epoch = last_epoch
         self._host = host
         self._callbacks = callbacks
         self._is_loaded = False
@@ -88,15 +98,16 @@ class Supervisor:
         self._silence_timer: asyncio.TimerHandle | None = None
         self._host_losses: deque[float] = deque(maxlen=RESTARTS_PER_WINDOW + 1)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._retired_epochs: dict[WorkerId, int] = {}
         self.slots = {
-            worker_id: WorkerSlot(worker_id=worker_id, role=role, index=index)
+            worker_id: WorkerSlot(worker_id=worker_id, role=role, index=index, epoch=last_epoch)
             for index, (worker_id, role) in enumerate(settings.workers().items())
         }
 
     @property
     def is_complete(self) -> bool:
-        """True when every worker is up."""
-        return all(slot.is_up for slot in self.slots.values())
+        """True when the model is loaded and every worker is up."""
+        return self._is_loaded and all(slot.is_up for slot in self.slots.values())
 
     def start(self) -> None:
         """Have the host load the model and fork the workers; returns at once."""
@@ -107,10 +118,33 @@ class Supervisor:
 
     def joined(self, worker_id: WorkerId, epoch: int) -> None:
         """Take note that a worker has said hello."""
-        slot = self.slots[worker_id]
-        if slot.epoch == epoch:
-            slot.is_up = True
+        slot = self.slots.get(worker_id)
+        if slot is not None and slot.epoch == epoch:
+            slot.is_up = slot.has_been_up = True
             _cancel_timer(slot)
+
+    def kill(self, worker_id: WorkerId, epoch: int) -> None:
+        """End an incarnation that counts as dead; it is replaced as any other."""
+        slot = self.slots.get(worker_id)
+        if slot is not None and slot.epoch == epoch and slot.pid is not None:
+            self._host.send(Kill(worker_id, epoch))
+
+    def retire(self, worker_id: WorkerId) -> None:
+        """Replace this worker no more when it ends."""
+        self.slots[worker_id].is_leaving = True
+
+    def add(self, role: Role) -> WorkerId:
+        """Start one more worker; the model must be loaded. Its id is the first that is free."""
+        stem = f"{self._settings.host}-" if self._settings.host else ""
+        names = (WorkerId(f"{role.value}-{stem}{number}") for number in count())
+        worker_id = next(name for name in names if name not in self.slots)
+        indices = {slot.index for slot in self.slots.values()}
+        index = next(number for number in count() if number not in indices)
+        epoch = max(self._last_epoch, self._retired_epochs.get(worker_id, 0))
+        slot = WorkerSlot(worker_id=worker_id, role=role, index=index, epoch=epoch)
+        self.slots[worker_id] = slot
+        self._fork(slot)
+        return worker_id
 
     async def stop(self, timeout_s: float) -> None:
         """Wait until all workers have ended, at most `timeout_s`, and end the host."""
@@ -145,8 +179,9 @@ class Supervisor:
             case Failed(text):
                 self._fail(text)
             case Forked(worker_id, epoch, pid):
-                if self.slots[worker_id].epoch == epoch:
-                    self.slots[worker_id].pid = pid
+                forked = self.slots.get(worker_id)
+                if forked is not None and forked.epoch == epoch:
+                    forked.pid = pid
             case Exited():
                 self._worker_ended(message)
 
@@ -168,15 +203,20 @@ class Supervisor:
             _log.info("%s", line)
 
     def _worker_ended(self, event: Exited) -> None:
-        slot = self.slots[event.worker_id]
-        if slot.epoch != event.epoch:
+        slot = self.slots.get(event.worker_id)
+        if slot is None or slot.epoch != event.epoch:
             return
-        was_up, slot.is_up, slot.pid = slot.is_up, False, None
+        slot.is_up, slot.pid = False, None
         _cancel_timer(slot)
         if self._is_stopping:
             return
+        if slot.is_leaving or (slot.has_been_up and event.reason == LEFT):
+            self._retired_epochs[slot.worker_id] = slot.epoch
+            del self.slots[slot.worker_id]
+            self._callbacks.lost(slot.worker_id, slot.epoch, "it left")
+            return
         ends = "\n".join(event.last_lines[-12:])
-        if not was_up and slot.epoch == 1:
+        if not slot.has_been_up and slot.epoch == self._last_epoch + 1:
             self._fail(f"worker {slot.worker_id} ended while starting ({event.reason})\n{ends}")
             return
         last = event.last_lines[-1] if event.last_lines else "it wrote nothing"
@@ -249,7 +289,7 @@ class Supervisor:
         await self._host.end(END_TIMEOUT_S)
         await asyncio.sleep(pause_s)
         self._is_loaded = False
-        self._host = HostProcess.spawn(self._folder)
+        self._host = HostProcess.spawn(Path(self._prepare.folder))
         self.start()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -1,20 +1,25 @@
 """The worker process: a core in a node, its executor, its messages and its moves.
 
 Runs in a process that the host forked. Which core, which model and which transport is said by the
-composition root, as `WorkerParts`. It ends when told to stop, when the front is gone, and on any
-exception: a bug in one worker costs its requests one retry elsewhere.
+composition root, as `WorkerParts`. It ends when told to stop, when the process that started it is
+gone, and on any exception: a bug in one worker costs its requests one retry elsewhere. On another
+host than the controller's it outlives the controller for a while, with its blocks, and looks for
+the next one.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.core.config import WorkerConfig
+from penstock.core.errors import StartupFailed
 from penstock.core.events import Move, MoveDone
+from penstock.core.membership import Ping
 from penstock.core.messages import (
+    Cancel,
     Endpoint,
     Hello,
     Message,
@@ -27,11 +32,13 @@ from penstock.core.messages import (
 from penstock.core.node import Node
 from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step
-from penstock.core.types import CONTROLLER, Digest, WorkerId
-from penstock.runtime.clock import LoopClock
+from penstock.core.types import CONTROLLER, Digest, RequestId, WorkerId
+from penstock.runtime.clock import HostTime, LoopClock
 from penstock.runtime.executor import ThreadExecutor
+from penstock.runtime.heart import Heart, Return
 from penstock.runtime.journal import open_journal
-from penstock.runtime.messaging import Messenger
+from penstock.runtime.messaging import Messenger, open_network
+from penstock.runtime.settings import NetworkSettings, PulseSettings
 from penstock.runtime.transport import LaneTransport
 
 CONTROLLER_EPOCH = 0
@@ -43,6 +50,7 @@ class WorkerParts:
     """What a composition root puts into a worker process, made there after the fork.
 
     `prepare` runs first on the executor's thread. `introduce` and `forget` tell the mover of peers.
+    `requests` names all that the core knows of.
     """
 
     core: Core
@@ -55,16 +63,25 @@ class WorkerParts:
     regions: tuple[RegionDescriptor, ...]
     endpoints: tuple[Endpoint, ...]
     engine: str
+    requests: Callable[[], Iterable[RequestId]] = tuple
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlace:
-    """Where a worker process finds itself. `front_fd` ends when the front does."""
+    """Where a worker process finds itself. `front_fd` ends when the process does that has the host
+    started; `is_remote` when the controller is on another host, or could be.
+    """
 
     folder: Path
     controller_address: str
     front_fd: int
     decision_log: str | None = None
+    network: NetworkSettings | None = None
+    pulse: PulseSettings = field(default_factory=PulseSettings)
+    host: str = ""
+    is_remote: bool = False
+    is_same_machine: bool = True
+    time: HostTime = field(default_factory=HostTime)
 
 
 def run_worker(config: WorkerConfig, parts: WorkerParts, place: WorkerPlace) -> None:
@@ -86,18 +103,27 @@ class _WorkerProcess:
         self._end: asyncio.Future[None] = loop.create_future()
         loop.set_exception_handler(self._fail)
         loop.add_reader(self._place.front_fd, self._leave)
-        config = self._config
+        config, place = self._config, self._place
+        self._peers: dict[WorkerId, int] = {}
+        self._num_returns = 0
         self._messenger = Messenger(
-            config.worker_id, config.epoch, self._place.folder, self._receive
+            config.worker_id,
+            config.epoch,
+            place.folder,
+            self._receive,
+            network=open_network(place.network) if place.network else None,
         )
         executor = ThreadExecutor(
-            self._parts.execute, digest=self._parts.digest, prepare=self._parts.prepare
+            self._parts.execute,
+            digest=self._parts.digest,
+            prepare=self._parts.prepare,
+            now=place.time.now_ns,
         )
         transport = LaneTransport(self._messenger, self._parts.move)
         log = open_journal(self._place.decision_log, f".{config.worker_id}.{config.epoch}")
         self._node = Node(
             self._parts.core,
-            clock=LoopClock(loop),
+            clock=LoopClock(loop, place.time.now_ns),
             transport=transport,
             executor=executor,
             log=log,
@@ -106,11 +132,34 @@ class _WorkerProcess:
         self._messenger.connect(CONTROLLER, CONTROLLER_EPOCH, self._place.controller_address)
         executor.start()
         transport.start()
-        self._messenger.send(CONTROLLER, Hello(info=self._info()))
+        self._heart = Heart(
+            self._messenger,
+            place.pulse,
+            step_age_ns=lambda: executor.step_age_ns,
+            time=None if place.is_same_machine else place.time,
+            returning=Return(let_go=self._let_go, hello=self._hello) if place.is_remote else None,
+        )
+        self._messenger.send(CONTROLLER, self._hello())
+        beating = asyncio.ensure_future(self._heart.beat())
         try:
-            await self._end
+            await asyncio.wait([self._end, beating], return_when=asyncio.FIRST_COMPLETED)
+            if beating.done():
+                beating.result()
+            self._end.result()
         finally:
+            beating.cancel()
             self._messenger.close()
+
+    def _hello(self) -> Hello:
+        return Hello(info=self._info(), num_returns=self._num_returns)
+
+    def _let_go(self) -> None:
+        """Drop every request: whoever wanted them is gone. Blocks with a name stay in the cache."""
+        self._num_returns += 1
+        for request_id in tuple(self._parts.requests()):
+            self._node.deliver(Cancel(request_id=request_id))
+        for worker_id, epoch in self._peers.items():
+            self._node.deliver(PeerDown(worker_id=worker_id, epoch=epoch))
 
     def _info(self) -> WorkerInfo:
         config = self._config
@@ -127,20 +176,28 @@ class _WorkerProcess:
             regions=self._parts.regions,
             endpoints=self._parts.endpoints,
             engine=self._parts.engine,
+            remote_address=self._messenger.remote_address,
+            host=self._place.host,
         )
 
     def _receive(self, message: Message) -> None:
         match message:
+            case Ping():
+                self._heart.hear(message)
+                return
             case Stop(reason=reason):
-                if reason:
-                    _log.error("%s is refused: %s", self._config.worker_id, reason)
-                if not self._end.done():
+                if reason and not self._end.done():
+                    self._end.set_exception(StartupFailed(reason))
+                elif not self._end.done():
                     self._end.set_result(None)
                 return
             case PeerUp(info=info):
-                self._messenger.connect(info.worker_id, info.epoch, info.address)
+                route = self._messenger.route(info.address, info.remote_address)
+                self._messenger.connect(info.worker_id, info.epoch, route)
+                self._peers[info.worker_id] = info.epoch
                 self._parts.introduce(info)
             case PeerDown(worker_id=worker_id, epoch=epoch):
+                self._peers.pop(worker_id, None)
                 self._messenger.forget(worker_id, epoch)
                 self._parts.forget(worker_id, epoch)
         self._node.deliver(message)

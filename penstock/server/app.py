@@ -23,8 +23,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.core.errors import BadRequest, CapacityExceeded, PenstockError
-from penstock.core.service import Service
+from penstock.core.service import Administration, Service
 from penstock.server.asgi import JSON, read_body, respond
+from penstock.server.cluster import ClusterApi
 from penstock.server.errors import error_body, error_headers, error_kind, http_error_body
 from penstock.server.gate import CALLER, Gate, id_header
 from penstock.server.generation import Generation
@@ -60,9 +61,15 @@ _KEEP_ALIVE_S = 75
 _BACKLOG = 4096
 
 
-def create_app(service: Service, model: ServedModel, settings: ServerSettings) -> Starlette:
+def create_app(
+    service: Service,
+    model: ServedModel,
+    settings: ServerSettings,
+    administration: Administration | None = None,
+) -> Starlette:
     """Return the application that serves `model` from `service`."""
     api = Api(service, model, settings)
+    cluster = ClusterApi(service, administration)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -80,6 +87,10 @@ def create_app(service: Service, model: ServedModel, settings: ServerSettings) -
             Route("/health", api.show_health),
             Route("/version", api.show_version),
             Route("/metrics", api.show_metrics),
+            Route("/cluster", cluster.show),
+            Route("/cluster/workers", cluster.start_workers, methods=["POST"]),
+            Route("/pd_role_switch", cluster.switch_role, methods=["POST"]),
+            Route("/cluster/workers/{worker}", cluster.retire_worker, methods=["DELETE"]),
             Route("/openapi.json", api.show_openapi),
             Route("/docs", api.show_docs),
         ],

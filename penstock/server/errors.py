@@ -13,6 +13,7 @@ from msgspec import Struct
 from penstock.core.errors import (
     BackendUnavailable,
     BadRequest,
+    BlocksCorrupt,
     CapacityExceeded,
     DeadlineExceeded,
     PeerLost,
@@ -21,6 +22,7 @@ from penstock.core.errors import (
     StartupFailed,
     Unauthorized,
     UnknownModel,
+    UnknownWorker,
     WorkersUnavailable,
 )
 
@@ -47,6 +49,7 @@ ERROR_KINDS: dict[type[PenstockError], ErrorKind] = {
     BadRequest: ErrorKind(400, "invalid_request_error", "invalid_value"),
     PromptTooLong: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    UnknownWorker: ErrorKind(404, "invalid_request_error", "worker_not_found"),
     BodyTooLarge: ErrorKind(413, "invalid_request_error", "request_too_large"),
     BodyTooSlow: ErrorKind(408, "invalid_request_error", "request_timeout"),
     Unauthorized: ErrorKind(401, "authentication_error", "invalid_api_key"),
@@ -54,6 +57,7 @@ ERROR_KINDS: dict[type[PenstockError], ErrorKind] = {
     WorkersUnavailable: ErrorKind(503, "service_unavailable", "workers_unavailable"),
     StartupFailed: ErrorKind(503, "service_unavailable", "startup_failed"),
     PeerLost: ErrorKind(502, "server_error", "worker_lost"),
+    BlocksCorrupt: ErrorKind(502, "server_error", "blocks_corrupt"),
     DeadlineExceeded: ErrorKind(504, "server_error", "deadline_exceeded"),
     BackendUnavailable: ErrorKind(501, "server_error", "backend_unavailable"),
     PenstockError: ErrorKind(500, "server_error", "internal_error"),

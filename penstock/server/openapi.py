@@ -10,6 +10,14 @@ from typing import Any
 
 import msgspec
 
+from penstock.server.cluster import (
+    ClusterView,
+    RoleSwitched,
+    StartWorkers,
+    SwitchRole,
+    WorkerLeaves,
+    WorkersStarted,
+)
 from penstock.server.errors import ERROR_KINDS, ErrorBody
 from penstock.server.results import (
     ChatCompletion,
@@ -57,8 +65,17 @@ _OPERATIONS = (
     _Operation("get", "/health", "200 when a request could be served now, else 503", None, Health),
     _Operation("get", "/version", "Version of the program", None, Version),
     _Operation("get", "/metrics", "Figures for Prometheus", None, "text/plain"),
+    _Operation("get", "/cluster", "Workers, and requests by state", None, ClusterView),
+    _Operation(
+        "post", "/cluster/workers", "Start more workers here", StartWorkers, WorkersStarted
+    ),
+    _Operation("post", "/pd_role_switch", "Give a worker another role", SwitchRole, RoleSwitched),
+    _Operation(
+        "delete", "/cluster/workers/{worker}", "Let a worker finish and leave", None, WorkerLeaves
+    ),
 )  # fmt: skip
 
+_PATH_PARAMETERS = {"model": "Name of the model", "worker": "Id of the worker"}
 _HEADERS = {
     "X-Request-Id": "Your own id of the request; it comes back, and the response's id contains it.",
     "x-penstock-ledger": "`1` adds `penstock_ledger`: what the time to first token went into.",
@@ -106,8 +123,9 @@ def _describe(operation: _Operation, refs: dict[type, dict[str, Any]]) -> dict[s
         "summary": operation.summary,
         "responses": {"200": {"description": operation.summary, "content": content}},
     }
-    if "{model}" in operation.path:
-        description["parameters"] = [_parameter("model", "path", "Name of the model", True)]
+    for name, words in _PATH_PARAMETERS.items():
+        if f"{{{name}}}" in operation.path:
+            description["parameters"] = [_parameter(name, "path", words, True)]
     if operation.body is not None:
         schema = {"application/json": {"schema": refs[operation.body]}}
         description["requestBody"] = {"required": True, "content": schema}

@@ -17,8 +17,9 @@ The accounting:
 * A lane decodes one block at a time. Waiting for it is exposed time too, booked apart.
 * Room is taken when a block starts to arrive. In staging it is that of the raw block. A block's
   encoded bytes are not counted there beside it while it is decoded: a few blocks at a time.
-* What a step reads is known at its start; with `lookahead_steps` 1 so is what the next one reads,
-  as KVFlow's prefetcher assumes. 0 takes that away.
+* What a unit (a step, or a layer of one) reads is known when it begins. With `lookahead_units` 1
+  the hints of the next unit are wished for then: the truth in KVFlow's workload, as its prefetcher
+  assumes; a guess elsewhere, and what was guessed wrongly is read and charged all the same.
 * Blocks are where the study puts them at the start, as in KVFlow; reading them is charged, having
   put them there is not (prefill writes them either way, raw or encoded).
 """
@@ -46,7 +47,7 @@ class Timing:
     compute_ns: int
     stage_ns: int = 0
     read_ns: int = 0
-    lookahead_steps: int = 1
+    lookahead_units: int = 1
 
 
 @dataclass(slots=True)
@@ -106,27 +107,34 @@ class MemoryMachine:
         self._free_at_ns: dict[Tier, float] = dict.fromkeys(Tier, 0.0)
         self._ready_ns: dict[BlockKey, int] = {}
 
-    def run(self, steps: Sequence[Sequence[BlockKey]]) -> MemoryFigures:
-        """Compute all steps; return the figures."""
-        for index, step in enumerate(steps):
-            ahead = steps[index + 1 : index + 1 + self._timing.lookahead_steps]
-            self._run_step(step, ahead)
+    def run(
+        self, units: Sequence[Sequence[BlockKey]], hints: Sequence[Sequence[BlockKey]]
+    ) -> MemoryFigures:
+        """Compute all units; return the figures. `hints[i]` is the guess of `units[i]`."""
+        for index, unit in enumerate(units):
+            ahead = hints[index + 1 : index + 1 + self._timing.lookahead_units]
+            self._run_unit(unit, ahead)
+            if self._timing.lookahead_units:
+                needed = set(unit)
+                for key in hints[index]:
+                    if key not in needed:
+                        self._orchestrator.withdraw(key)
         self._close_books()
         return self.figures
 
-    def _run_step(self, step: Sequence[BlockKey], ahead: Sequence[Sequence[BlockKey]]) -> None:
+    def _run_unit(self, unit: Sequence[BlockKey], ahead: Sequence[Sequence[BlockKey]]) -> None:
         orchestrator, compute_ns = self._orchestrator, self._timing.compute_ns
         outcomes = []
-        for offset, key in enumerate(step):
+        for offset, key in enumerate(unit):
             deadline_ns = self.now_ns + offset * compute_ns
             outcomes.append(orchestrator.need(key, deadline_ns, self.now_ns))
-        offset = len(step)
+        offset = len(unit)
         for keys in ahead:
             for key in keys:
                 orchestrator.expect(key, self.now_ns + offset * compute_ns)
                 offset += 1
         self._start()
-        for key, outcome in zip(step, outcomes, strict=True):
+        for key, outcome in zip(unit, outcomes, strict=True):
             self._access(key, outcome)
 
     def _access(self, key: BlockKey, outcome: Outcome) -> None:

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.core.block import KVLayout
-from penstock.core.events import Move, MoveClass, MoveDone
+from penstock.core.events import Move, MoveClass, MoveDone, Reshape
 from penstock.core.messages import Message
-from penstock.core.types import CONTROLLER, FRONT, BlockId, WorkerId
+from penstock.core.types import CONTROLLER, FRONT, BlockId, Digest, WorkerId
 from penstock.kv.pool import Generations
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import is_corrupt, take_digests
 from penstock.transfer.generation import is_stale
 from penstock.transfer.region import Bytes2D
-from penstock.transfer.reshape import cut_staged, plan_reshape
+from penstock.transfer.reshape import cut_staged, plan_reshape, whole_blocks
 
 Deliver = Callable[[Message], None]
 
@@ -33,6 +33,11 @@ class SimMemory:
     layout: KVLayout
     pools: tuple[Bytes2D, ...]
     generations: tuple[Generations, ...]
+
+    def digests_of(self, pool: Bytes2D, wanted: Reshape) -> tuple[Digest, ...]:
+        """Return the digests of what a reshape has filled, if it came with digests itself."""
+        whole = whole_blocks(wanted, self.layout.block_size) if wanted.source.digests else ()
+        return take_digests(pool, whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,9 @@ class SimNetwork:
             elif not move.reshapes and peer.layout != own.layout:
                 error = f"{name} keeps blocks of another layout"
             else:
-                is_flipped = num_bytes > 0 and self.rng.random() < self.cost.corruption
+                # Links flip bits; what stays within a worker's own memory crosses none.
+                is_sent = num_bytes > 0 and not is_own
+                is_flipped = is_sent and self.rng.random() < self.cost.corruption
                 rng = self.rng if is_flipped else None
                 if move.destination is not None:
                     _copy(own, peer, move, rng)
@@ -162,6 +169,7 @@ class SimNetwork:
                     error=error,
                     is_corrupt=error is None and is_wrong,
                     is_stale=is_too_late,
+                    digests=tuple(map(own.digests_of, own.pools, move.reshapes)),
                 )
             )
 

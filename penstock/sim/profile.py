@@ -44,13 +44,17 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One worker's hardware: `tp` GPUs `gpu` that hold the model and `capacity_tokens` of KV."""
+    """One worker's hardware: `tp` GPUs `gpu` that hold the model and `capacity_tokens` of KV.
+
+    `num_blocks` is given, per KV group, where a real worker is meant.
+    """
 
     gpu: str
     model: str
     tp: int
     capacity_tokens: int
     times: StepTimes
+    num_blocks: tuple[int, ...] = ()
 
     @property
     def profile(self) -> str:

@@ -56,6 +56,7 @@ class ClusterSpec:
     has_digests: bool = True
     detection_ns: int = 20 * NS_PER_MS
     respawn_ns: int = 100 * NS_PER_MS
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
 
 
 class SimWorker:
@@ -162,7 +163,7 @@ class SimCluster:
         self.spec = spec
         self.clock = SimClock()
         self.network = SimNetwork(self.clock, spec.link_cost, random.Random(seed))
-        self.controller = Controller(ControllerConfig())
+        self.controller = Controller(spec.controller)
         self.outcomes: dict[RequestId, Outcome] = {}
         self.log = DecisionLog()
         self._cancelled: set[RequestId] = set()

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from penstock.control.controller import Controller
+from penstock.control.policies import USES_PREFIXES
+from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
 from penstock.core.events import Event, Move, MoveDone, WorkerLost
 from penstock.core.messages import (
@@ -34,12 +36,14 @@ from penstock.sim.workload import Arrival
 from penstock.worker.worker import Worker
 
 DETECTION_NS = 20 * NS_PER_MS
+NAMES_INTERVAL_NS = 100 * NS_PER_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSpec:
     """What to simulate besides the workload.
 
+    `layout` is that of the hardware's model, in blocks of `block_size` tokens, unless given.
     `max_repeats` bounds how many decode steps are run at one go when nothing else happens to a
     worker: the result is the same with 1, and takes twenty times as long. A dead worker stays away
     for `respawn_ns`; everybody is looked at once per `sample_ns`.
@@ -48,6 +52,7 @@ class ServeSpec:
     members: tuple[Member, ...]
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     fabric: FabricCost = field(default_factory=FabricCost)
+    layout: KVLayout | None = None
     block_size: int = 128
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
@@ -56,6 +61,11 @@ class ServeSpec:
     max_repeats: int = 64
     respawn_ns: int = 10 * NS_PER_S
     sample_ns: int = NS_PER_S
+
+    @property
+    def tells_names(self) -> bool:
+        """True when workers tell which blocks they have: nobody else is asked for them."""
+        return self.is_prefix_caching and self.controller.policy in USES_PREFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +81,25 @@ class ModelledWorker:
     """A worker core on modelled hardware, for one life."""
 
     def __init__(self, spec: ServeSpec, fabric: Fabric, member: Member, epoch: int) -> None:
-        layout = layout_of(member.hardware.model, spec.block_size)
-        num_blocks = member.hardware.capacity_tokens // spec.block_size
+        hardware = member.hardware
+        layout = spec.layout or layout_of(hardware.model, spec.block_size)
+        num_blocks = hardware.capacity_tokens // layout.block_size
         self.member = member
         self.config = WorkerConfig(
             worker_id=WorkerId(member.name),
             role=member.role,
             epoch=epoch,
             layout=layout,
-            num_blocks=(num_blocks,),
+            num_blocks=hardware.num_blocks or (num_blocks,) * len(layout.groups),
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
             is_prefix_caching=spec.is_prefix_caching,
             max_repeats=spec.max_repeats,
+            names_interval_ns=NAMES_INTERVAL_NS if spec.tells_names else None,
         )
         self.core = Worker(self.config)
-        self.executor = ModelledExecutor(fabric.clock, member.hardware.times)
+        self.executor = ModelledExecutor(fabric.clock, hardware.times)
         self.is_alive = True
         self._clock = fabric.clock
         self._fabric = fabric
@@ -296,7 +308,7 @@ class ModelledCluster:
         """Note how busy everybody is, once per `sample_ns`."""
         now_ns, seen = self.clock.now_ns(), self.observation
         status = self.controller.status()
-        roles = {str(w.info.worker_id): w.info.role.value for w in status.workers}
+        roles = {str(w.info.worker_id): (w.role or w.info.role).value for w in status.workers}
         workers = {name: worker.sample() for name, worker in self.workers.items()}
         seen.note(Sample(now_ns, self._num_submitted, seen.num_ended, roles, workers))
         progress(now_ns / NS_PER_S, self._num_submitted, seen.num_ended)

@@ -148,6 +148,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _utilisation(seen: Observation) -> dict[str, float]:
+    if not seen.samples:
+        return {}
     last = seen.samples[-1]
     elapsed_ns = max(last.at_ns, NS_PER_MS)
     return {name: worker.busy_ns / elapsed_ns for name, worker in last.workers.items()}

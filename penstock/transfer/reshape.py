@@ -21,7 +21,7 @@ from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest
 from penstock.core.events import Reshape
 from penstock.core.messages import GroupBlocks
-from penstock.core.types import Digest
+from penstock.core.types import BlockId, Digest
 from penstock.transfer.plan import SpanArray, as_array, cut
 from penstock.transfer.region import Bytes2D
 
@@ -110,6 +110,12 @@ def plan_reshape(theirs: KVLayout, ours: KVLayout, group: int, wanted: Reshape) 
         pieces=pieces[:0] if is_direct else pieces,
         direct_ids=our_ids if is_direct else our_ids[:0],
     )
+
+
+def whole_blocks(wanted: Reshape, block_size: int) -> tuple[BlockId, ...]:
+    """Return those of our blocks of which every slot is written."""
+    first = -(-wanted.begin // block_size) - wanted.destination.first
+    return wanted.destination.block_ids[first : wanted.end // block_size - wanted.destination.first]
 
 
 def cut_staged(plan: ReshapePlan, staged: Bytes2D, ours: Bytes2D, pieces: Pieces) -> None:

@@ -38,6 +38,13 @@ def cluster_key(path: Path | None = None) -> bytes:
         raise StartupFailed(f"the cluster key in {file} cannot be used: {error}") from error
 
 
+def key_location(path: Path | None = None) -> str:
+    """Say where `cluster_key` finds the key, for people."""
+    if path is None and VARIABLE in os.environ:
+        return f"the environment variable {VARIABLE}"
+    return str(path or _default_path())
+
+
 def _default_path() -> Path:
     root = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
     return Path(root) / "penstock" / "cluster.key"

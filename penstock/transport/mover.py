@@ -17,13 +17,14 @@ from msgspec import structs
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest, BlocksCorrupt, DeadlineExceeded, PeerLost
-from penstock.core.events import Move, MoveClass, MoveDone
+from penstock.core.events import Move, MoveClass, MoveDone, Reshape
 from penstock.core.messages import WorkerInfo
-from penstock.core.types import BlockId, WorkerId
+from penstock.core.types import BlockId, Digest, WorkerId
+from penstock.transfer.digest import take_digests
 from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters, is_stale
 from penstock.transfer.plan import SpanArray, cut, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error
-from penstock.transfer.reshape import plan_reshape
+from penstock.transfer.reshape import plan_reshape, whole_blocks
 from penstock.transport.peers import Peers
 from penstock.transport.reshape import Carried, Reshaper, check
 from penstock.transport.shm import MappedPool, SharedMemory
@@ -78,10 +79,12 @@ class BlockMover:
         """
         started_ns = self._clock()
         landed: list[_Landed] = []
+        digests: tuple[tuple[Digest, ...], ...] = ()
         error, is_corrupt, is_too_late = None, False, False
         try:
             landed = self._carry_out(move)
             is_too_late = self._is_stale(move)
+            digests = tuple(map(self._digests_of, self._regions, move.reshapes))
         except BlocksCorrupt:
             is_corrupt = True
         except (PeerLost, DeadlineExceeded, BadRequest, OverflowError) as failure:
@@ -98,7 +101,13 @@ class BlockMover:
             error=error,
             is_corrupt=is_corrupt,
             is_stale=is_too_late,
+            digests=digests,
         )
+
+    def _digests_of(self, region: Region, wanted: Reshape) -> tuple[Digest, ...]:
+        """Return the digests of what a reshape has filled, if it came with digests itself."""
+        whole = whole_blocks(wanted, self._layout.block_size) if wanted.source.digests else ()
+        return take_digests(region.blocks, whole)
 
     def _is_stale(self, move: Move) -> bool:
         """Tell whether the peer has handed out a block of the move anew since it was offered."""

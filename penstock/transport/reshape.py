@@ -6,13 +6,13 @@ shape. Only then does a byte reach our pool. Owns the staging memory; knows no r
 by name. `Agent` and `BlockMover` call it.
 """
 
-import threading
 from collections.abc import Iterable
 from ctypes import pointer
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest, BlocksCorrupt
@@ -24,6 +24,7 @@ from penstock.transfer.reshape import Pieces, ReshapePlan, cut_staged
 from penstock.transport.native.library import DTYPES, Cutting, Side, load_library
 from penstock.transport.way import Source
 
+Bytes1D = npt.NDArray[np.uint8]
 STAGING_BYTES: Final = 2 * MIB
 """Staging memory, if one block is no larger."""
 
@@ -37,11 +38,13 @@ class Carried:
 
 
 class Reshaper:
-    """Brings blocks of a peer into a pool of another shape. One plan at a time; others wait."""
+    """Brings blocks of peers into pools of another shape; plans run at once have each its own
+    staging memory, which is kept for the next.
+    """
 
     def __init__(self, staging_bytes: int = STAGING_BYTES) -> None:
-        self._staging = np.empty(staging_bytes, np.uint8)
-        self._lock = threading.Lock()
+        self._staging_bytes = staging_bytes
+        self._idle: list[Bytes1D] = []
 
     def carry_out(self, plan: ReshapePlan, source: Source, destination: Region) -> Carried:
         """Do what a plan says; blocks.
@@ -57,20 +60,25 @@ class Reshaper:
             _compare(destination, plan.direct_ids.tolist(), plan.digests)
             return Carried(len(plan.source_ids) * source.block_bytes, len(spans))
         num_spans = 0
-        with self._lock:
-            staged = self._staged(source.block_bytes)
-            for part, spans, pieces in plan.rounds(staged.num_blocks):
-                source.pull(staged, spans)
-                _compare(staged, range(part.stop - part.start), plan.digests[part])
-                _cut(plan, staged, destination, pieces)
-                num_spans += len(spans)
+        memory = self._take(source.block_bytes)
+        num_blocks = len(memory) // source.block_bytes
+        staged = Region(memory[: num_blocks * source.block_bytes].reshape(num_blocks, -1))
+        for part, spans, pieces in plan.rounds(num_blocks):
+            source.pull(staged, spans)
+            _compare(staged, range(part.stop - part.start), plan.digests[part])
+            _cut(plan, staged, destination, pieces)
+            num_spans += len(spans)
+        # Not after an error: a pull that was given up may still be writing.
+        self._idle.append(memory)
         return Carried(len(plan.source_ids) * source.block_bytes, num_spans)
 
-    def _staged(self, block_bytes: int) -> Region:
-        num_blocks = max(1, len(self._staging) // block_bytes)
-        if num_blocks * block_bytes > len(self._staging):
-            self._staging = np.empty(block_bytes, np.uint8)
-        return Region(self._staging[: num_blocks * block_bytes].reshape(num_blocks, block_bytes))
+    def _take(self, block_bytes: int) -> Bytes1D:
+        """Return memory that nobody else uses, for one block at least."""
+        try:
+            memory = self._idle.pop()
+        except IndexError:
+            memory = np.empty(self._staging_bytes, np.uint8)
+        return memory if len(memory) >= block_bytes else np.empty(block_bytes, np.uint8)
 
 
 def check(plan: ReshapePlan, source: Source, destination: Region) -> None:

@@ -32,6 +32,8 @@ class Arrival:
     num_moves: int = 0
     num_pulled: int = 0
     is_verified: bool = True
+    is_spoiled: bool = False
+    """A part was wrong each time it was read."""
     is_fenced: bool = False
     """The prefill worker has said that it does not write here (any more)."""
     outcome: SequenceState = SequenceState.RUNNING

@@ -29,6 +29,7 @@ from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.group import Pull
 from penstock.transfer.plan import align
+from penstock.transfer.reshape import whole_blocks
 from penstock.transfer.session import PUSH_SINK, SINK, Session, SessionState
 from penstock.worker.arrival import Arrival
 from penstock.worker.numbers import Numbers
@@ -191,6 +192,7 @@ class PullDesk:
         tries_max = 1 if arrival.offer.is_push else PULLS_MAX
         if is_wanted and done.is_corrupt and copy.tries < tries_max:
             return None, [self._submit(replace(copy, tries=copy.tries + 1))]
+        arrival.is_spoiled |= is_wanted and done.is_corrupt
         if is_wanted and (done.is_corrupt or done.error is not None):
             self._abort(arrival, SequenceState.WAITING)
         elif is_wanted:
@@ -286,7 +288,7 @@ class PullDesk:
         return SubmitMove(move)
 
     def _keep(self, copy: _Copy, done: MoveDone) -> None:
-        """Count what has landed, and keep the digests of full blocks of our shape."""
+        """Count what has landed, and keep the digests of full blocks."""
         arrival = copy.arrival
         assert arrival.adoption is not None
         num_full = arrival.offer.num_tokens // self.config.layout.block_size
@@ -298,6 +300,9 @@ class PullDesk:
             partial_id = adopted.destination_of.get(num_full)
             rows = zip(pull.destination_ids, pull.digests, strict=False)
             self.kv.note_digests(index, [row for row in rows if row[0] != partial_id])
+        for index, (wanted, digests) in enumerate(zip(copy.reshapes, done.digests, strict=False)):
+            filled = whole_blocks(wanted, self.config.layout.block_size)
+            self.kv.note_digests(index, zip(filled, digests, strict=False))
         arrival.is_verified &= all(r.source.digests or not r.end for r in copy.reshapes)
         timeline = arrival.offer.timeline
         timeline.transport = done.transport if done.num_spans else timeline.transport
@@ -330,7 +335,11 @@ class PullDesk:
                 self._abort(arrival, SequenceState.WAITING)
         del self.arrivals[session.request_id]
         session.move_to(SessionState.RELEASED)
-        release = self._release(session.peer, session.request_id)
+        release = Release(
+            request_id=session.request_id,
+            worker_id=self.config.worker_id,
+            is_spoiled=arrival.is_spoiled,
+        )
         sequence = arrival.sequence
         if sequence is None:
             self.pending.remove(arrival)
@@ -340,7 +349,7 @@ class PullDesk:
             sequence.num_computed = sequence.capacity_tokens = 0
             sequence.is_preempted = True
             sequence.move_to(arrival.outcome)
-        return sequence, [release]
+        return sequence, [Send(session.peer, release)]
 
     def _is_whole(self, arrival: Arrival) -> bool:
         """Tell whether every block that was missing has come: a peer may have offered too few."""

@@ -91,10 +91,15 @@ class OfferDesk:
         sequence.is_pinned = False
         return [self._withdraw(sequence.request_id, session.peer)]
 
-    def release(self, request_id: RequestId) -> Sequence | None:
-        """Return the sequence whose blocks nobody reads any more. None: that is known already."""
+    def release(self, request_id: RequestId, *, is_spoiled: bool = False) -> Sequence | None:
+        """Return the sequence whose blocks nobody reads any more. None: that is known already.
+
+        What is spoiled is not computed upon: its names are dropped, and nobody hits it again.
+        """
         if request_id not in self.crossings:
             return None
+        if is_spoiled:
+            self._kv.disown(request_id)
         return self._end(request_id, SessionState.RELEASED)
 
     def release_all_of(self, worker_id: WorkerId) -> list[Sequence]:

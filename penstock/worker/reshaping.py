@@ -1,8 +1,9 @@
 """`Reshaping`: what to pull of a request whose peer keeps its KV in blocks of another shape.
 
-An offer comes in the peer's blocks, at once or part by part, and a part may end in the middle of
-one of ours. So it is tokens that are asked for and counted: of each group one range that grows from
-part to part. `PullDesk` makes one for an arrival from such a peer. Pure.
+An offer comes in the peer's blocks, at once or part by part. It is tokens that are asked for and
+counted: of each group one range that grows from part to part. Where a part ends in the middle of
+one of our blocks, that block waits for the next part: it is filled once, and its digest taken then.
+`PullDesk` makes one for an arrival from such a peer. Pure.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Reshaping:
             seen = num_tokens - group.window + 1 if group.window else 0
             self._begins.append(min(max(begin, seen), num_tokens))
         self._reached = list(self._begins)
+        self._left = [NO_BLOCKS] * len(self._begins)
 
     @property
     def is_whole(self) -> bool:
@@ -43,7 +45,8 @@ class Reshaping:
     def ask(self, parts: Sequence[Sequence[GroupBlocks]]) -> tuple[Reshape, ...]:
         """Return what to bring over of parts that are ready, per group; note that it was asked."""
         groups = zip(*parts, strict=True)
-        return tuple(self._ask(index, _joined(blocks)) for index, blocks in enumerate(groups))
+        left = self._left
+        return tuple(self._ask(i, _joined([left[i], *blocks])) for i, blocks in enumerate(groups))
 
     def _ask(self, index: int, offered: GroupBlocks) -> Reshape:
         destination_of = self._adopted[index].destination_of
@@ -52,7 +55,8 @@ class Reshaping:
             min(destination_of, default=self._num_tokens) * self._our_size,
         )
         end = (offered.first + len(offered.block_ids)) * self._their_size
-        end = min(end, self._num_tokens)
+        end = self._num_tokens if end >= self._num_tokens else end - end % self._our_size
+        self._left[index] = _from(offered, max(begin, end) // self._their_size)
         if begin >= end:
             return NOTHING
         if begin <= self._reached[index]:

@@ -10,8 +10,8 @@ from typing import Final
 from msgspec import structs
 
 from penstock.core.events import MoveDone, StepDone
-from penstock.core.messages import Load, PullSample, StepSample
-from penstock.core.step import Int32, Step
+from penstock.core.messages import Load
+from penstock.core.step import Int32, PullSample, Step, StepSample
 from penstock.core.types import WorkerId
 
 SAMPLES_MAX: Final = 4

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from penstock.core.block import KVLayout
 from penstock.core.config import Handoff, WorkerConfig
 from penstock.core.events import Command, MoveDone
-from penstock.core.messages import Grant, Renew
+from penstock.core.messages import Grant, Release, Renew
 from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.worker.numbers import Numbers
@@ -72,9 +72,11 @@ class SourceDesk:
         landed = self._pushed.land(done)
         return None if landed is None else (_listed(landed[0]), landed[1])
 
-    def release(self, request_id: RequestId) -> Ended:
+    def release(self, event: Release) -> Ended:
         """Take in that a peer has it, or wants it not."""
-        released = self._pulled.release(request_id) or self._pushed.release(request_id)
+        request_id = event.request_id
+        released = self._pulled.release(request_id, is_spoiled=event.is_spoiled)
+        released = released or self._pushed.release(request_id)
         return _listed(released)
 
     def release_all_of(self, worker_id: WorkerId) -> Ended:

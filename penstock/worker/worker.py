@@ -90,7 +90,9 @@ class Worker:
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(is_idle=self.is_idle)
-        return acts + self._reporter.due(now_ns, is_idle=self.is_idle)
+        # Blocks that are being relocated are neither free nor cached: the last word comes after it.
+        is_idle = self.is_idle and not self.defragmenter.is_busy
+        return acts + self._reporter.due(now_ns, is_idle=is_idle)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
@@ -106,8 +108,8 @@ class Worker:
             case Progress():
                 known = self._release_if_running(event.request_id, event.source)
                 return known or self.pulls.progress(event, now_ns)
-            case Release(request_id=request_id):
-                return self._end_crossings(self.offers.release(request_id))
+            case Release():
+                return self._end_crossings(self.offers.release(event))
             case Grant():
                 return self._end_crossings(*self.offers.grant(event, now_ns))
             case Renew():

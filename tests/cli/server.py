@@ -7,12 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+
+
+def wait_for(
+    condition: Callable[[], object], text: Callable[[], str], timeout_s: float = 30
+) -> None:
+    """Wait until `condition` holds; fail with `text` when it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, text()
+        time.sleep(0.01)
 
 
 class Server:
@@ -58,10 +68,7 @@ class Server:
             return None
 
     def wait_for(self, condition, timeout_s: float = 30) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, self.text
-            time.sleep(0.01)
+        wait_for(condition, lambda: self.text, timeout_s)
 
     def interrupt(self) -> None:
         """Do what a terminal does at Ctrl-C: signal the whole foreground group."""

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from penstock.cli.arguments import make_parser, parse_bytes
+from penstock.cli.arguments import make_parser
+from penstock.cli.values import parse_bytes
 
 
 @pytest.mark.parametrize(

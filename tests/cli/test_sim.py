@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cli import main
+from penstock.cli import main, sim_arguments
+from penstock.control.policies import POLICIES
 
 LOAD = ["--workload", "fixed:in=500,out=20", "--rate", "2", "--duration", "10"]
 CLUSTER = ["--cluster", "H100:prefill,H100:decode"]
@@ -89,6 +90,30 @@ def test_a_sweep_tells_the_fewest(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["fewest"] == 1
     assert main([*sweep, "--slo-ttft-ms", "1"]) == 1
     assert "no size tried" in capsys.readouterr().out
+
+
+def test_policies_are_those_of_the_controller(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(POLICIES) == sim_arguments.POLICIES
+    heavy = ["--workload", "lognormal", "--rate", "20", "--duration", "5"]
+    hits = {}
+    for policy in ("round_robin", "predicted"):
+        pair = ["--cluster", "2xH100:prefill,2xH100:decode", "--policy", policy]
+        assert main(["sim", "serve", *heavy, *pair, "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        hits[policy] = record["ttft_ms"]
+        assert record["settings"]["policy"] == policy
+    assert hits["round_robin"] != hits["predicted"]
+
+
+def test_admission_refuses_what_would_be_late(capsys: pytest.CaptureFixture[str]) -> None:
+    flood = ["--workload", "fixed:in=8000,out=20", "--rate", "40", "--duration", "5"]
+    command = ["sim", "serve", *flood, *CLUSTER, "--slo-ttft-ms", "500", "--json"]
+    records = []
+    for extra in ([], ["--admission"]):
+        assert main([*command, *extra]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0]["failed"] == 0 < records[1]["failed"]
+    assert records[0]["goodput_per_s"] < records[1]["goodput_per_s"]
 
 
 @pytest.mark.parametrize("act", ["serve", "sweep"])

@@ -6,13 +6,13 @@ may have changed. Nothing but the digests can tell.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from penstock.core.types import RequestId
 from tests.cluster.client import Stream
-from tests.faults.proxied import Site, Tell, a_site
+from tests.faults.proxied import GREEDY, Site, Tell, a_site, prompt
 
 NUM_BLOCKS = 96
 BLOCK_BYTES = 32 * 5120
@@ -59,7 +59,9 @@ def test_bytes_changed_behind_the_owner_s_back_between_offer_and_pull(tell: Tell
             stream = site.start(SHORT)
             await site.until(lambda: site.cluster.status().handing_off == 1)
             block_ids = offers(site)[stream.request.request_id]
-            flip_in_pool(site, block_ids[len(block_ids) // 2])
+            flip_in_pool(
+                site, block_ids[len(block_ids) // 2], slice(BLOCK_BYTES // 3, None, BLOCK_BYTES)
+            )
         await site.finish([stream])
         await site.settle()
         assert site.counts() == (corrupt + 2, recomputed + 1)
@@ -98,11 +100,30 @@ def offer_of(stream: Stream) -> str:
     return f'{{"type":"Offer","request":{{"request_id":"{stream.request.request_id}"'
 
 
-def flip_in_pool(site: Site, block_id: int) -> None:
-    """Flip one bit in a block of the prefill worker's pool."""
+def flip_in_pool(site: Site, block_id: int, bytes_of_block: slice, bit: int = 4) -> None:
+    """Flip one bit in each of some bytes of a block of the prefill worker's pool."""
     pid, number, _ = site.info("prefill-0").regions[0].location.split(":")
-    with Path(f"/proc/{pid}/fd/{number}").open("r+b", buffering=0) as pool:
-        pool.seek(block_id * BLOCK_BYTES + BLOCK_BYTES // 3)
-        (byte,) = pool.read(1)
-        pool.seek(-1, 1)
-        pool.write(bytes([byte ^ 1 << 4]))
+    pool = np.memmap(f"/proc/{pid}/fd/{number}", np.uint8, "r+").reshape(-1, BLOCK_BYTES)
+    pool[block_id, bytes_of_block] ^= 1 << bit
+
+
+def test_a_block_that_was_found_spoiled_is_not_built_upon():
+    async def story(site: Site) -> None:
+        whole = prompt(LENGTH)
+        expected = Stream(site.cluster, whole, GREEDY, salt="undisturbed")
+        await expected.tokens()
+        with site.stopped("decode-0"):
+            first = Stream(site.cluster, whole[:SHORT], GREEDY, salt="spoiled")
+            await site.until(lambda: site.cluster.status().handing_off == 1)
+            for block_id in offers(site)[first.request.request_id][:-1]:
+                flip_in_pool(site, block_id, slice(3, None, 4), bit=7)  # every sign
+        await first.tokens()
+        await site.settle()
+        assert site.counts() == (2, 1)
+        # Its beginning is in both caches, and only the decode worker's is right.
+        again = Stream(site.cluster, whole, GREEDY, salt="spoiled")
+        assert await again.tokens() == expected.token_ids
+        await site.settle()
+
+    with a_site(transport="shm", max_num_batched_tokens=2 * LENGTH) as tell:
+        tell(story)

@@ -47,8 +47,8 @@ def name_of(block_id):
     return BlockHash(b"name %d" % block_id)
 
 
-def carry_out(pool, moves_max, wanted=MANY):
-    plan = plan_relocation(pool, moves_max, wanted=wanted)
+def carry_out(pool, moves_max, wanted=MANY, may_evict=False):
+    plan = plan_relocation(pool, moves_max, wanted=wanted, may_evict=may_evict)
     pool.begin_relocation(plan)
     pool.check()
     assert pool.end_relocation(plan) == len(plan)
@@ -86,6 +86,19 @@ def test_no_more_is_moved_than_what_is_wanted_takes():
     assert carry_out(pool, 8, wanted=4) == []
 
 
+def test_few_moves_are_made_where_few_reach_what_is_wanted():
+    # All of it would take three moves; 9 blocks need one, at the right.
+    pool = pool_of("H.k.k.k.......H....H")
+    assert carry_out(pool, 8, wanted=9) == [Relocation(6, 1)]
+    assert picture_of(pool) == "Hkk.k.........H....H"
+
+
+def test_where_there_is_no_other_room_a_run_gives_some_of_its_own():
+    pool = pool_of(".k..kk..k...kkk.H")
+    carry_out(pool, 3)
+    assert pool.allocator.largest_free == 9
+
+
 def test_what_is_held_is_not_moved_and_not_crossed():
     assert plan_relocation(pool_of("..H.."), 8, wanted=MANY) == []
     assert plan_relocation(pool_of("..HkH"), 8, wanted=MANY) == []
@@ -112,6 +125,14 @@ def test_a_spare_block_is_not_written():
         assert pool.prefix_cache.find(name_of(block_id)) == block_id
 
 
+def test_a_spare_block_gives_its_place_where_that_is_allowed():
+    pool = pool_of("Hss.k..HsH")
+    carry_out(pool, 8, may_evict=True)
+    assert picture_of(pool) == "Hss....HkH"
+    assert pool.prefix_cache.find(name_of(8)) is None
+    assert pool.prefix_cache.find(name_of(1)) == 1
+
+
 def test_nothing_to_do():
     for picture in ("....", "HHHH", "kkkk", "H..kk", "k", "."):
         pool = pool_of(picture)
@@ -121,18 +142,21 @@ def test_nothing_to_do():
 
 @settings(max_examples=300)
 @given(
-    picture=st.text(FREE + KEPT + SPARE + HELD, min_size=1, max_size=60), moves=st.integers(0, 9)
+    picture=st.text(FREE + KEPT + SPARE + HELD, min_size=1, max_size=60),
+    moves=st.integers(0, 9),
+    may_evict=st.booleans(),
 )
-def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves):
+def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves, may_evict):
     pool = pool_of(picture)
     held = [b for b in range(len(picture)) if picture[b] == HELD]
     kept = {name_of(b) for b in range(len(picture)) if picture[b] == KEPT}
     for _ in range(len(picture) + 1):
         longest, writable = pool.allocator.largest_free, pool.allocator.num_free
         now = picture_of(pool)
-        plan = carry_out(pool, moves)
+        plan = carry_out(pool, moves, may_evict=may_evict)
         assert len(plan) <= moves
-        assert all(now[r.source] == KEPT and now[r.destination] in FREE + SPARE for r in plan)
+        room = FREE + SPARE if may_evict else FREE
+        assert all(now[r.source] == KEPT and now[r.destination] in room for r in plan)
         assert pool.allocator.num_free == writable
         assert [b for b in range(len(picture)) if picture_of(pool)[b] == HELD] == held
         for block_hash in kept:
@@ -145,11 +169,19 @@ def test_every_plan_makes_the_longest_run_longer_until_none_can(picture, moves):
 
 
 @settings(max_examples=200)
-@given(picture=st.text(FREE + KEPT + HELD, min_size=1, max_size=24), moves=st.integers(1, 24))
-def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves):
-    """Against trying every stretch: its cached blocks must be few enough and have a place."""
-    pool = pool_of(picture)
-    carry_out(pool, moves)
+@given(
+    picture=st.text(FREE + KEPT + HELD, min_size=1, max_size=24),
+    moves=st.integers(1, 24),
+    wanted=st.integers(1, 30),
+    is_spare=st.booleans(),
+)
+def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves, wanted, is_spare):
+    """Against trying every stretch: its cached blocks must be few enough and have a place.
+
+    Spare blocks are room like others where they may be.
+    """
+    pool = pool_of(picture.replace(FREE, SPARE) if is_spare else picture)
+    carry_out(pool, moves, wanted, may_evict=is_spare)
     total = picture.count(FREE)
     for start in range(len(picture)):
         for end in range(start + 1, len(picture) + 1):
@@ -157,7 +189,8 @@ def test_no_stretch_without_held_blocks_could_have_been_longer(picture, moves):
             room = total - part.count(FREE)
             if HELD in part or part.count(KEPT) > min(moves, room) or FREE not in part:
                 continue
-            assert pool.allocator.largest_free >= len(part), (part, picture_of(pool))
+            reached = min(len(part), wanted)
+            assert pool.allocator.largest_free >= reached, (part, picture_of(pool))
 
 
 # --- the pool meanwhile

@@ -12,7 +12,7 @@ import pytest
 from penstock.core.errors import StartupFailed
 from penstock.core.types import WorkerId
 from penstock.runtime.curve import CurveKeys
-from penstock.runtime.knock import knock, split_address
+from penstock.runtime.knock import knock
 from penstock.runtime.messaging import Messenger, Network
 
 KEYS = CurveKeys.derive(b"a key".ljust(32))
@@ -76,15 +76,3 @@ def test_something_else_listens_there(answer: bytes | None):
         with pytest.raises(StartupFailed, match="does not answer as a Penstock cluster"):
             asyncio.run(knock("127.0.0.1", server.getsockname()[1], KEYS, timeout_s=0.5))
         thread.join()
-
-
-@pytest.mark.parametrize("text", ["", "host", "host:", ":7777", "host:port", "host:70000"])
-def test_what_is_no_address_is_refused_by_the_flag(text: str):
-    with pytest.raises(StartupFailed, match=r"--join .*HOST:PORT"):
-        split_address(text, "--join")
-
-
-def test_addresses():
-    assert split_address("host:7777", "--join") == ("host", 7777)
-    assert split_address("[::1]:7777", "--join") == ("::1", 7777)
-    assert split_address("tcp://10.0.0.5:1", "--join") == ("10.0.0.5", 1)

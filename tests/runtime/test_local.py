@@ -135,8 +135,10 @@ def test_requests_of_a_killed_worker_go_on_where_they_were(victim: str):
         os.kill(first_pid, signal.SIGKILL)
         for n, stream in enumerate(streams):
             assert await stream.tokens() == expected(80, long, n)
-        await until(lambda: len(cluster.status().workers) == 2)
-        assert pid_of(cluster, victim) != first_pid
+        # Its end may be heard of after the last token.
+        await until(
+            lambda: len(cluster.status().workers) == 2 and pid_of(cluster, victim) != first_pid
+        )
         assert cluster.status().finished == 20
         assert (cluster.status().retried > 0) == (victim == "decode-0")
         # The newcomer serves, and peers know it.

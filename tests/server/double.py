@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from penstock.core.block import KVLayout
+from penstock.core.block import KVGroup, KVLayout
 from penstock.core.errors import PenstockError
 from penstock.core.messages import (
     Load,
@@ -197,7 +197,7 @@ def worker_info() -> WorkerInfo:
         epoch=1,
         address="",
         pid=1,
-        layout=KVLayout("tiny", (), 1, 8, 32, "float32"),
+        layout=KVLayout("tiny", (KVGroup((0,)),), 1, 8, 32, "float32"),
         num_blocks=(100,),
         max_model_len=256,
         max_num_seqs=8,

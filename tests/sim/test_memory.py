@@ -50,10 +50,10 @@ def run(
     machine = MemoryMachine(
         orchestrator,
         Timing(
-            compute_ns=compute_ns, stage_ns=stage_ns, read_ns=read_ns, lookahead_steps=lookahead
+            compute_ns=compute_ns, stage_ns=stage_ns, read_ns=read_ns, lookahead_units=lookahead
         ),
     )
-    figures = machine.run(steps)
+    figures = machine.run(steps, steps)
     orchestrator.check()
     return figures
 

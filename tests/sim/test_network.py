@@ -12,6 +12,7 @@ from penstock.core.types import NS_PER_MS, Role
 from penstock.sim.executor import chain_layout
 from penstock.sim.network import LinkCost
 from penstock.sim.run import ClusterSpec, SimCluster
+from penstock.transfer.digest import take_digests
 from tests.sim.test_run import EOS, check_outcome, make_requests
 
 PAIRS = [(16, 32), (64, 16), (8, 128), (32, 32)]
@@ -86,6 +87,19 @@ def test_prefixes_that_are_here_already_are_not_pulled_again():
         if move.reshapes
     ]
     assert any(begin > 0 for begin in begins)
+
+
+def test_blocks_that_came_reshaped_are_offered_on_with_digests():
+    num_digests = 0
+    for seed in range(3):
+        cluster = run(seed, (16, 32), (0,), {})
+        for name in ("d0", "d1"):
+            pool = cluster.workers[name].core.kv.groups[0].pool
+            memory = cluster.workers[name].pools[0]
+            named = [b for b in range(pool.num_blocks) if pool.prefix_cache.is_indexed(b)]
+            num_digests += len(named)
+            assert tuple(map(pool.digest, named)) == take_digests(memory, named)
+    assert num_digests > 20
 
 
 def test_flipped_bits_are_found():

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from penstock.core.errors import BadRequest
 from penstock.core.events import Reshape
 from penstock.core.messages import GroupBlocks
-from penstock.transfer.reshape import convert, cut_staged, plan_reshape
+from penstock.transfer.reshape import convert, cut_staged, plan_reshape, whole_blocks
 from tests.transfer.shapes import (
     GROUPS,
     NUM_BLOCKS,
@@ -130,6 +130,13 @@ def test_no_tokens_are_no_blocks():
     )
     assert not len(plan.source_ids)
     assert not list(plan.rounds(1))
+
+
+def test_whole_blocks_are_those_that_are_written_to_the_end():
+    ours = blocks_of(7, 8, 9, first=1)
+    for begin, end, whole in ((32, 128, (7, 8, 9)), (33, 127, (8,)), (33, 63, ()), (40, 90, ())):
+        wanted = Reshape(blocks_of(), blocks_of(*ours.block_ids, first=1), begin, end)
+        assert whole_blocks(wanted, 32) == whole, (begin, end)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -222,6 +223,31 @@ def test_a_device_without_an_end_has_a_deadline_and_nothing_follows_it(library, 
         assert mapped(library) == before, "what a copy reads was unmapped under it"
     finally:
         cuda.double_stick(0)
+    way.close()
+
+
+def test_an_owner_that_ends_during_a_copy_is_lost(library, driver, owner):
+    way, into = CudaIpc(driver, 0, silence_s=60.0), allocate(str(library))[0]
+    source, cuda = way.open(memory_of(owner), 0), ctypes.CDLL(str(library))
+    errors = []
+
+    def pull() -> None:
+        try:
+            source.pull(into, cut([0], [0]))
+        except PeerLost as error:
+            errors.append(str(error))
+
+    cuda.double_stick(1)
+    thread = threading.Thread(target=pull)
+    thread.start()
+    while not cuda.double_waiting():
+        time.sleep(0.001)
+    owner.kill()
+    owner.wait()
+    cuda.double_stick(0)
+    thread.join(20)
+    assert len(errors) == 1
+    assert "is gone" in errors[0]
     way.close()
 
 

@@ -137,6 +137,8 @@ def test_blocks_of_another_size_are_reshaped(mover, regions, smaller_pools):
     slots = regions[0].blocks[2:4].reshape(2, 4, 4, -1)[:, 0, :, 0]
     assert slots.tolist() == [[6, 6, 7, 7], [2, 2, 1, 0]]
     assert (done.num_bytes, done.num_spans) == (4 * SMALLER.block_bytes[0], 3)
+    # Of our two blocks the second is not full yet.
+    assert done.digests == (take_digests(regions[0].blocks, [2]), ())
     assert not regions[0].blocks[:2].any()
     assert not regions[1].blocks.any()
 

@@ -1,28 +1,23 @@
-"""NIXL for real: its UCX back end over loopback, agents of one process and of several."""
+"""Reads through NIXL: with a double of the agent everywhere, over UCX for real where NIXL is."""
 
 import base64
 import secrets
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.errors import PeerLost
+from penstock.core.errors import DeadlineExceeded, PeerLost
 from penstock.core.messages import Endpoint, RegionDescriptor
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_owner import NixlAddress, NixlOwner
-
-pytest.importorskip("nixl")
+from tests.transport.double.nixl_agent import DoubleAgent
 
 BLOCK_BYTES = 4096
-ROOT = Path(__file__).parents[2]
 
 
 def region_of(num_blocks: int, block_bytes: int = BLOCK_BYTES) -> Region:
@@ -52,15 +47,26 @@ def with_address(memory: PeerMemory, address: NixlAddress) -> PeerMemory:
     return msgspec.structs.replace(memory, endpoints=(Endpoint("nixl", text),))
 
 
+@pytest.fixture(params=["double", "nixl"])
+def backend(request, monkeypatch):
+    if request.param == "nixl":
+        pytest.importorskip("nixl")
+        return None
+    agent = type("Agent", (DoubleAgent,), {"agents": {}})
+    monkeypatch.setattr("penstock.transport.nixl.NixlAgent", agent)
+    monkeypatch.setattr("penstock.transport.nixl_owner.NixlAgent", agent)
+    return agent
+
+
 @pytest.fixture
-def way():
+def way(backend):
     way = Nixl(silence_s=2.0)
     yield way
     way.close()
 
 
 @pytest.fixture
-def owner():
+def owner(backend):
     owner = NixlOwner(epoch=1)
     yield owner
     owner.close()
@@ -210,122 +216,58 @@ def test_what_was_pulled_into_long_ago_is_let_go_and_can_come_back(way, owner, m
     assert all((pool.blocks == region.blocks).all() for pool in pools)
 
 
-# ------------------------------------------------------------------------------- several processes
-
-OWNER = """
-import sys
-import msgspec
-import numpy as np
-from penstock.transfer.region import Region
-from penstock.transport.nixl_owner import NixlOwner
-
-owner = NixlOwner(epoch=int(sys.argv[1]))
-blocks = np.zeros((4096, 4096), np.uint8)
-blocks[:] = (np.arange(4096)[:, None] + int(sys.argv[1])) % 251
-owner.add(Region(blocks))
-print(owner.endpoint.address, flush=True)
-sys.stdin.read()
-owner.close()
-"""
-
-
-def start_owner(epoch: int) -> tuple[subprocess.Popen[str], PeerMemory]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(epoch)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    address = process.stdout.readline().strip()
-    regions = (RegionDescriptor("", "", 4096 * 4096, 4096),)
-    return process, PeerMemory("p", epoch, regions, (Endpoint("nixl", address),))
+@pytest.mark.parametrize("backend", ["double"], indirect=True)
+def test_a_silent_peer_has_a_deadline_and_the_agent_ends_with_it(backend, owner):
+    region, into = region_of(4), empty(4)
+    owner.add(region)
+    way = Nixl(silence_s=0.05)
+    source = way.open(memory_of(owner, region), 0)
+    reader = way._reader
+    backend.is_silent = True
+    with pytest.raises(DeadlineExceeded, match="p was silent or slow"):
+        source.pull(into, cut([1], [1]))
+    with pytest.raises(PeerLost, match="p was silent or slow"):
+        way.open(memory_of(owner, region), 0)
+    assert len(backend.agents) == 1, "an agent whose reads are under way has not ended"
+    backend.is_silent = False
+    source.pull(into, cut([2], [2]))
+    assert way._reader is not reader
+    assert into.blocks[:, 0].tolist() == [0, 0, 3, 0]
+    way.close()
+    owner.close()
+    assert not backend.agents
+    backend.agents[owner._agent.name] = owner._agent  # the fixture closes it once more
 
 
-@pytest.mark.slow
-def test_an_owner_ends_cleanly_and_one_that_is_killed_is_lost(way, no_leaks):
-    into, blocks = empty(4096), np.arange(4096)
-    process, memory = start_owner(1)
-    with process:
-        source = way.open(memory, 0)
-        source.pull(into, cut(blocks, blocks[::-1]))
-        assert (into.blocks[::-1, 0] == (blocks + 1) % 251).all()
-        process.stdin.close()
-        assert process.wait(20) == 0
-    with pytest.raises(PeerLost):
-        source.pull(into, cut(blocks, blocks))
+@pytest.mark.parametrize("backend", ["double"], indirect=True)
+def test_forgetting_and_closing_end_a_pull_that_is_under_way(backend, owner):
+    region = region_of(4)
+    owner.add(region)
+    for end in (lambda way: way.forget("p", 1), lambda way: way.close()):
+        way = Nixl(silence_s=60.0)
+        source = way.open(memory_of(owner, region), 0)
+        backend.is_silent = True
+        errors = []
 
-    process, memory = start_owner(2)
-    with process:
-        source = way.open(memory, 0)
-        source.pull(into, cut(blocks, blocks))
-        assert (into.blocks[:, 0] == (blocks + 2) % 251).all()
-        process.kill()
-        process.wait()
-    for _ in range(2):
-        started = time.monotonic()
-        with pytest.raises(PeerLost):
-            source.pull(into, cut(blocks, blocks))
-        assert time.monotonic() < started + 10
+        def pull(source=source, errors=errors) -> None:
+            try:
+                source.pull(empty(4), cut([0], [0]))
+            except PeerLost as error:
+                errors.append(str(error))
 
-
-READER = """
-import atexit
-import signal
-import sys
-import time
-import numpy as np
-from penstock.core.errors import DeadlineExceeded, PeerLost
-from penstock.transfer.plan import cut
-from penstock.transfer.region import Region
-from penstock.transport.nixl import Nixl
-from tests.transport.test_nixl import start_owner
-
-blocks = np.arange(4096)
-process, memory = start_owner(1)
-atexit.register(process.kill)
-way = Nixl(silence_s=1.0)
-source = way.open(memory, 0)
-into = Region(np.zeros((4096, 4096), np.uint8))
-source.pull(into, cut(blocks, blocks))
-assert (into.blocks[:, 0] == (blocks + 1) % 251).all()
-if sys.argv[1] == "stopped":
-    process.send_signal(signal.SIGSTOP)
-    into.blocks[:] = 0
-    try:
-        source.pull(into, cut(blocks, blocks[::-1]))
-        sys.exit("a process that is stopped has answered")
-    except DeadlineExceeded:
-        pass
-    into.blocks[:] = 7
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0.5)
-    assert (into.blocks == 7).all(), "late bytes have landed"
-process.kill()
-process.wait()
-started = time.monotonic()
-try:
-    source.pull(into, cut(blocks, blocks))
-    sys.exit("the dead have answered")
-except (PeerLost, DeadlineExceeded):
-    assert time.monotonic() < started + 10
-process, memory = start_owner(2)
-source = way.open(memory, 0)
-source.pull(into, cut(blocks, blocks))
-assert (into.blocks[:, 0] == (blocks + 2) % 251).all()
-process.stdin.close()
-process.wait()
-way.close()
-print("right")
-"""
+        thread = threading.Thread(target=pull)
+        thread.start()
+        while not way._lock.locked():
+            time.sleep(0.001)
+        end(way)
+        thread.join(20)
+        backend.is_silent = False
+        assert errors == ["p: p was forgotten"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_over_ucx_tcp_silence_has_a_limit_and_nothing_lands_late(how, no_leaks, monkeypatch):
-    monkeypatch.setenv("UCX_TLS", "tcp,self")
-    command = [sys.executable, "-c", READER, how]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT
-    )
-    assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr
+def test_two_peers_are_not_one_agent(way, owner):
+    region = region_of(4)
+    owner.add(region)
+    way.open(memory_of(owner, region), 0)
+    with pytest.raises(PeerLost, match="metadata of another peer"):
+        way.open(memory_of(owner, region, name="q"), 0)

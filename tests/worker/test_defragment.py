@@ -1,7 +1,7 @@
 """An idle worker moves cached blocks together, and never stands in a request's way."""
 
 from penstock.core.events import MoveClass
-from penstock.core.messages import Tokens
+from penstock.core.messages import Load, Tokens
 from penstock.core.types import CONTROLLER
 from tests.worker.story import P0, Story, assign, request
 
@@ -38,6 +38,14 @@ def test_an_idle_worker_makes_its_longest_free_run_longer_and_then_stops() -> No
     story.step()
     assert story.heard(Tokens)
     story.assert_empty()
+
+
+def test_the_last_report_comes_when_every_block_is_back() -> None:
+    story = scattered()
+    while story.moves:
+        story.land()
+    load = story.heard(Load)[-1]
+    assert load.free_blocks[0] + load.cached_blocks[0] == 12
 
 
 def test_a_copy_that_fails_leaves_everything_where_it_was() -> None:

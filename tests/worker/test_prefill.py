@@ -153,6 +153,17 @@ def test_a_lease_runs_out_unless_it_is_renewed() -> None:
     story.assert_empty()
 
 
+def test_what_a_peer_found_spoiled_is_not_computed_upon() -> None:
+    story = Story(P0)
+    story.tell(assign(request("r", 40), D0))
+    story.step()
+    story.tell(Release(request_id=RequestId("r"), worker_id=D0, is_spoiled=True))
+    story.tell(assign(request("longer", 60), D0))
+    assert story.step().num_computed.tolist() == [0]
+    story.tell(Release(request_id=RequestId("longer"), worker_id=D0))
+    story.assert_empty()
+
+
 @pytest.mark.parametrize("moment", ["waiting", "in_step", "offered"])
 def test_cancel_on_the_prefill_worker(moment: str) -> None:
     story = Story(P0)

@@ -27,17 +27,27 @@ def test_all_at_once():
     assert way.is_whole
 
 
-def test_a_part_may_end_in_the_middle_of_our_block():
+def test_our_block_waits_for_the_part_that_fills_it():
     way = reshaping(SMALL, LARGE, 70, {0: 7, 1: 8, 2: 9})
 
     (first,) = way.ask([offered(0, 1, 2, 3)])
-    assert (first.begin, first.end, first.destination.block_ids) == (0, 48, (7, 8))
+    assert (first.begin, first.end, first.destination.block_ids) == (0, 32, (7,))
     assert not way.is_whole
     (second,) = way.ask([offered(3, 4), offered(4, 5)])
 
-    assert (second.begin, second.end) == (48, 70)
-    assert second.source == offered(3, 4, 5)[0]
+    assert (second.begin, second.end) == (32, 70)
+    assert second.source == offered(2, 3, 4, 5)[0]
     assert second.destination == GroupBlocks(1, (8, 9))
+    assert way.is_whole
+
+
+def test_parts_smaller_than_our_block_are_gathered():
+    way = reshaping(chain_layout(16), chain_layout(128), 260, {0: 1, 1: 2, 2: 3})
+
+    asked = [way.ask([offered(entry, entry)])[0] for entry in range(17)]
+
+    ranges = [(wanted.begin, wanted.end) for wanted in asked if wanted.end]
+    assert ranges == [(0, 128), (128, 256), (256, 260)]
     assert way.is_whole
 
 

@@ -4,9 +4,9 @@ import numpy as np
 from msgspec import structs
 
 from penstock.core.events import MoveDone, StepDone
-from penstock.core.messages import Load, PullSample, StepSample
+from penstock.core.messages import Load
 from penstock.core.request import SamplingParams
-from penstock.core.step import Sampled, SampleRow, Step
+from penstock.core.step import PullSample, Sampled, SampleRow, Step, StepSample
 from penstock.core.types import WorkerId
 from penstock.worker.samples import SAMPLES_MAX, Samples
 

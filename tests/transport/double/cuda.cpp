@@ -80,6 +80,7 @@ extern "C" {
 
 void double_stick(int stuck) { is_stuck = stuck; }
 int double_mapped() { return (int)memories.size(); }
+int double_waiting() { return (int)waiting.size(); }
 
 CUresult cuInit(unsigned int) { return num_devices() ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE; }
 

@@ -1,0 +1,54 @@
+"""Values on the command line: parsed and checked, with words for who mistyped one."""
+
+import argparse
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes: `1GiB`, `512MiB`, `1.5g`, `1000000`.
+
+    Raises: `argparse.ArgumentTypeError` for anything else.
+    """
+    lower = text.strip().lower()
+    number = lower.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = lower[len(number) :].strip().removesuffix("b")
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GiB") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small")
+    return size
+
+
+def positive(text: str) -> int:
+    """Return a number from 1 on. Raises: `argparse.ArgumentTypeError`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """Return a number of workers. Raises: `argparse.ArgumentTypeError`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds. Raises: `argparse.ArgumentTypeError`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return number
+
+
+def port(text: str) -> int:
+    """Return a port. Raises: `argparse.ArgumentTypeError`."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)

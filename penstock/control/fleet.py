@@ -1,0 +1,246 @@
+"""`Fleet`: the workers that are up, and their books as columns, for a router that looks at all.
+
+A worker has a slot, which is its row in every column and its bit in the prefix index. The truth is
+in its `WorkerRecord`; whoever changes that calls `refresh`. Columns of workers that are gone, or
+may not be given anything, are closed.
+
+For a policy that holds requests back (ours; the classic ones push), a worker is *open* for prefills
+while it has less than `admit_backlog_ms` of them ahead (a few are
+always let in): enough to keep it busy until the next can reach it, and what waits longer waits at
+the controller, where it can still go anywhere and where priorities count. It is open for decodes
+while it has a seat, and for a request whose KV, as far as its output can be expected, has room.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.control.cost import D, E, F, TransferCosts
+from penstock.control.fit import Float64
+from penstock.control.prefix_index import Int64, PrefixIndex
+from penstock.control.record import WorkerRecord
+from penstock.core.config import ControllerConfig
+from penstock.core.messages import BlocksChanged, Load, WorkerInfo
+from penstock.core.types import NS_PER_MS, Role, WorkerId
+
+CLOSED: Final = 1e18
+"""Added to the cost of what may not be taken; more than any cost."""
+PREFILLS_MIN: Final = 4
+"""Prefills that a worker is given however long they are expected to take."""
+SEATS_AHEAD: Final = 1.125
+"""Decodes on a worker over those that run at once: some of them are still on their way."""
+
+_COLUMNS: Final = (
+    "backlog",
+    "backlog_least",
+    "free_at",
+    "step",
+    "seats",
+    "kv_free",
+    "prefill_closed",
+    "decode_closed",
+    "alone_closed",
+    "prefill_tokens",
+    "decode_tokens",
+    "alone_charge",
+)
+
+
+class Fleet:
+    """All workers by name, in order of joining, and what the router needs of them by slot.
+
+    Columns are float64, [num_slots]. `coefficients` is [6, num_slots], as in `control/cost.py`.
+    `step` is the time of a decode step with one sequence more, without its context. The closed
+    columns are 0 or `CLOSED`, each for one part a worker can have in a request. `alone_charge` is 1
+    where a prompt is not meant to be computed.
+    """
+
+    backlog: Float64
+    backlog_least: Float64
+    free_at: Float64
+    step: Float64
+    seats: Float64
+    kv_free: Float64
+    prefill_closed: Float64
+    decode_closed: Float64
+    alone_closed: Float64
+    prefill_tokens: Float64
+    decode_tokens: Float64
+    alone_charge: Float64
+
+    def __init__(self, config: ControllerConfig, *, is_holding: bool = True) -> None:
+        self.workers: dict[WorkerId, WorkerRecord] = {}
+        self.index = PrefixIndex()
+        self.transfers = TransferCosts()
+        self.names: tuple[WorkerId, ...] = ()
+        """Of every slot; empty where nobody is."""
+        self.token_bytes = 1
+        self.has_pairs = False
+        self.leaving: list[WorkerRecord] = []
+        self._by_slot: list[WorkerRecord | None] = []
+        self._open: list[bool] = []
+        self._is_holding = is_holding
+        self._admit_ns = config.admit_backlog_ms * NS_PER_MS
+        self._resize(0)
+
+    def __iter__(self) -> Iterator[WorkerRecord]:
+        return iter(self.workers.values())
+
+    # ---------------------------------------------------------------------------------- membership
+
+    def join(self, info: WorkerInfo) -> WorkerRecord:
+        """Take a worker in, without any blocks."""
+        worker = WorkerRecord(info, self.index.add_worker())
+        self.workers[info.worker_id] = worker
+        if self.index.num_slots > len(self._by_slot):
+            self._resize(self.index.num_slots)
+        self._by_slot[worker.slot] = worker
+        self.token_bytes = info.layout.token_bytes
+        self.coefficients[:, worker.slot] = worker.cost.fit.coefficients
+        self.reopen()
+        return worker
+
+    def leave(self, worker: WorkerRecord) -> None:
+        """Forget a worker, with its blocks."""
+        del self.workers[worker.info.worker_id]
+        self.index.drop_worker(worker.slot)
+        self.transfers.forget(worker.info.worker_id)
+        self._by_slot[worker.slot] = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Work out anew who may be given what, after somebody came, went or changed its label.
+
+        One that is suspected is left out while there is another. When a role has nobody left,
+        whoever there is does both: a role is a label. O(workers).
+        """
+        staying = [w for w in self if not w.is_leaving]
+        heard = [w for w in staying if not w.is_suspected] or staying
+        self.leaving = [w for w in self if w.is_leaving]
+        roles = {worker.role for worker in heard}
+        self.has_pairs = Role.PREFILL in roles and Role.DECODE in roles
+        self._open = [False] * len(self._by_slot)
+        for worker in heard:
+            self._open[worker.slot] = True
+        self.names = tuple(w.info.worker_id if w else WorkerId("") for w in self._by_slot)
+        for slot, worker_there in enumerate(self._by_slot):
+            if worker_there is not None:
+                self.refresh(worker_there)
+            else:
+                self._close(slot)
+
+    def at(self, slot: int) -> WorkerRecord:
+        """Return the worker in a slot."""
+        worker = self._by_slot[slot]
+        assert worker is not None, f"nobody is in slot {slot}"
+        return worker
+
+    def is_candidate(self, worker: WorkerRecord) -> bool:
+        """True while it may be given anything at all."""
+        return self._open[worker.slot]
+
+    # --------------------------------------------------------------------------------------- books
+
+    def refresh(self, worker: WorkerRecord) -> None:
+        """Bring a worker's columns up to date with its record. O(1)."""
+        slot = worker.slot
+        if self._by_slot[slot] is not worker:
+            return  # what a dead worker had is taken off its books, which nobody reads any more
+        coefficients = self.coefficients
+        self.backlog[slot] = worker.backlog_ns
+        self.backlog_least[slot] = worker.backlog_ns / 2
+        self.free_at[slot] = worker.free_at_ns
+        self.seats[slot] = worker.num_decodes
+        self.prefill_tokens[slot] = worker.prefill_tokens
+        self.decode_tokens[slot] = worker.decode_tokens
+        self.step[slot] = (
+            coefficients[D, slot]
+            + coefficients[E, slot] * (worker.num_decodes + 1)
+            + coefficients[F, slot] * worker.context_tokens
+        )
+        # An idle worker takes what cannot fit anywhere else either.
+        room = worker.info.capacity_tokens - worker.kv_tokens
+        self.kv_free[slot] = room if worker.num_decodes and self._is_holding else CLOSED
+        self._admit(worker)
+
+    def _admit(self, worker: WorkerRecord) -> None:
+        slot, role = worker.slot, worker.role
+        has_turn = worker.num_prefills < PREFILLS_MIN or worker.backlog_ns < self._admit_ns
+        has_seat = worker.num_decodes < worker.info.max_num_seqs * SEATS_AHEAD
+        has_turn |= not self._is_holding
+        has_seat |= not self._is_holding
+        if not self._open[slot]:
+            self._close(slot)
+            return
+        takes_prompts = self.has_pairs and role is Role.PREFILL
+        takes_decodes = self.has_pairs and role is Role.DECODE
+        takes_both = not takes_prompts
+        self.prefill_closed[slot] = 0.0 if takes_prompts and has_turn else CLOSED
+        self.decode_closed[slot] = 0.0 if takes_decodes and has_seat else CLOSED
+        self.alone_closed[slot] = 0.0 if takes_both and has_turn and has_seat else CLOSED
+        self.alone_charge[slot] = float(takes_decodes)
+
+    def _close(self, slot: int) -> None:
+        self.prefill_closed[slot] = self.decode_closed[slot] = self.alone_closed[slot] = CLOSED
+
+    def wait_ns(self, now_ns: int) -> Float64:
+        """Return how long a prompt would wait for its turn on each worker, [num_slots].
+
+        Until the work before it should be done; while that has been due for long it is half of it
+        at least, for it is not done yet.
+        """
+        ahead = self.free_at - now_ns
+        np.maximum(ahead, self.backlog_least, out=ahead)
+        return np.minimum(ahead, self.backlog, out=ahead)
+
+    # ------------------------------------------------------------------------------------- reports
+
+    def note_load(self, load: Load) -> None:
+        """Take in a report: how full a worker is, and what its steps and pulls took."""
+        worker = self.workers.get(load.worker_id)
+        if worker is None:
+            return
+        worker.load = load
+        if load.step_samples:
+            self.coefficients[:, worker.slot] = worker.cost.learn(load.step_samples)
+            self.refresh(worker)
+        if load.pull_samples:
+            self.transfers.learn(load.worker_id, load.pull_samples)
+
+    def note_blocks(self, event: BlocksChanged) -> None:
+        """Take in which blocks a worker has; what a former incarnation says is not heard."""
+        worker = self.workers.get(event.worker_id)
+        if worker is not None and worker.info.epoch == event.epoch:
+            self.index.apply(worker.slot, event.stored, event.removed)
+
+    def cached_tokens(self, token_ids: tuple[int, ...], salt: str) -> Int64:
+        """Return how many tokens of a prompt every slot has, [num_slots]."""
+        tokens: Int64 | None = None
+        for size in dict.fromkeys(w.info.layout.block_size for w in self):
+            found = self.index.tokens(token_ids, size, salt)
+            tokens = found if tokens is None else np.maximum(tokens, found)
+        return np.zeros(len(self._by_slot), np.int64) if tokens is None else tokens
+
+    def _resize(self, num_slots: int) -> None:
+        added = num_slots - len(self._by_slot)
+        self._by_slot += [None] * added
+        self._open += [False] * added
+        for name in _COLUMNS:
+            column: npt.NDArray[np.float64] = getattr(self, name, np.zeros(0))
+            setattr(self, name, np.concatenate([column, np.zeros(added)]))
+        old = getattr(self, "coefficients", np.zeros((6, 0)))
+        self.coefficients: Float64 = np.concatenate([old, np.zeros((6, added))], axis=1)
+
+    def check(self) -> None:
+        """Assert that columns are what the records say, and that slots are one to one."""
+        self.index.check()
+        for worker in self:
+            slot = worker.slot
+            assert self._by_slot[slot] is worker, worker.info.worker_id
+            columns = (self.backlog[slot], self.seats[slot], self.prefill_tokens[slot])
+            books = (worker.backlog_ns, worker.num_decodes, worker.prefill_tokens)
+            assert columns == books, (worker.info.worker_id, columns, books)
+            assert min(*books, worker.kv_tokens, worker.context_tokens, worker.num_requests) >= 0
+        assert sum(w is not None for w in self._by_slot) == len(self.workers)

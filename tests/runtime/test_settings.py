@@ -1,0 +1,50 @@
+"""What may be asked of a cluster."""
+
+import pytest
+
+from penstock.core.config import EngineConfig
+from penstock.core.errors import StartupFailed
+from penstock.runtime.settings import (
+    ClusterSettings,
+    NetworkSettings,
+    PulseSettings,
+    split_address,
+)
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":7777", "host:port", "host:70000"])
+def test_what_is_no_address_is_refused_by_the_flag(text: str):
+    with pytest.raises(StartupFailed, match=r"--join .*HOST:PORT"):
+        split_address(text, "--join")
+
+
+def test_addresses():
+    assert split_address("host:7777", "--join") == ("host", 7777)
+    assert split_address("[::1]:7777", "--join") == ("::1", 7777)
+    assert split_address("tcp://10.0.0.5:1", "--join") == ("10.0.0.5", 1)
+
+
+def test_without_other_hosts_there_must_be_workers_here():
+    engine = EngineConfig(model="m")
+    with pytest.raises(StartupFailed, match="--listen"):
+        ClusterSettings(engine=engine, prefill=0, decode=0)
+    settings = ClusterSettings(
+        engine=engine, prefill=0, decode=0, network=NetworkSettings(host="127.0.0.1")
+    )
+    assert settings.num_workers == 0
+
+
+def test_workers_of_another_host_are_called_after_it():
+    settings = ClusterSettings(
+        engine=EngineConfig(model="m"),
+        decode=2,
+        prefill=0,
+        host="gpu3",
+        network=NetworkSettings(host="127.0.0.1"),
+    )
+    assert list(settings.workers()) == ["decode-gpu3-0", "decode-gpu3-1"]
+
+
+def test_silence_must_be_longer_than_a_few_heartbeats():
+    with pytest.raises(StartupFailed, match="--lost-after"):
+        PulseSettings(interval_s=1.0, suspect_after_s=0.5, lost_after_s=1.5)
