@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
+from math import log2
 from pathlib import Path
 
 import msgspec
@@ -83,12 +84,11 @@ def read_prefixes(path: Path) -> PrefixTrace:
             raise BadRequest(
                 f"{path}, line {number}: {error}; a line needs input_length and hash_ids"
             ) from error
-    widest = max((row.input_length / max(1, len(row.hash_ids)) for row in rows), default=0)
-    if not widest:
+    longest = max(rows, key=lambda row: len(row.hash_ids), default=None)
+    if longest is None or not longest.hash_ids or longest.input_length < 1:
         raise BadRequest(f"{path} has no request with hash_ids")
-    block_tokens = 1
-    while block_tokens < widest:
-        block_tokens *= 2
+    # Some files name a last, partial block and some do not: the longest prompt tells best.
+    block_tokens = 2 ** round(log2(max(1.0, longest.input_length / len(longest.hash_ids))))
     requests = [
         PrefixRequest(row.input_length, tuple(row.hash_ids[: row.input_length // block_tokens]))
         for row in rows

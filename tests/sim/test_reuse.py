@@ -117,6 +117,18 @@ def test_a_trace_is_read_and_its_block_size_found(tmp_path, is_compressed):
     assert [r.names for r in read.requests] == [(0, 1), (0,)], "a partial block is nobody's"
 
 
+def test_a_trace_that_names_full_blocks_only(tmp_path):
+    rows = [
+        {"input_length": 31, "hash_ids": [0]},
+        {"input_length": 175, "hash_ids": list(range(10))},
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read = read_prefixes(path)
+    assert read.block_tokens == 16
+    assert [len(r.names) for r in read.requests] == [1, 10]
+
+
 @pytest.mark.parametrize("text", ["", "[]\n", '{"input_length": 3}\n', "\n\n"])
 def test_what_is_no_trace_is_refused(tmp_path, text):
     path = tmp_path / "t.jsonl"
