@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
-from math import log2
 from pathlib import Path
 
 import msgspec
@@ -29,6 +28,8 @@ from penstock.sim.profile import StepTimes
 
 Distances = list[list[int | None]]
 """Per request and block: how many different blocks since its last use; None: the first use."""
+SIZES = tuple(2**power for power in range(15))
+"""What one name may stand for, in tokens."""
 POLICIES = ("lru", "arc", "cost", "belady")
 
 
@@ -84,16 +85,22 @@ def read_prefixes(path: Path) -> PrefixTrace:
             raise BadRequest(
                 f"{path}, line {number}: {error}; a line needs input_length and hash_ids"
             ) from error
-    longest = max(rows, key=lambda row: len(row.hash_ids), default=None)
-    if longest is None or not longest.hash_ids or longest.input_length < 1:
+    rows = [row for row in rows if row.hash_ids]
+    if not rows:
         raise BadRequest(f"{path} has no request with hash_ids")
-    # Some files name a last, partial block and some do not: the longest prompt tells best.
-    block_tokens = 2 ** round(log2(max(1.0, longest.input_length / len(longest.hash_ids))))
+    block_tokens = max(SIZES, key=lambda size: _num_consistent(rows, size))
     requests = [
         PrefixRequest(row.input_length, tuple(row.hash_ids[: row.input_length // block_tokens]))
         for row in rows
     ]
     return PrefixTrace(path.name, block_tokens, requests)
+
+
+def _num_consistent(rows: list[_Row], size: int) -> int:
+    """Count the rows that name as many blocks as `size` makes, a last partial one or not."""
+    up = sum(-(-row.input_length // size) == len(row.hash_ids) for row in rows)
+    down = sum(row.input_length // size == len(row.hash_ids) for row in rows)
+    return max(up, down)
 
 
 def stack_distances(trace: PrefixTrace) -> Distances:
