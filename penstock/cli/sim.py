@@ -51,6 +51,10 @@ def sim(options: argparse.Namespace) -> int:
             from penstock.cli.sim_memory import memory
 
             return memory(options)
+        case "reuse":
+            from penstock.cli.sim_reuse import reuse
+
+            return reuse(options)
         case act:
             raise AssertionError(act)
 

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from penstock.cli.sim_memory import add_memory
+from penstock.cli.sim_reuse import add_reuse
 
 POLICIES: Final = (
     "predicted",
@@ -101,6 +102,7 @@ def add_sim(commands: "Commands") -> None:
     )
     acts = parser.add_subparsers(dest="act", required=True, metavar="ACT")
     add_memory(acts)
+    add_reuse(acts)
     serve = _add_act(acts, "serve", "simulate one cluster under one load", _SERVE_EXAMPLES)
     serve.add_argument("--report", metavar="FILE", help="write a page with pictures (HTML)")
     serve.add_argument(

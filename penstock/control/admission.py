@@ -88,7 +88,8 @@ class Admission:
         if not num_before and prompts[slots].any():
             return float(waits.min())
         ns_per_token = 1 / float((1 / self._token_ns(request.num_tokens)[slots]).sum())
-        return float(waits.mean()) + num_before * ns_per_token + self._seat_wait_ns(len(queue))
+        prompts_ns = float(waits.mean()) + num_before * ns_per_token
+        return max(prompts_ns, self._seat_wait_ns(len(queue)))
 
     def _computes(self, slot: int) -> bool:
         """True for workers that are meant to compute prompts."""
@@ -110,7 +111,9 @@ class Admission:
             return 0.0
         step_ns = float(np.mean([fleet.step[w.slot] for w in decodes]))
         num_running = sum(w.num_decodes for w in decodes)
-        return (num_before + 1) * self._router.lengths.mean_tokens * step_ns / num_running
+        # Half of what an answer is expected to take is counted as context from the beginning.
+        num_tokens = 2 * sum(w.kv_tokens - w.context_tokens for w in decodes) / num_running
+        return (num_before + 1) * num_tokens * step_ns / num_running
 
     def _lateness(self, request: Request, now_ns: int) -> CapacityExceeded | None:
         slo_ms = request.slo_ttft_ms or self._config.slo_ttft_ms

@@ -13,7 +13,9 @@ from penstock.control.audit import audit
 from penstock.control.fleet import Fleet
 from penstock.control.policies import HOLDS_BACK
 from penstock.control.record import RequestRecord, WorkerRecord
+from penstock.control.roles import Roles
 from penstock.control.router import Router
+from penstock.control.status import status_of
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import PenstockError
 from penstock.core.events import (
@@ -43,10 +45,11 @@ from penstock.core.messages import (
     Tokens,
 )
 from penstock.core.request import Request, RequestState, Timeline
-from penstock.core.service import ClusterStatus, WorkerStatus
-from penstock.core.types import FRONT, RequestId, WorkerId
+from penstock.core.service import ClusterStatus
+from penstock.core.types import FRONT, NS_PER_MS, RequestId, WorkerId
 
 _QUEUE_KEY = "queue"
+_ROLES_KEY = "roles"
 
 
 class Controller:
@@ -57,12 +60,14 @@ class Controller:
         self.fleet = Fleet(config, is_holding=config.policy in HOLDS_BACK)
         self.router = Router(config, self.fleet)
         self.admission = Admission(config, self.fleet, self.router)
+        self.roles = Roles(config, self.fleet, self.admission.queue)
         self.requests: dict[RequestId, RequestRecord] = {}
         self._by_wire_id: dict[RequestId, RequestRecord] = {}
         self._totals = dict.fromkeys(("arrived", "finished", "aborted", "failed", "retried"), 0)
         self._now_ns = 0
         self._wakes_ns: int | None = None
         self._has_room = False
+        self._is_looking = False
 
     # -------------------------------------------------------------------------------------- queries
 
@@ -81,32 +86,16 @@ class Controller:
 
     def accuracy(self) -> Accuracy:
         """Return how good predictions were, as totals since the start."""
-        errors = [w.cost.fit.error for w in self.fleet if w.cost.fit.num_samples]
-        step_error = sum(errors) / len(errors) if errors else 0.0
-        return self.router.explanations.accuracy(step_error, self.fleet.transfers.all_pairs.error)
+        return self.router.explanations.accuracy(*self.fleet.fit_errors())
 
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
-        states = [record.state for record in self.requests.values()]
-        return ClusterStatus(
-            workers=tuple(
-                WorkerStatus(
-                    info=w.info,
-                    assigned=w.num_requests,
-                    load=w.load,
-                    is_leaving=w.is_leaving,
-                    is_suspected=w.is_suspected,
-                    role=w.role,
-                    is_pinned=w.is_pinned,
-                )
-                for w in self.fleet
-            ),
-            queued=states.count(RequestState.QUEUED),
-            prefilling=states.count(RequestState.PREFILLING),
-            handing_off=states.count(RequestState.HANDING_OFF),
-            decoding=states.count(RequestState.DECODING),
+        return status_of(
+            self.fleet,
+            self.requests,
+            self.roles,
             is_draining=self.admission.is_draining,
-            **self._totals,
+            totals=self._totals,
         )
 
     # --------------------------------------------------------------------------------------- events
@@ -136,8 +125,8 @@ class Controller:
                 return self._take_failure(event, now_ns)
             case Expired():
                 return self._take_expired(event, now_ns)
-            case Woken():
-                return self._expire(now_ns)
+            case Woken(key=key):
+                return self._look(now_ns) if key == _ROLES_KEY else self._expire(now_ns)
             case Drain():
                 self.admission.is_draining = True
                 return []
@@ -188,7 +177,7 @@ class Controller:
             commands += self._fail(victim, reason, retry_after_s=1.0)
         record = RequestRecord(request, now_ns)
         self.requests[request.request_id] = record
-        return commands + self._queue(record, now_ns)
+        return commands + self._queue(record, now_ns) + self._look_again(now_ns)
 
     def _queue(self, record: RequestRecord, now_ns: int) -> list[Command]:
         """Assign a request to workers, or let it wait its turn."""
@@ -256,7 +245,7 @@ class Controller:
             record.output_token_ids += output.token_ids
             if not record.is_decoding:
                 self._start_decoding(record, output, now_ns)
-            outputs.append(_under_own_id(record, output))
+            outputs.append(record.under_own_id(output))
             if output.finish_reason is not None:
                 self.router.lengths.note(len(record.output_token_ids))
                 self._end(record, RequestState.FINISHED)
@@ -371,6 +360,25 @@ class Controller:
         self._wakes_ns = at_ns
         return [WakeAt(at_ns, _QUEUE_KEY)]
 
+    # ---------------------------------------------------------------------------------------- roles
+
+    def _look(self, now_ns: int) -> list[Command]:
+        """Let workers change sides if that helps; look again while there is work."""
+        self._is_looking = False
+        flips = self.roles.look(now_ns)
+        for worker, role in flips:
+            worker.role = role
+        if flips:
+            self.fleet.reopen()
+            self._has_room = bool(self.admission.queue)
+        return self._look_again(now_ns) if self.requests else []
+
+    def _look_again(self, now_ns: int) -> list[Command]:
+        if self._is_looking or not self.roles.is_needed:
+            return []
+        self._is_looking = True
+        return [WakeAt(now_ns + int(self.config.role_interval_ms * NS_PER_MS), _ROLES_KEY)]
+
     def check(self) -> None:
         """Assert that the books balance."""
         assert len(self._by_wire_id) + len(self.admission.queue) == len(self.requests)
@@ -379,15 +387,3 @@ class Controller:
             assert self.requests[record.request_id] is record, wire_id
         audit(self._totals, self.requests, self.admission.queue, self.fleet)
         assert len(self.requests) <= self.config.max_queued
-
-
-def _under_own_id(record: RequestRecord, output: TokenOutput) -> TokenOutput:
-    if output.request_id == record.request_id:
-        return output
-    return TokenOutput(
-        record.request_id,
-        output.token_ids,
-        output.logprobs,
-        output.finish_reason,
-        output.timeline,
-    )

@@ -95,7 +95,7 @@ class Explanations:
         totals[at] += 1
         totals[at + 1] += predicted_ns / NS_PER_S
         totals[at + 2] += actual_ns / NS_PER_S
-        totals[at + 3] += abs(predicted_ns - actual_ns) / max(actual_ns, 1.0)
+        totals[at + 3] += abs(predicted_ns - actual_ns) / max(actual_ns, predicted_ns, 1.0)
 
     def accuracy(self, step_error: float, transfer_error: float) -> Accuracy:
         """Return the totals, with the errors of the cost fits, which are not ours."""

@@ -17,20 +17,18 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from penstock.control.cost import D, E, F, TransferCosts
+from penstock.control.cost import D, TransferCosts
 from penstock.control.fit import Float64
 from penstock.control.prefix_index import Int64, PrefixIndex
 from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
-from penstock.core.messages import BlocksChanged, Load, WorkerInfo
+from penstock.core.messages import BlocksChanged, Load, StepSample, WorkerInfo
 from penstock.core.types import NS_PER_MS, Role, WorkerId
 
 CLOSED: Final = 1e18
 """Added to the cost of what may not be taken; more than any cost."""
 PREFILLS_MIN: Final = 4
 """Prefills that a worker is given however long they are expected to take."""
-SEATS_AHEAD: Final = 1.125
-"""Decodes on a worker over those that run at once: some of them are still on their way."""
 
 _COLUMNS: Final = (
     "backlog",
@@ -78,9 +76,12 @@ class Fleet:
         """Of every slot; empty where nobody is."""
         self.token_bytes = 1
         self.has_pairs = False
+        self.work_ns = 0.0
+        """Predicted time of all prefills ever assigned."""
         self.leaving: list[WorkerRecord] = []
         self._by_slot: list[WorkerRecord | None] = []
         self._open: list[bool] = []
+        self._block_sizes: tuple[int, ...] = ()
         self._is_holding = is_holding
         self._admit_ns = config.admit_backlog_ms * NS_PER_MS
         self._resize(0)
@@ -98,7 +99,7 @@ class Fleet:
             self._resize(self.index.num_slots)
         self._by_slot[worker.slot] = worker
         self.token_bytes = info.layout.token_bytes
-        self.coefficients[:, worker.slot] = worker.cost.fit.coefficients
+        self._learn(worker, ())
         self.reopen()
         return worker
 
@@ -124,6 +125,7 @@ class Fleet:
         self._open = [False] * len(self._by_slot)
         for worker in heard:
             self._open[worker.slot] = True
+        self._block_sizes = tuple(dict.fromkeys(w.info.layout.block_size for w in self))
         self.names = tuple(w.info.worker_id if w else WorkerId("") for w in self._by_slot)
         for slot, worker_there in enumerate(self._by_slot):
             if worker_there is not None:
@@ -148,27 +150,24 @@ class Fleet:
         slot = worker.slot
         if self._by_slot[slot] is not worker:
             return  # what a dead worker had is taken off its books, which nobody reads any more
-        coefficients = self.coefficients
         self.backlog[slot] = worker.backlog_ns
         self.backlog_least[slot] = worker.backlog_ns / 2
         self.free_at[slot] = worker.free_at_ns
         self.seats[slot] = worker.num_decodes
         self.prefill_tokens[slot] = worker.prefill_tokens
         self.decode_tokens[slot] = worker.decode_tokens
-        self.step[slot] = (
-            coefficients[D, slot]
-            + coefficients[E, slot] * (worker.num_decodes + 1)
-            + coefficients[F, slot] * worker.context_tokens
-        )
+        fixed, per_sequence, per_token = worker.decode_coefficients
+        context_ns = per_token * worker.context_tokens
+        self.step[slot] = fixed + per_sequence * (worker.num_decodes + 1) + context_ns
         # An idle worker takes what cannot fit anywhere else either.
-        room = worker.info.capacity_tokens - worker.kv_tokens
+        room = worker.capacity_tokens - worker.kv_tokens
         self.kv_free[slot] = room if worker.num_decodes and self._is_holding else CLOSED
         self._admit(worker)
 
     def _admit(self, worker: WorkerRecord) -> None:
         slot, role = worker.slot, worker.role
         has_turn = worker.num_prefills < PREFILLS_MIN or worker.backlog_ns < self._admit_ns
-        has_seat = worker.num_decodes < worker.info.max_num_seqs * SEATS_AHEAD
+        has_seat = worker.num_decodes < worker.seats_max
         has_turn |= not self._is_holding
         has_seat |= not self._is_holding
         if not self._open[slot]:
@@ -204,10 +203,16 @@ class Fleet:
             return
         worker.load = load
         if load.step_samples:
-            self.coefficients[:, worker.slot] = worker.cost.learn(load.step_samples)
+            self._learn(worker, load.step_samples)
             self.refresh(worker)
         if load.pull_samples:
             self.transfers.learn(load.worker_id, load.pull_samples)
+
+    def _learn(self, worker: WorkerRecord, samples: tuple[StepSample, ...]) -> None:
+        coefficients = worker.cost.learn(samples)
+        self.coefficients[:, worker.slot] = coefficients
+        fixed, per_sequence, per_token = coefficients[D:].tolist()
+        worker.decode_coefficients = (fixed, per_sequence, per_token)
 
     def note_blocks(self, event: BlocksChanged) -> None:
         """Take in which blocks a worker has; what a former incarnation says is not heard."""
@@ -215,10 +220,16 @@ class Fleet:
         if worker is not None and worker.info.epoch == event.epoch:
             self.index.apply(worker.slot, event.stored, event.removed)
 
+    def fit_errors(self) -> tuple[float, float]:
+        """Return the latest errors of predicted steps, mean of all workers, and of transfers."""
+        errors = [w.cost.fit.error for w in self if w.cost.fit.num_samples]
+        step_error = sum(errors) / len(errors) if errors else 0.0
+        return step_error, self.transfers.all_pairs.error
+
     def cached_tokens(self, token_ids: tuple[int, ...], salt: str) -> Int64:
         """Return how many tokens of a prompt every slot has, [num_slots]."""
         tokens: Int64 | None = None
-        for size in dict.fromkeys(w.info.layout.block_size for w in self):
+        for size in self._block_sizes:
             found = self.index.tokens(token_ids, size, salt)
             tokens = found if tokens is None else np.maximum(tokens, found)
         return np.zeros(len(self._by_slot), np.int64) if tokens is None else tokens

@@ -9,49 +9,50 @@ swept out later.
 Memory is bounded: the index holds two generations of names, and when the younger one is full the
 older one is forgotten. A name that is looked up or stored again becomes young.
 
-The walk takes strides that double. A worker that has block j of a chain is taken to have all before
-it: caches give up a prefix from its end. Only what is walked is hashed, so a prompt that nobody has
-costs the hash of its first block.
+The walk goes block by block, and only what is walked is hashed: a prompt that nobody has costs the
+hash of its first block, and hashing, not looking up, is what a long prefix costs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from struct import pack
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.core.block import block_hash, root_hash
+from penstock.core.block import name_block, root_hash
 from penstock.core.types import BlockHash
 
 BLOCKS_MAX: Final = 4_000_000
 """Names in the index, about 150 bytes each."""
-STRIDE_MAX: Final = 32
+CHUNK_BLOCKS: Final = 8
+"""Blocks whose tokens are packed for hashing at a time."""
 DEAD_SLOTS_MAX: Final = 64
 
 Int64 = npt.NDArray[np.int64]
 
 
 class PromptBlocks:
-    """The names of a prompt's full blocks, hashed as far as somebody asks."""
-
-    __slots__ = ("_block_size", "_hashes", "_salt", "_token_ids", "num_blocks")
+    """The names of a prompt's full blocks, hashed one after the other as somebody asks."""
 
     def __init__(self, token_ids: Sequence[int], block_size: int, salt: str) -> None:
         self.num_blocks = len(token_ids) // block_size
         self._token_ids = token_ids
         self._block_size = block_size
         self._salt = salt
-        self._hashes: list[BlockHash] = []
 
-    def name(self, index: int) -> BlockHash:
-        """Return the name of block `index`, which names all before it too."""
-        hashes, size = self._hashes, self._block_size
-        while len(hashes) <= index:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else root_hash(self._salt)
-            hashes.append(block_hash(parent, self._token_ids[start : start + size]))
-        return hashes[index]
+    def __iter__(self) -> Iterator[BlockHash]:
+        """Yield the names in order; each also names all before it."""
+        parent = root_hash(self._salt)
+        chunk_tokens, num_bytes = CHUNK_BLOCKS * self._block_size, 4 * self._block_size
+        num_tokens = self.num_blocks * self._block_size
+        for start in range(0, num_tokens, chunk_tokens):
+            chunk = self._token_ids[start : min(start + chunk_tokens, num_tokens)]
+            data = pack(f"<{len(chunk)}I", *chunk)
+            for begin in range(0, len(data), num_bytes):
+                parent = name_block(parent, data[begin : begin + num_bytes])
+                yield parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +126,21 @@ class PrefixIndex:
     def levels(self, blocks: PromptBlocks) -> list[Level]:
         """Return which workers have how much of a prompt, least first; each worker is in one level.
 
-        O(log stride) look-ups a level, and one for `STRIDE_MAX` blocks on the way.
+        O(blocks that somebody has).
         """
         levels: list[Level] = []
-        live, index, stride = self._live, 0, 1
-        while live and index < blocks.num_blocks:
-            end = min(index + stride, blocks.num_blocks)
-            having = self._workers(blocks.name(end - 1)) & live
-            if having == live:
-                index, stride = end, min(stride * 2, STRIDE_MAX)
-            elif end > index + 1:
-                stride = (end - index) // 2
-            else:
-                levels.append(Level(index, live & ~having))
-                live, index = having, end
-        if live:
-            levels.append(Level(index, live))
+        live, num_blocks = self._live, 0
+        young = self._young
+        for name in blocks:
+            having = young.get(name, 0) or self._rejuvenate(name)
+            left = live & having
+            if left != live:
+                levels.append(Level(num_blocks, live ^ left))
+                live = left
+                if not live:
+                    return levels
+            num_blocks += 1
+        levels.append(Level(num_blocks, live))
         return levels
 
     def tokens(self, token_ids: Sequence[int], block_size: int, salt: str) -> Int64:
@@ -152,16 +152,11 @@ class PrefixIndex:
                 tokens[slots_of(level.workers)] = level.num_blocks * block_size
         return tokens
 
-    def _workers(self, name: BlockHash) -> int:
-        workers = self._young.get(name)
-        if workers is not None:
-            return workers
-        workers = self._old.pop(name, None)
-        if workers is None:
-            return 0
-        self._young[name] = workers
-        if len(self._young) > self._generation_max:
-            self._age()
+    def _rejuvenate(self, name: BlockHash) -> int:
+        """Return who has a block that was not asked for of late; it is young again."""
+        workers = self._old.pop(name, 0)
+        if workers:
+            self._young[name] = workers
         return workers
 
     def _age(self) -> None:
@@ -182,7 +177,6 @@ class PrefixIndex:
         """Assert that slots are in one state each, and that names are bounded and not empty."""
         live = [slot for slot in range(self._num_slots) if self._live >> slot & 1]
         assert sorted(live + self._free + self._dead) == list(range(self._num_slots))
-        assert len(self._young) <= self._generation_max
         assert not self._young.keys() & self._old.keys()
 
 

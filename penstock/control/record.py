@@ -2,12 +2,17 @@
 worker that is up.
 """
 
+from typing import Final
+
 from msgspec import structs
 
 from penstock.control.cost import WorkerCost
-from penstock.core.messages import Load, WorkerInfo
+from penstock.core.messages import Load, TokenOutput, WorkerInfo
 from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState
 from penstock.core.types import RequestId, Role, WorkerId
+
+SEATS_AHEAD: Final = 1.125
+"""Decodes on a worker over those that run at once: some of them are still on their way."""
 
 
 class WorkerRecord:
@@ -27,8 +32,10 @@ class WorkerRecord:
 
     __slots__ = (
         "backlog_ns",
+        "capacity_tokens",
         "context_tokens",
         "cost",
+        "decode_coefficients",
         "decode_tokens",
         "free_at_ns",
         "info",
@@ -42,6 +49,7 @@ class WorkerRecord:
         "num_requests",
         "prefill_tokens",
         "role",
+        "seats_max",
         "slot",
     )
 
@@ -54,6 +62,10 @@ class WorkerRecord:
         self.is_suspected = False
         self.load: Load | None = None
         self.cost = WorkerCost(info.profile)
+        self.decode_coefficients = (0.0, 0.0, 0.0)
+        """d, e and f of its decode steps, in ns."""
+        self.capacity_tokens = info.capacity_tokens
+        self.seats_max = info.max_num_seqs * SEATS_AHEAD
         self.prefill_tokens = 0
         self.num_prefills = 0
         self.backlog_ns = 0.0
@@ -158,3 +170,9 @@ class RequestRecord:
         return structs.replace(
             self.request, request_id=self.wire_id, output_token_ids=tuple(self.output_token_ids)
         )
+
+    def under_own_id(self, output: TokenOutput) -> TokenOutput:
+        """Return a worker's output under the id that the client's side knows."""
+        if output.request_id == self.request_id:
+            return output
+        return structs.replace(output, request_id=self.request_id)

@@ -118,6 +118,7 @@ class Router:
         decode: WorkerRecord,
         now_ns: int,
     ) -> None:
+        self._fleet.work_ns += booking.prefill_ns
         prefill.num_prefills += 1
         prefill.prefill_tokens += record.request.num_tokens
         prefill.backlog_ns += booking.prefill_ns

@@ -132,9 +132,12 @@ def root_hash(salt: str) -> BlockHash:
 
 def block_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     """Name a full block by its tokens and everything before it. O(block_size)."""
-    return BlockHash(
-        blake2b(pack(f"<{len(token_ids)}I", *token_ids), digest_size=16, key=parent).digest()
-    )
+    return name_block(parent, pack(f"<{len(token_ids)}I", *token_ids))
+
+
+def name_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
+    """Name a full block whose tokens are given as little-endian 32-bit numbers."""
+    return BlockHash(blake2b(token_bytes, digest_size=16, key=parent).digest())
 
 
 def extend_hashes(

@@ -88,6 +88,9 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
     `slo_ttft_ms` and `slo_tpot_ms` are promises: what would break them by more than `slo_slack`
     times is refused, or waits. A request may bring its own. Where there is none, `usual_ttft_ms`
     and `usual_tpot_ms` say what loads are measured by, and nobody is refused for being late.
+
+    With `is_switching_roles` workers change sides as the load asks for: it is looked at every
+    `role_interval_ms`, and a change is left alone for `role_cooldown_ms`.
     """
 
     max_queued: int = 4096
@@ -101,6 +104,9 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
     slo_slack: float = 1.0
     usual_ttft_ms: float = 1000.0
     usual_tpot_ms: float = 100.0
+    is_switching_roles: bool = False
+    role_interval_ms: float = 1000.0
+    role_cooldown_ms: float = 5000.0
 
 
 def _require(is_valid: bool, flag: str, value: object) -> None:

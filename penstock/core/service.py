@@ -41,7 +41,12 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
 
 
 class ClusterStatus(Struct, frozen=True, kw_only=True):
-    """Workers in order of joining, and requests by state. Totals count since the start."""
+    """Workers in order of joining, and requests by state. Totals count since the start.
+
+    Loads are ratios to what the SLOs allow, `regime` is what they mean (`control/roles.py`);
+    `flips` is how often a worker has changed sides by itself, `wanted_workers` how many it would
+    take to be at ease.
+    """
 
     workers: tuple[WorkerStatus, ...]
     queued: int
@@ -54,6 +59,11 @@ class ClusterStatus(Struct, frozen=True, kw_only=True):
     failed: int
     retried: int
     is_draining: bool
+    regime: str = "normal"
+    load_prefill: float = 0.0
+    load_decode: float = 0.0
+    flips: int = 0
+    wanted_workers: int = 0
 
     @property
     def is_ready(self) -> bool:

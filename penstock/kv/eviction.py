@@ -181,6 +181,17 @@ class CostOrder:
         heappush(self._heap, (self._priorities[key], self._num_pushed, key))
 
 
+def last_of_retained(
+    order: EvictionOrder, can_evict: CanEvict, is_retained: CanEvict
+) -> BlockKey | None:
+    """Return what goes first; a block that is to be retained only when there is no other."""
+    victim = order.victim(can_evict)
+    if victim is None or not is_retained(victim):
+        return victim
+    other = order.victim(lambda key: can_evict(key) and not is_retained(key))
+    return victim if other is None else other
+
+
 ORDERS: Final[dict[str, Callable[[], EvictionOrder]]] = {
     "lru": LruOrder,
     "arc": ArcOrder,

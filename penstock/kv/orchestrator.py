@@ -30,7 +30,7 @@ from penstock.core.events import MoveClass
 from penstock.core.types import NS_PER_S
 from penstock.kv.compression import CompressionEngine, Job
 from penstock.kv.dma import DESCRIPTOR_BYTES_MAX, Descriptor, DmaScheduler, Transfer
-from penstock.kv.eviction import make_order
+from penstock.kv.eviction import last_of_retained, make_order
 from penstock.kv.flights import Flight, Flights, Places
 from penstock.kv.policy import Option, WriteMode, choose_tier, write_mode
 from penstock.kv.prefetch import PrefetchQueue
@@ -97,6 +97,7 @@ class Orchestrator:
         self._stalled: dict[BlockKey, int] = {}
         self._came: dict[BlockKey, Flight] = {}
         """By which flight each block in the target came."""
+        self._retained_ns: dict[BlockKey, int] = {}
 
     # ------------------------------------------------------------------------------ computation
 
@@ -166,6 +167,27 @@ class Orchestrator:
             crossing_ns = min(crossing_ns, max(0, flight.landed_ns - begin_ns))
         self.dma.expose(flight.transfer.link, crossing_ns)
         self.compression.expose(end_ns - begin_ns - crossing_ns)
+
+    # ------------------------------------------------------------------------------ from outside
+
+    def retain(self, key: BlockKey, until_ns: int) -> None:
+        """Ask that a block be evicted only after everything that nobody asked this for."""
+        self._retained_ns[key] = max(until_ns, self._retained_ns.get(key, 0))
+
+    def offload(self, key: BlockKey, now_ns: int) -> bool:
+        """Write a block of the target below if it is nowhere else and that pays.
+
+        For a target whose own allocator decides what it gives up. True: a copy is on its way, and
+        the block must stay as it is until it has landed.
+        """
+        target = self.config.target
+        assert self.is_ready(key), f"{key!r} is not in {target}"
+        return self.residency.num_copies(key) == 1 and self._sink(key, target, now_ns)
+
+    def forget(self, key: BlockKey, tier: Tier) -> None:
+        """Note that a tier does not have a block any more: overwritten, deleted, or lost."""
+        self._flights.drop(key, tier, is_evicted=True)
+        self._left(key, tier)
 
     # ------------------------------------------------------------------------------ movement
 
@@ -248,7 +270,11 @@ class Orchestrator:
         """Evict until `num_bytes` fit; False while what must be written below has not been."""
         order = self._orders[tier]
         while self.residency.free_bytes(tier) < num_bytes:
-            victim = order.victim(lambda key: self._can_evict(key, tier))
+            victim = last_of_retained(
+                order,
+                lambda key: self._can_evict(key, tier),
+                lambda key: self._retained_ns.get(key, now_ns) > now_ns,
+            )
             if victim is not None and not may_sink and len(self.residency.present(victim)) == 1:
                 return False
             if victim is None:
@@ -258,10 +284,15 @@ class Orchestrator:
                 return False
             self._flights.drop(victim, tier, is_evicted=True)
             self.num_evicted[tier] += 1
-            if tier is self.config.target:
-                self._came.pop(victim, None)
-                self.prefetch.lose(victim)
+            self._left(victim, tier)
         return True
+
+    def _left(self, key: BlockKey, tier: Tier) -> None:
+        if tier is self.config.target:
+            self._came.pop(key, None)
+            self.prefetch.lose(key)
+        if key not in self.residency:
+            self._retained_ns.pop(key, None)
 
     def _can_evict(self, key: BlockKey, tier: Tier) -> bool:
         # What waits for room in the target still has to be read from where it is.

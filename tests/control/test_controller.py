@@ -2,102 +2,25 @@
 
 from msgspec.structs import replace
 
-from penstock.control.controller import Controller
-from penstock.core.config import ControllerConfig
 from penstock.core.errors import CapacityExceeded, PromptTooLong, WorkersUnavailable
 from penstock.core.events import (
-    Command,
     Drain,
-    Event,
     Retire,
-    Send,
-    WakeAt,
     Woken,
-    WorkerLost,
     WorkerSuspected,
 )
 from penstock.core.messages import (
     Assign,
     Cancel,
-    Hello,
-    Message,
-    Offered,
     PeerDown,
     PeerUp,
     RequestFailed,
     Stop,
-    Submit,
-    TokenOutput,
     Tokens,
-    WorkerInfo,
 )
-from penstock.core.request import Request, SamplingParams
-from penstock.core.types import FRONT, NS_PER_S, FinishReason, RequestId, Role, WorkerId
+from penstock.core.types import FRONT, NS_PER_S, RequestId, WorkerId
 from penstock.sim.executor import chain_layout
-
-ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
-
-
-class Story:
-    """A controller, and what it said."""
-
-    def __init__(self, *names: str, **settings: int) -> None:
-        self.now_ns = 0
-        self.said: list[tuple[WorkerId, Message]] = []
-        self.wakes: list[WakeAt] = []
-        self.controller = Controller(ControllerConfig(**settings))
-        for name in names:
-            self.join(name)
-        self.said.clear()
-
-    def tell(self, event: Event) -> None:
-        self.now_ns += 1000
-        commands: list[Command] = self.controller.handle(event, self.now_ns)
-        self.controller.check()
-        self.said += [(c.to, c.message) for c in commands if isinstance(c, Send)]
-        self.wakes += [c for c in commands if isinstance(c, WakeAt)]
-
-    def join(self, name: str, epoch: int = 1, block_size: int = 16, model: str = "chain") -> None:
-        info = WorkerInfo(
-            worker_id=WorkerId(name),
-            role=ROLES[name[0]],
-            epoch=epoch,
-            address="",
-            pid=0,
-            layout=replace(chain_layout(block_size), model=model),
-            num_blocks=(16,),
-            max_model_len=200,
-            max_num_seqs=8,
-        )
-        self.tell(Hello(info=info))
-
-    def lose(self, name: str, epoch: int = 1) -> None:
-        self.tell(WorkerLost(worker_id=WorkerId(name), epoch=epoch, reason="killed"))
-
-    def submit(self, name: str, num_prompt: int = 20) -> None:
-        self.tell(Submit(request=request(name, num_prompt)))
-
-    def tokens(self, worker: str, name: str, token_id: int, *, is_last: bool = False) -> None:
-        reason = FinishReason.LENGTH if is_last else None
-        output = TokenOutput(RequestId(name), (token_id,), finish_reason=reason)
-        self.tell(Tokens(worker_id=WorkerId(worker), outputs=(output,)))
-
-    def offered(self, worker: str, name: str) -> None:
-        self.tell(Offered(request_id=RequestId(name), worker_id=WorkerId(worker)))
-
-    def heard(self, kind: type[Message]) -> list[tuple[WorkerId, Message]]:
-        """Return and forget what was said of one kind, and to whom."""
-        found = [(to, message) for to, message in self.said if isinstance(message, kind)]
-        self.said = [(to, message) for to, message in self.said if not isinstance(message, kind)]
-        return found
-
-
-def request(name: str, num_prompt: int = 20) -> Request:
-    return Request(
-        request_id=RequestId(name),
-        prompt_token_ids=tuple(range(num_prompt)),
-        params=SamplingParams(max_tokens=10, seed=1),
-    )
+from tests.control.story import Story, request
 
 
 def test_a_request_goes_to_a_pair_and_its_tokens_to_the_front() -> None:
@@ -285,10 +208,6 @@ def suspect(name: str, *, is_suspected: bool, epoch: int = 1) -> WorkerSuspected
     return WorkerSuspected(worker_id=WorkerId(name), epoch=epoch, is_suspected=is_suspected)
 
 
-def pairs(story: Story) -> list[tuple[str, str]]:
-    return [(to, assign.decode_worker) for to, assign in story.heard(Assign)]
-
-
 def test_an_idle_worker_that_retires_is_stopped_at_once_and_others_hear_of_it() -> None:
     story = Story("p0", "d0", "d1")
     story.tell(retire("d1"))
@@ -301,9 +220,9 @@ def test_a_decode_worker_that_retires_finishes_what_it_has_and_gets_nothing_new(
     story = Story("p0", "d0", "d1")
     story.submit("a")
     story.tell(retire("d0"))
-    assert pairs(story) == [("p0", "d0")]
+    assert story.pairs() == [("p0", "d0")]
     story.submit("b")
-    assert pairs(story) == [("p0", "d1")]
+    assert story.pairs() == [("p0", "d1")]
     story.offered("p0", "a")
     story.tokens("d0", "a", 1)
     assert not story.heard(Stop)
@@ -339,18 +258,18 @@ def test_the_last_one_to_leave_leaves_requests_queued() -> None:
     story.submit("a")
     assert story.controller.status().queued == 1
     story.join("m1")
-    assert pairs(story) == [("m1", "m1")]
+    assert story.pairs() == [("m1", "m1")]
 
 
 def test_a_suspected_worker_gets_nothing_while_there_is_another() -> None:
     story = Story("p0", "d0", "d1")
     story.tell(suspect("d0", is_suspected=True))
     story.submit("a")
-    assert pairs(story) == [("p0", "d1")]
+    assert story.pairs() == [("p0", "d1")]
     story.lose("d1")
     # Now there is nobody else of its role: it may yet be alive.
     assert story.controller.status().workers[1].is_suspected
     story.tell(suspect("d0", is_suspected=False))
     story.heard(Assign)
     story.submit("b")
-    assert pairs(story) == [("p0", "d0")]
+    assert story.pairs() == [("p0", "d0")]

@@ -1,6 +1,7 @@
 """The prefix index against sets of names per worker, through every order of events."""
 
 import random
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from penstock.control.prefix_index import (
     DEAD_SLOTS_MAX,
-    STRIDE_MAX,
     PrefixIndex,
     PromptBlocks,
     slots_of,
@@ -99,16 +99,27 @@ def test_memory_is_bounded_and_what_is_in_use_stays() -> None:
     assert found(index, prompt(99, 100)) == [100 * SIZE]
 
 
-def test_only_what_is_walked_is_hashed() -> None:
+def test_names_are_those_that_workers_give() -> None:
+    token_ids = [*prompt(1, 37), 1, 2]
+    assert list(PromptBlocks(token_ids, SIZE, "tenant")) == chain(token_ids, "tenant")
+
+
+def test_only_what_somebody_has_is_hashed() -> None:
     index = PrefixIndex()
     index.apply(index.add_worker(), chain(prompt(1, 40)))
-    blocks = PromptBlocks([5] * 1000 * SIZE, SIZE, "")
-    index.levels(blocks)
-    assert len(blocks._hashes) == 1
-    blocks = PromptBlocks(prompt(1, 200), SIZE, "")
-    (level,) = index.levels(blocks)
-    assert level.num_blocks == 40
-    assert len(blocks._hashes) <= 40 + STRIDE_MAX
+
+    class Counted(PromptBlocks):
+        num_hashed = 0
+
+        def __iter__(self) -> Iterator[BlockHash]:
+            for name in super().__iter__():
+                self.num_hashed += 1
+                yield name
+
+    for token_ids, expected in (([5] * 1000 * SIZE, 1), (prompt(1, 200), 41)):
+        blocks = Counted(token_ids, SIZE, "")
+        index.levels(blocks)
+        assert blocks.num_hashed == expected
 
 
 @pytest.mark.parametrize("slots", [[0], [3], [63, 64], [1, 999], list(range(0, 1000, 7))])

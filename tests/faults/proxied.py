@@ -25,7 +25,7 @@ from penstock.core.messages import Endpoint, Hello, Load, Message, WorkerInfo
 from penstock.core.request import SamplingParams
 from penstock.core.types import MIB
 from penstock.runtime.local import LocalCluster
-from penstock.runtime.settings import ClusterSettings
+from penstock.runtime.settings import ClusterSettings, PulseSettings
 from tests.cluster.client import Stream, balanced
 from tests.faults.proxy import Proxy
 
@@ -187,11 +187,14 @@ class Site:
 
     def pulls(self, worker_id: str = "decode-0") -> list[dict[str, object]]:
         """Return the pulls that a worker has begun."""
-        return [part for part in self.decisions(worker_id) if part.get("type") == "SubmitMove"]
+        moves = [part.get("move") for part in self.decisions(worker_id)]
+        return [move for move in moves if isinstance(move, dict) and move["kind"] == "handoff"]
 
     def moves(self, worker_id: str = "decode-0") -> list[dict[str, object]]:
         """Return the pulls of a worker that have ended."""
-        return [event for event in self.decisions(worker_id) if event.get("type") == "MoveDone"]
+        begun = {move["move_id"] for move in self.pulls(worker_id)}
+        ended = [part for part in self.decisions(worker_id) if part.get("type") == "MoveDone"]
+        return [event for event in ended if event["move_id"] in begun]
 
 
 Tell = Callable[[Callable[[Site], Awaitable[None]]], None]
@@ -201,7 +204,9 @@ Tell = Callable[[Callable[[Site], Awaitable[None]]], None]
 def a_site(*, deadline_s: float = DEADLINE_S, **options) -> Iterator[Tell]:
     """Start a cluster for some stories, told one after the other; each has a deadline."""
     engine = {"kv_cache_bytes": 64 * MIB, **options.pop("engine", {})}
-    defaults = {"transport": "tcp", "threads": 1, "max_num_batched_tokens": 64}
+    # Who is stopped by a story is not to be counted as dead, however slow the machine.
+    pulse = PulseSettings(lost_after_s=DEADLINE_S)
+    defaults = {"transport": "tcp", "threads": 1, "max_num_batched_tokens": 64, "pulse": pulse}
     with tempfile.TemporaryDirectory(prefix="pt-") as folder, asyncio.Runner() as runner:
         log = Path(folder, "log")
         settings = ClusterSettings(

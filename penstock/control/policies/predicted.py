@@ -20,7 +20,7 @@ from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.policies.policy import Ask, Choice, lacks_room
 
-FINALISTS: Final = 4
+FINALISTS: Final = 3
 """Of either side, looked at in pairs."""
 
 
@@ -82,15 +82,15 @@ def _pair(
     if not transfers.num_known:
         prefill, decode = int(begin.argmin()), int(land_all.argmin())
         return (prefill, decode), float(begin[prefill] + land_all[decode])
-    num_bytes = np.broadcast_to(num_bytes, land.shape)
-    first, second = _least(begin), _least(land_all)
     names = fleet.names
-    best, best_cost = (first[0], second[0]), 4 * CLOSED
-    for decode in second:
-        size, base = float(num_bytes[decode]), float(land[decode])
-        for prefill in first:
-            took = transfers.predict_ns(names[prefill], names[decode], size, 1)
-            cost = float(begin[prefill]) + base + took
+    best, best_cost = (0, 0), 4 * CLOSED
+    first = [(slot, float(begin[slot])) for slot in _least(begin)]
+    for decode in _least(land_all):
+        base = float(land[decode])
+        size = float(num_bytes[decode]) if num_bytes.ndim else float(num_bytes)
+        for prefill, begin_ns in first:
+            took_ns = transfers.predict_ns(names[prefill], names[decode], size, 1)
+            cost = begin_ns + base + took_ns
             if cost < best_cost:
                 best, best_cost = (prefill, decode), cost
     return best, best_cost

@@ -1,0 +1,209 @@
+"""`Roles`: how busy the two sides of the cluster are, and which worker should change sides.
+
+Both loads are ratios to what the SLOs allow, 1 is full:
+
+    prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
+    decode    sequences on the decode workers, over those that could run within the TPOT
+
+regime      means
+normal      neither side is full
+imbalanced  one side is full, the other half empty at most
+overloaded  both are full, or one and nothing is to be had from the other
+
+A worker changes sides when that lowers the larger of the two loads clearly (hysteresis), has done
+so for several looks in a row, and the last change is some time ago (cooldown): what a flip must not
+do is be taken back. A flip is a label: it holds from the next assignment on, moves no process and
+drops no cache; sequences that decode where prompts come in now end there. A side never becomes
+empty, and a worker that a person has pinned stays.
+
+Source: Arrow's loads (arXiv 2505.11916) in place of FlowKV's, whose formula is not published.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from penstock.control.fleet import Fleet
+from penstock.control.queue import FairQueue
+from penstock.control.record import WorkerRecord
+from penstock.core.config import ControllerConfig
+from penstock.core.types import NS_PER_MS, NS_PER_S, Role
+
+ACT_ABOVE: Final = 0.7
+"""Loads below this are nobody's concern, however unequal."""
+GAIN_MIN: Final = 0.15
+"""Part by which the larger load must fall."""
+LOOKS_MIN: Final = 3
+SMOOTHING: Final = 0.3
+FLIPS_SHARE: Final = 8
+"""At most one worker in so many changes sides at a time."""
+TARGET_LOAD: Final = 0.8
+
+
+class Regime(Enum):
+    """See the module's table."""
+
+    NORMAL = "normal"
+    IMBALANCED = "imbalanced"
+    OVERLOADED = "overloaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """How busy either side is, and how many workers it has."""
+
+    prefill: float
+    decode: float
+    num_prefill: int
+    num_decode: int
+
+    @property
+    def regime(self) -> Regime:
+        """The regime that these loads mean."""
+        larger, smaller = max(self.prefill, self.decode), min(self.prefill, self.decode)
+        if larger < 1:
+            return Regime.NORMAL
+        return Regime.IMBALANCED if smaller <= 0.5 else Regime.OVERLOADED
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two."""
+        return max(self.prefill, self.decode)
+
+    def after(self, to: Role) -> "Loads":
+        """Return what they would be with one more worker on side `to`, from the other."""
+        step = 1 if to is Role.PREFILL else -1
+        num_prefill, num_decode = self.num_prefill + step, self.num_decode - step
+        return Loads(
+            self.prefill * self.num_prefill / max(num_prefill, 1),
+            self.decode * self.num_decode / max(num_decode, 1),
+            num_prefill,
+            num_decode,
+        )
+
+
+class Roles:
+    """Looks at the loads at regular times and names the workers that should change sides."""
+
+    def __init__(self, config: ControllerConfig, fleet: Fleet, queue: FairQueue) -> None:
+        self.loads = Loads(0.0, 0.0, 0, 0)
+        self.num_flips = 0
+        self._config = config
+        self._fleet = fleet
+        self._queue = queue
+        self._work_ns = 0.0
+        self._looked_ns = 0
+        self._use = 0.0
+        self._favours: Role | None = None
+        self._num_looks = 0
+        self._flipped_ns: int | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """True when there is a worker that could change sides."""
+        if not self._config.is_switching_roles or not self._fleet.has_pairs:
+            return False
+        return any(len(self._side(role)) > 1 for role in (Role.PREFILL, Role.DECODE))
+
+    def look(self, now_ns: int) -> list[tuple[WorkerRecord, Role]]:
+        """Measure, and return who is to change to which side now. Changes no label."""
+        self._measure(now_ns)
+        favours = self._better()
+        is_same = favours is not None and favours is self._favours
+        self._num_looks = self._num_looks + 1 if is_same else 1
+        self._favours = favours
+        if favours is None or self._num_looks < LOOKS_MIN or not self._is_cool(now_ns):
+            return []
+        flips = self._choose(favours)
+        if flips:
+            self._flipped_ns = now_ns
+            self._num_looks = 0
+            self.num_flips += len(flips)
+        return [(worker, favours) for worker in flips]
+
+    def wanted_workers(self) -> int:
+        """Return how many workers would bring both loads to `TARGET_LOAD`, at least one a side."""
+        loads = self.loads
+        prefill = loads.prefill * loads.num_prefill / TARGET_LOAD
+        decode = loads.decode * loads.num_decode / TARGET_LOAD
+        return max(1, round(prefill + 0.5)) + max(1, round(decode + 0.5))
+
+    def _is_cool(self, now_ns: int) -> bool:
+        cooldown_ns = self._config.role_cooldown_ms * NS_PER_MS
+        return self._flipped_ns is None or now_ns - self._flipped_ns >= cooldown_ns
+
+    def _side(self, role: Role) -> list[WorkerRecord]:
+        fleet = self._fleet
+        return [w for w in fleet if w.role is role and fleet.is_candidate(w)]
+
+    def _measure(self, now_ns: int) -> None:
+        prefill, decode = self._side(Role.PREFILL), self._side(Role.DECODE)
+        elapsed_ns = max(now_ns - self._looked_ns, 1)
+        work_ns = self._fleet.work_ns - self._work_ns
+        use = work_ns / (elapsed_ns * max(len(prefill), 1))
+        # After a pause the past says nothing.
+        weight = 1.0 if elapsed_ns > 10 * NS_PER_S else SMOOTHING
+        self._use += (use - self._use) * weight
+        self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
+        self.loads = Loads(
+            max(self._use, self._lateness(prefill)),
+            self._fullness(decode),
+            len(prefill),
+            len(decode),
+        )
+
+    def _lateness(self, workers: list[WorkerRecord]) -> float:
+        """Return the time until a new prompt would begin, over the TTFT that is asked for."""
+        if not workers:
+            return 0.0
+        per_token_ns = [float(self._fleet.coefficients[1, w.slot]) for w in workers]
+        queued_ns = self._queue.num_tokens * sum(per_token_ns) / len(workers)
+        waiting_ns = sum(w.backlog_ns for w in workers) + queued_ns
+        slo_ms = self._config.slo_ttft_ms or self._config.usual_ttft_ms
+        return waiting_ns / len(workers) / (slo_ms * NS_PER_MS)
+
+    def _fullness(self, workers: list[WorkerRecord]) -> float:
+        """Return the sequences that decode, or are to, over the seats within the TPOT."""
+        slo_ms = self._config.slo_tpot_ms or self._config.usual_tpot_ms
+        seats = sum(_seats(worker, slo_ms * NS_PER_MS) for worker in workers)
+        return sum(w.num_decodes for w in workers) / seats if seats else 0.0
+
+    def _better(self) -> Role | None:
+        """Return the side to which one more worker would clearly help, if any."""
+        loads = self.loads
+        if loads.worst < ACT_ABOVE:
+            return None
+        to = Role.PREFILL if loads.prefill > loads.decode else Role.DECODE
+        return to if self._gains(loads, to) and self._givers(to) else None
+
+    def _gains(self, loads: Loads, to: Role) -> bool:
+        if (loads.num_decode if to is Role.PREFILL else loads.num_prefill) < 2:
+            return False
+        return loads.after(to).worst <= loads.worst * (1 - GAIN_MIN)
+
+    def _givers(self, to: Role) -> list[WorkerRecord]:
+        """Return who may change to that side, the idlest first."""
+        other = Role.DECODE if to is Role.PREFILL else Role.PREFILL
+        givers = [w for w in self._side(other) if not w.is_pinned]
+        return sorted(givers, key=lambda w: (w.num_decodes, w.backlog_ns))
+
+    def _choose(self, to: Role) -> list[WorkerRecord]:
+        """Return as many as it takes, and no more than a share at a time."""
+        chosen: list[WorkerRecord] = []
+        loads = self.loads
+        most = max(1, (loads.num_prefill + loads.num_decode) // FLIPS_SHARE)
+        for worker in self._givers(to)[:most]:
+            if not self._gains(loads, to):
+                break
+            loads = loads.after(to)
+            chosen.append(worker)
+        return chosen
+
+
+def _seats(worker: WorkerRecord, slo_ns: float) -> float:
+    """Return how many sequences like its own a worker could decode within a time per token."""
+    fixed, per_sequence, per_token = worker.decode_coefficients
+    context = worker.context_tokens / worker.num_decodes if worker.num_decodes else 1000.0
+    by_time = (slo_ns - fixed) / (per_sequence + per_token * context)
+    by_room = worker.capacity_tokens / max(context, 1.0)
+    return max(1.0, min(by_time, by_room, worker.info.max_num_seqs))

@@ -1,0 +1,173 @@
+"""Our rule: what it counts, one thing at a time. Workers are H100s unless said otherwise."""
+
+from msgspec.structs import replace
+
+from penstock.core.messages import Assign, Load, PullSample, StepSample
+from penstock.core.types import NS_PER_MS, WorkerId
+from tests.control.story import Story
+
+LONG = 3000
+
+
+def make(*names: str, **settings: object) -> Story:
+    return Story(*names, num_blocks=4096, policy="predicted", **settings)
+
+
+def load(name: str, **samples: object) -> Load:
+    return Load(
+        worker_id=WorkerId(name),
+        waiting=0,
+        running=0,
+        handing_off=0,
+        free_blocks=(1,),
+        cached_blocks=(1,),
+        **samples,
+    )
+
+
+def test_a_long_prompt_crosses_and_a_short_one_is_not_worth_a_hand_off() -> None:
+    story = make("p0", "d0")
+    story.submit("long", LONG)
+    assert story.pairs() == [("p0", "d0")]
+    story = make("p0", "d0", "d1")
+    story.submit("short", 3)
+    assert story.pairs() == [("d0", "d0")]
+
+
+def test_queues_are_counted() -> None:
+    story = make("p0", "p1", "d0", "d1")
+    for name in "abcd":
+        story.submit(name, LONG)
+    pairs = story.pairs()
+    assert sorted(p for p, _ in pairs) == ["p0", "p0", "p1", "p1"]
+    assert sorted(d for _, d in pairs) == ["d0", "d0", "d1", "d1"]
+
+
+def test_a_prompt_goes_to_its_prefix_until_the_queue_there_is_longer_than_the_saving() -> None:
+    story = make("p0", "p1", "d0", admit_backlog_ms=1e6)
+    story.has_blocks("p1", 2000)
+    chosen = []
+    for number in range(8):
+        story.submit(f"r{number}", LONG)
+        chosen += [prefill for prefill, _ in story.pairs()]
+    assert chosen[0] == "p1"
+    assert "p0" in chosen[1:]
+
+
+def test_a_later_turn_is_computed_where_its_prefix_decodes() -> None:
+    story = make("p0", "d0", "d1")
+    story.has_blocks("d1", 2992)
+    story.submit("turn", LONG)
+    assert story.pairs() == [("d1", "d1")]
+
+
+def test_a_restarted_worker_has_no_prefix_any_more() -> None:
+    story = make("p0", "p1", "d0")
+    story.has_blocks("p1", 2000)
+    story.lose("p1")
+    story.join("p1", epoch=2)
+    story.has_blocks("p1", 2000, epoch=1)  # said before it died
+    story.submit("r", LONG)
+    ((prefill, _),) = story.pairs()
+    explained = story.controller.explain("r")
+    assert prefill == "p0"
+    assert {c.cached_tokens for c in explained.candidates} == {0}
+
+
+def test_mixed_hardware_is_told_apart_by_what_it_reports() -> None:
+    story = make("p0", "p1", "d0")
+    for round_ in range(30):
+        for name, speed in (("p0", 5), ("p1", 1)):
+            new = 100 + 60 * round_
+            took = int(speed * (4e6 + 15e3 * new))
+            story.tell(load(name, step_samples=(StepSample(new, new * new, 0, 0, took),)))
+    story.submit("r", LONG)
+    assert [prefill for prefill, _ in story.pairs()] == ["p1"]
+    story.submit("s", LONG)
+    assert [prefill for prefill, _ in story.pairs()] == ["p1"]  # five times as fast
+
+
+def test_the_transfer_is_that_of_the_pair() -> None:
+    story = make("p0", "p1", "d0")
+    for size in range(1, 30):
+        for source, ns_per_byte in (("p0", 100), ("p1", 1)):
+            sample = PullSample(WorkerId(source), size << 10, 1, 10**5 + (size << 10) * ns_per_byte)
+            story.tell(load("d0", pull_samples=(sample,)))
+    story.submit("r", LONG)
+    assert story.pairs() == [("p1", "d0")]
+
+
+def test_the_tpot_budget_closes_a_worker_and_the_request_waits_for_it() -> None:
+    story = make("p0", "d0", slo_tpot_ms=6.2)  # two sequences of this length on an H100, not three
+    for name in "abcde":
+        story.submit(name, LONG)
+        assert all(decode == "d0" for _, decode in story.pairs())
+    status = story.controller.status()
+    assert status.queued > 0
+    assert status.queued < 5
+    before = status.queued
+    story.offered("p0", "a")
+    story.tokens("d0", "a", 1, is_last=True)
+    assert story.controller.status().queued == before - 1
+
+
+def test_an_own_tpot_counts_more_than_that_of_the_cluster() -> None:
+    story = make("p0", "d0", slo_tpot_ms=1000.0)
+    story.submit("a", LONG)
+    story.submit("b", LONG, slo_tpot_ms=1.0)
+    assert story.controller.status().queued == 1
+    story.submit("c", LONG)  # waits behind it: turns are kept
+    assert story.controller.status().queued == 2
+
+
+def test_a_pool_that_is_spoken_for_is_full() -> None:
+    story = Story("p0", "d0", num_blocks=16, policy="predicted")  # 256 tokens
+    for name in "abc":
+        story.submit(name, 100, max_tokens=20)
+    assert story.controller.status().queued == 1
+    story.offered("p0", "a")
+    story.tokens("d0", "a", 1, is_last=True)
+    assert story.controller.status().queued == 0
+
+
+def test_prompts_wait_at_the_controller_not_at_a_busy_worker() -> None:
+    story = make("p0", admit_backlog_ms=50.0)
+    story.join("d0", max_num_seqs=64)
+    for number in range(20):
+        story.submit(f"r{number}", LONG, max_tokens=2)
+    assigned = len(story.heard(Assign))
+    assert 4 <= assigned < 20
+    story.join("p1")
+    assert 4 <= len(story.heard(Assign)) < 20 - assigned
+
+
+def test_without_pairs_whoever_there_is_serves_alone() -> None:
+    for names in (("p0",), ("d0",), ("m0", "m1"), ("p0", "m0")):
+        story = make(*names)
+        story.submit("r", LONG)
+        ((prefill, decode),) = story.pairs()
+        assert prefill == decode
+
+
+def test_the_same_events_give_the_same_choices() -> None:
+    def run() -> list[tuple[str, str]]:
+        story = make("p0", "p1", "d0", "d1", "m0")
+        for number in range(30):
+            story.submit(f"r{number}", 50 + number * 37 % 2000)
+            if number % 3 == 2:
+                story.now_ns += 5 * NS_PER_MS
+        return story.pairs()
+
+    assert run() == run()
+    assert len(set(run())) > 3
+
+
+def test_layouts_with_other_block_sizes_find_their_prefixes_too() -> None:
+    story = make("p0", "d0")
+    info = story.controller.workers[WorkerId("p0")].info
+    other = replace(info, worker_id=WorkerId("p9"), layout=replace(info.layout, block_size=32))
+    story.controller.fleet.join(other)
+    tokens = tuple(range(200))
+    assert story.controller.fleet.cached_tokens(tokens, "").tolist() == [0, 0, 0]
+    story.has_blocks("p0", 160)
+    assert story.controller.fleet.cached_tokens(tokens, "").tolist() == [160, 0, 0]
