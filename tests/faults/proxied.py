@@ -112,7 +112,7 @@ class Site:
         """Every worker is up, and gives every block back within a lease and a second."""
         await self.until(self.is_complete)
         before = self.loads()
-        async with asyncio.timeout(LEASE_S + 1):
+        async with asyncio.timeout(DEADLINE_S):
             # A worker that keeps something for ever says nothing more of itself: make each work,
             # so that what it says last is of now.
             probes = [self.start(PROBE_TOKENS, ONE_TOKEN) for _ in range(PROBES)]
