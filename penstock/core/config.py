@@ -55,6 +55,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     is_prefix_caching: bool = True
     is_streaming: bool = True
     """Whether blocks of a prompt are offered as they are finished, or all at once."""
+    is_defragmenting: bool = True
+    """Whether an idle worker moves cached blocks together, so that the next prompt lies in one."""
     load_interval_ns: int = NS_PER_S
     lease_ns: int = 5 * NS_PER_S
     """How long offered blocks are kept for a decode worker that says nothing."""
