@@ -34,7 +34,8 @@ examples:
   penstock sim memory --accesses recorded.jsonl.gz --json
 
 --heads is a table of scores, layers x KV heads, such as DuoAttention publishes; the better half of
-the heads reads from the whole context. --accesses is what an engine recorded, one JSON object a line:
+the heads reads from the whole context. --accesses is what an engine recorded, one JSON object a
+line:
   {"step": 0, "layer": 0, "group": 3, "request": "a", "blocks": [0, 61, 62, 63]}
 """
 
