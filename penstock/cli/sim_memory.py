@@ -33,8 +33,9 @@ examples:
   penstock sim memory --pressure --heads full_attention_heads.tsv --tenants 6 --context 32768
   penstock sim memory --accesses recorded.jsonl.gz --json
 
---heads is a table of scores, layers x KV heads, such as DuoAttention publishes; 1: the head needs
-the whole context. --accesses is what an engine recorded, one JSON object a line:
+--heads is a table of scores, layers x KV heads, such as DuoAttention publishes; the better half of
+the heads reads from the whole context. --accesses is what an engine recorded, one JSON object a
+line:
   {"step": 0, "layer": 0, "group": 3, "request": "a", "blocks": [0, 61, 62, 63]}
 """
 

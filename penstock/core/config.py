@@ -66,6 +66,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     is_prefix_caching: bool = True
     handoff: Handoff = Handoff.STREAM
+    is_defragmenting: bool = True
+    """Whether an idle worker moves cached blocks together, so that the next prompt lies in one."""
     load_interval_ns: int = NS_PER_S
     lease_ns: int = 5 * NS_PER_S
     """How long offered blocks are kept for a decode worker that says nothing."""

@@ -60,7 +60,7 @@ class Explanation(Struct, frozen=True, kw_only=True):
 class Accuracy(Struct, frozen=True, kw_only=True):
     """How good predictions were, as totals since the start: divide two of them by each other.
 
-    Relative errors are |predicted - actual| / actual. `step_error` and `transfer_error` are means
+    Relative errors are |predicted - actual| over the larger of the two. `step_error` and `transfer_error` are means
     of late, of the absolute logarithm of actual over predicted.
     """
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,12 +62,14 @@ class Heart:
         self._heard_s = self._loop.time()
         self._echo: tuple[int, int] | None = None
         self._is_new_controller = False
+        self._word = asyncio.Event()
 
     def hear(self, ping: Ping) -> None:
         """Take a word of the controller in."""
         now_ns = time.monotonic_ns()
         self._heard_s = self._loop.time()
         self._echo = ping.sent_ns, now_ns
+        self._word.set()
         if self._time is None or not ping.echo_ns:
             return
         round_trip_ns = now_ns - ping.echo_ns - ping.held_ns
@@ -108,12 +111,13 @@ class Heart:
     async def _seek(self, returning: Return) -> None:
         pulse = self._pulse
         began_s = self._loop.time()
-        lost_s = self._heard_s
-        _log.warning("the controller has been silent for %.1f s: looking for it", began_s - lost_s)
+        silence_s = began_s - self._heard_s
+        _log.warning("the controller has been silent for %.1f s: looking for it", silence_s)
         returning.let_go()
         self._echo = None
+        self._word.clear()
         pause_s, longest_s = SEEK_PAUSES_S
-        while self._heard_s == lost_s:
+        while not self._word.is_set():
             if self._loop.time() - began_s > pulse.rejoin_timeout_s:
                 raise WorkersUnavailable(
                     f"the controller was not found again within {pulse.rejoin_timeout_s:.0f} s "
@@ -121,7 +125,8 @@ class Heart:
                 )
             self._messenger.renew(CONTROLLER)
             self._messenger.send(CONTROLLER, returning.hello())
-            await asyncio.sleep(min(pause_s, pulse.rejoin_timeout_s))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._word.wait(), min(pause_s, pulse.rejoin_timeout_s))
             pause_s = min(longest_s, pause_s * 1.5)
         self._is_new_controller = True
         _log.warning("the controller is back after %.1f s", self._loop.time() - began_s)

@@ -130,6 +130,8 @@ class Membership:
         )
         self._last_epochs[info.host] = max(info.epoch, self._last_epochs.get(info.host, 0))
         self._tell_host(info.host, PeerUp(info=info))
+        if info.host:
+            _log.info("worker %s of host %s has joined", info.worker_id, info.host)
         return True
 
     def lose(self, worker_id: WorkerId, epoch: int, reason: str) -> None:
@@ -137,6 +139,8 @@ class Membership:
         member = self._workers.get(worker_id)
         if member is not None and member.epoch == epoch:
             del self._workers[worker_id]
+            if member.host:
+                _log.info("worker %s of host %s is gone: %s", worker_id, member.host, reason)
         self._messenger.forget(worker_id, epoch)
         self._deliver(WorkerLost(worker_id=worker_id, epoch=epoch, reason=reason))
 
@@ -149,7 +153,9 @@ class Membership:
 
     def dismiss(self, worker_id: WorkerId) -> None:
         """Watch a worker no more: it was told to leave."""
-        self._workers.pop(worker_id, None)
+        member = self._workers.pop(worker_id, None)
+        if member is not None and member.host:
+            _log.info("worker %s of host %s has left", worker_id, member.host)
 
     def on_fenced(self, worker_id: WorkerId, epoch: int) -> None:
         """Deal with one that counts as dead and speaks: it stood still, or its link was cut."""

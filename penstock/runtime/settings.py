@@ -49,8 +49,8 @@ class PulseSettings(Struct, frozen=True, kw_only=True):
         """Check the order. Raises: `StartupFailed` naming the flags."""
         if not 0 < self.interval_s < self.suspect_after_s <= self.lost_after_s:
             raise StartupFailed(
-                f"--lost-after {self.lost_after_s:g}: it must be longer than a few heartbeats of "
-                f"{self.interval_s:g} s"
+                f"--lost-after {self.lost_after_s:g}: it must be longer than three times the "
+                f"--heartbeat-interval of {self.interval_s:g} s"
             )
 
 

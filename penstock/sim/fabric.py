@@ -12,14 +12,17 @@ Messages take the latency and are never lost: what goes wrong on the way is test
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from penstock.core.events import Move, MoveDone
 from penstock.core.messages import Message
-from penstock.core.types import WorkerId
+from penstock.core.types import NS_PER_S, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.sim.links import Link, SharedLinks
 
 Deliver = Callable[[Message], None]
+OWN_BYTES_PER_S: Final = 1e12
+"""Copies within one worker's memory, which is read and written for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +99,11 @@ class Fabric:
                 )
             )
 
-        links = self._way(move.source, reader)
         begins_ns = started_ns + self.cost.latency_ns + num_spans * self.cost.span_ns
+        if move.source == reader:  # within its own memory: nobody else's link is used
+            self.clock.call_at(begins_ns + int(num_bytes / OWN_BYTES_PER_S * NS_PER_S), land)
+            return
+        links = self._way(move.source, reader)
         if num_bytes:
             self.clock.call_at(begins_ns, lambda: self.links.carry(links, num_bytes, land))
         else:

@@ -41,7 +41,7 @@ class Defragmenter:
     def due(self, *, is_idle: bool) -> list[Command]:
         """Return a move within a pool, if the worker is idle and some pool gains by it."""
         if not is_idle:
-            self._is_due = True
+            self._is_due = self._config.is_defragmenting
             return []
         if not self._is_due or self._under_way:
             return []

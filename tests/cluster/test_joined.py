@@ -1,5 +1,5 @@
-"""The built-in model on two hosts that have joined a controller without a model. Blocks and
-messages cross from host to host, authenticated, and the tokens are the same.
+"""The built-in model on two hosts that have joined a controller without a model.
+Blocks and messages cross from host to host, authenticated, and the tokens are the same.
 """
 
 import asyncio

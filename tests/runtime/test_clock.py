@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from penstock.runtime.clock import LoopClock
+from penstock.runtime.clock import HostTime, LoopClock
 
 
 def test_it_rings_in_order_and_not_too_early():
@@ -28,3 +28,21 @@ def test_it_rings_in_order_and_not_too_early():
         assert rings[1][1] >= start_ns + 9_000_000
 
     asyncio.run(run())
+
+
+def test_a_hosts_time_follows_measurements_slowly_and_never_goes_back(monkeypatch):
+    real_ns = 1_000_000_000
+    monkeypatch.setattr(time, "monotonic_ns", lambda: real_ns)
+    host = HostTime(5_000)
+    assert host.now_ns() == real_ns + 5_000
+    last_ns = host.now_ns()
+    for _ in range(100):
+        real_ns += 1_000_000_000
+        host.measure(200_000, -20_000_000)
+        assert host.now_ns() > last_ns
+        last_ns = host.now_ns()
+    assert host.offset_ns == -20_000_000  # 20 ms off: 40 s at half a millisecond each
+    host.measure(900_000, 70_000_000)  # a slow exchange tells less than a quick one
+    assert host.offset_ns == -20_000_000
+    host.jump(30)
+    assert host.now_ns() == real_ns + 30

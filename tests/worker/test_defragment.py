@@ -6,9 +6,9 @@ from penstock.core.types import CONTROLLER
 from tests.worker.story import P0, Story, assign, request
 
 
-def scattered() -> Story:
+def scattered(**settings: int) -> Story:
     """A worker that has become idle with cached blocks between its free ones."""
-    story = Story(P0, num_blocks=12, max_num_batched_tokens=200)
+    story = Story(P0, num_blocks=12, max_num_batched_tokens=200, **settings)
     # Side by side; of each the last block is not full, and free afterwards.
     for name, start in (("a", 100), ("b", 300), ("c", 400)):
         story.tell(assign(request(name, 40, start=start, max_tokens=1), P0))
@@ -38,6 +38,12 @@ def test_an_idle_worker_makes_its_longest_free_run_longer_and_then_stops() -> No
     story.step()
     assert story.heard(Tokens)
     story.assert_empty()
+
+
+def test_a_worker_that_is_not_to_leaves_its_blocks_where_they_are() -> None:
+    story = scattered(is_defragmenting=False)
+    assert not story.moves
+    assert story.worker.is_idle
 
 
 def test_the_last_report_comes_when_every_block_is_back() -> None:
