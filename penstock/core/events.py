@@ -128,6 +128,12 @@ class Reshape(Struct, frozen=True, array_like=True):
     begin: int
     end: int
 
+    @property
+    def is_verified(self) -> bool:
+        """True when each block that is read has a digest to be compared with."""
+        digests = self.source.digests
+        return not self.end or (bool(digests) and all(digests))
+
 
 class Move(Struct, frozen=True, kw_only=True):
     """Copy blocks of a peer, or of our own, into our pool: `spans[g]` are those of group g.

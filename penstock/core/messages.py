@@ -4,7 +4,7 @@ Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code
 
 who                     says                                              to
 front                   Submit, Cancel                                    controller
-controller              Assign, Cancel, PeerUp, PeerDown, Stop, Ping      worker
+controller              Assign, Cancel, Migrate, PeerUp, PeerDown, Stop, Ping      worker
 controller              Tokens, RequestFailed                             front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
                         Expired, RequestFailed, Ping
@@ -142,6 +142,13 @@ class Assign(Tagged, frozen=True):
     request: Request
     decode_worker: WorkerId
     timeline: Timeline
+
+
+class Migrate(Tagged, frozen=True):
+    """Hand this request, which you are decoding, to another worker: it goes on there."""
+
+    request_id: RequestId
+    decode_worker: WorkerId
 
 
 class PeerUp(Tagged, frozen=True):
@@ -338,6 +345,7 @@ Message = (
     Submit
     | Cancel
     | Assign
+    | Migrate
     | PeerUp
     | PeerDown
     | Stop

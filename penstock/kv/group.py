@@ -7,13 +7,13 @@ of it. It knows what one request holds when told (`Held`), not which requests th
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final
 
 from penstock.core.block import KVGroup
 from penstock.core.messages import GroupBlocks
-from penstock.core.types import BlockHash, BlockId, Digest
+from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import run_lengths
 from penstock.kv.pool import BlockPool, Generations
 
@@ -33,6 +33,11 @@ class Pull:
     digests: tuple[Digest, ...] = ()
     generations: tuple[int, ...] = ()
 
+    @property
+    def is_verified(self) -> bool:
+        """True when each block that comes has a digest to be compared with."""
+        return not self.source_ids or (bool(self.digests) and all(self.digests))
+
     @classmethod
     def joined(cls, parts: Iterable["Pull"]) -> "Pull":
         """Return several pulls as one."""
@@ -40,8 +45,11 @@ class Pull:
         columns = ("source_ids", "destination_ids", "digests", "generations")
         joined = (tuple(x for part in wanted for x in getattr(part, name)) for name in columns)
         pull = cls(*joined)
-        assert len(pull.digests) in (0, len(pull.source_ids)), "some parts have digests"
-        return pull
+        if len(pull.digests) in (0, len(pull.source_ids)):
+            return pull
+        # A part without any comes after or before one with some.
+        padded = (p.digests or (NO_DIGEST,) * len(p.source_ids) for p in wanted)
+        return replace(pull, digests=tuple(digest for part in padded for digest in part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +169,14 @@ class GroupCache:
         return Held(entries.start, held), Adopted(destination_of)
 
     def offer(self, held: Held, first: int, end: int) -> GroupBlocks:
-        """Return entries `[first, end)` as they are offered; with digests if all have one."""
+        """Return entries `[first, end)` as they are offered.
+
+        With the digests that there are: a block that decoding has begun to fill has none.
+        """
         block_ids = tuple(held.block_ids[first:end])
         digests = tuple(map(self.pool.digest, block_ids))
         generations = self.pool.generations(block_ids)
-        return GroupBlocks(first, block_ids, digests if all(digests) else (), generations)
+        return GroupBlocks(first, block_ids, digests if any(digests) else (), generations)
 
     def runs(self, held: Held, first: int, end: int) -> tuple[int, ...]:
         """Return the lengths of the runs in which entries `[first, end)` lie, as far as held."""

@@ -18,7 +18,7 @@ from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, BlockId, Digest, WorkerId
 from penstock.kv.pool import Generations
 from penstock.sim.clock import SimClock
-from penstock.transfer.digest import is_corrupt, take_digests
+from penstock.transfer.digest import disagree, is_corrupt, take_digests
 from penstock.transfer.generation import is_stale
 from penstock.transfer.region import Bytes2D
 from penstock.transfer.reshape import cut_staged, plan_reshape, whole_blocks
@@ -245,7 +245,7 @@ def _reshape(source: SimMemory, own: SimMemory, move: Move, rng: random.Random |
         staged = theirs[plan.source_ids]
         if rng is not None and group == flipped:
             staged[rng.randrange(len(staged)), 0] ^= np.uint8(1)
-        if plan.digests and take_digests(staged, map(BlockId, range(len(staged)))) != plan.digests:
+        if disagree(staged, map(BlockId, range(len(staged))), plan.digests):
             return True
         if plan.is_direct:
             ours[plan.direct_ids] = staged

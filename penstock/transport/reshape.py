@@ -17,7 +17,7 @@ import numpy.typing as npt
 from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest, BlocksCorrupt
 from penstock.core.types import MIB, BlockId, Digest
-from penstock.transfer.digest import take_digests
+from penstock.transfer.digest import disagree
 from penstock.transfer.plan import cut
 from penstock.transfer.region import Region, address_of
 from penstock.transfer.reshape import Pieces, ReshapePlan, cut_staged
@@ -98,7 +98,7 @@ def check(plan: ReshapePlan, source: Source, destination: Region) -> None:
 
 def _compare(region: Region, block_ids: Iterable[int], digests: tuple[Digest, ...]) -> None:
     """Raises: `BlocksCorrupt` when there are digests and they are not those of the blocks."""
-    if digests and take_digests(region.blocks, map(BlockId, block_ids)) != digests:
+    if disagree(region.blocks, map(BlockId, block_ids), digests):
         raise BlocksCorrupt("a block that was read has another digest than was offered")
 
 

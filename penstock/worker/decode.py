@@ -295,7 +295,7 @@ class PullDesk:
         groups = zip(copy.pulls, arrival.adoption.groups, strict=not copy.reshapes)
         for index, (pull, adopted) in enumerate(groups):
             arrival.num_pulled += len(pull.source_ids)
-            arrival.is_verified &= bool(pull.digests) or not pull.source_ids
+            arrival.is_verified &= pull.is_verified
             # The last block may not be full: its digest is over what it holds now; it will grow.
             partial_id = adopted.destination_of.get(num_full)
             rows = zip(pull.destination_ids, pull.digests, strict=False)
@@ -303,7 +303,7 @@ class PullDesk:
         for index, (wanted, digests) in enumerate(zip(copy.reshapes, done.digests, strict=False)):
             filled = whole_blocks(wanted, self.config.layout.block_size)
             self.kv.note_digests(index, zip(filled, digests, strict=False))
-        arrival.is_verified &= all(r.source.digests or not r.end for r in copy.reshapes)
+        arrival.is_verified &= all(r.is_verified for r in copy.reshapes)
         timeline = arrival.offer.timeline
         timeline.transport = done.transport if done.num_spans else timeline.transport
         timeline.pull_bytes += done.num_bytes

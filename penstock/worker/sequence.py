@@ -14,6 +14,8 @@ Whoever moves a sequence calls `move_to`, which knows the table.
 from enum import Enum
 from typing import Final
 
+from msgspec.structs import replace
+
 from penstock.core.block import extend_hashes
 from penstock.core.config import WorkerConfig
 from penstock.core.request import Request, Timeline
@@ -114,6 +116,19 @@ class Sequence:
         goes on.
         """
         return len(self.tokens) - self.num_left_over
+
+    @property
+    def is_decoding(self) -> bool:
+        """True when the KV of all tokens but the last is here, and it is to go on here."""
+        is_running = self.state is SequenceState.RUNNING and self.decode_worker is None
+        return is_running and self.num_computed == len(self.tokens) - 1 > 0
+
+    def hand_to(self, decode_worker: WorkerId) -> None:
+        """Make what has been decoded so far a request for another worker to continue."""
+        output_token_ids = tuple(self.tokens[self.num_prompt :])
+        self.request = replace(self.request, output_token_ids=output_token_ids)
+        self.decode_worker = decode_worker
+        self.num_left_over = 1
 
     def move_to(self, state: SequenceState) -> None:
         """Change state along the table."""

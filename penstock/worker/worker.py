@@ -26,6 +26,7 @@ from penstock.core.messages import (
     Cancel,
     Grant,
     Load,
+    Migrate,
     Offer,
     PeerDown,
     PeerUp,
@@ -33,11 +34,9 @@ from penstock.core.messages import (
     Release,
     Renew,
     RequestFailed,
-    TokenOutput,
     Tokens,
     Withdraw,
 )
-from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
@@ -46,6 +45,7 @@ from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.defragment import Defragmenter
 from penstock.worker.lease import LEASE_KEY
 from penstock.worker.numbers import Numbers
+from penstock.worker.output import take_token
 from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
@@ -75,6 +75,7 @@ class Worker:
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
+        self._leaving: dict[RequestId, WorkerId] = {}
         self._arrivals = Numbers()
         self._reporter = Reporter(config, self.kv, self.scheduler, self.offers, self.pulls)
 
@@ -118,6 +119,9 @@ class Worker:
                 return self._wake(key, now_ns)
             case Cancel(request_id=request_id):
                 return self._cancel(request_id, now_ns)
+            case Migrate(request_id=request_id, decode_worker=decode_worker):
+                self._leaving[request_id] = decode_worker
+                return []
             case Withdraw():
                 return self._answer_withdraw(event, now_ns)
             case PeerUp(info=info):
@@ -258,7 +262,7 @@ class Worker:
 
     def _go_on(self, now_ns: int) -> list[Command]:
         """Start every pull that has room, and a step if none is under way."""
-        commands: list[Command] = []
+        commands = self._send_away(now_ns)
         while self._has_seat():
             headroom = len(self.scheduler.running)
             admitted = self.pulls.admit(self._arrivals.next(), headroom, now_ns)
@@ -277,6 +281,22 @@ class Worker:
                 commands += [*self._take_back(stuck), self._failed(stuck, "there was no room")]
             elif not ready:
                 break  # else: handing off without a step made a seat for the next in line
+        return commands
+
+    def _send_away(self, now_ns: int) -> list[Command]:
+        """Offer sequences that are to go on elsewhere, as soon as no step computes them.
+
+        What has ended, is on its way already, or has more to compute than one token stays.
+        """
+        if self._plan is not None or not self._leaving:
+            return []
+        leaving, self._leaving = self._leaving, {}
+        commands = []
+        for request_id, decode_worker in leaving.items():
+            sequence = self.sequences.get(request_id)
+            if sequence is not None and sequence.is_decoding and decode_worker in self._peers:
+                sequence.hand_to(decode_worker)
+                commands += self._hand_off(sequence, now_ns)
         return commands
 
     def _has_seat(self) -> bool:
@@ -342,11 +362,15 @@ class Worker:
             self._advance(sequence)
             if sequence.decode_worker:
                 commands += self._hand_off(sequence, now_ns)
-        outputs = [
-            output
-            for sample, (ahead, last) in zip(plan.step.samples, drawn, strict=True)
-            if (output := self._append(plan.parts[sample.row][0], ahead, last, now_ns))
-        ]
+        outputs = []
+        for sample, (ahead, last) in zip(plan.step.samples, drawn, strict=True):
+            sequence, _ = plan.parts[sample.row]
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            output = take_token(sequence, ahead, last, self.config.worker_id, now_ns)
+            outputs.append(output)
+            if output.finish_reason is not None:
+                self._stop(sequence)
         if outputs:
             tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
             commands.append(Send(CONTROLLER, tokens))
@@ -358,30 +382,6 @@ class Worker:
         if self.config.is_prefix_caching:
             sequence.name_blocks(block_size)
         self.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
-
-    def _append(
-        self, sequence: Sequence, ahead: tuple[int, ...], sampled: Sampled, now_ns: int
-    ) -> TokenOutput | None:
-        """Give a sequence its new token; the last one ends it. It has those `ahead` already."""
-        if sequence.state is not SequenceState.RUNNING:
-            return None
-        reason = sequence.append(sampled.token_id)
-        timeline = None
-        if not sequence.is_first_token_out:
-            sequence.is_first_token_out = True
-            timeline = sequence.timeline
-            timeline.first_token_ns = now_ns
-            timeline.decode_worker = self.config.worker_id
-        if reason is not None:
-            self.scheduler.remove(sequence)
-            self._forget(sequence)
-        return TokenOutput(
-            sequence.request_id,
-            (*ahead, sampled.token_id),
-            (sampled.logprobs,) if sampled.logprobs else (),
-            reason,
-            timeline,
-        )
 
     # -------------------------------------------------------------------------------- what one sees
 

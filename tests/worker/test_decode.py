@@ -5,14 +5,16 @@ import pytest
 from penstock.core.events import Woken
 from penstock.core.messages import (
     Cancel,
+    Migrate,
+    Offer,
     PeerDown,
     Release,
     Renew,
     Tokens,
     Withdraw,
 )
-from penstock.core.types import RequestId
-from tests.worker.story import D0, P0, Story, offer_of, streamed_to_d0
+from penstock.core.types import RequestId, WorkerId
+from tests.worker.story import D0, P0, Story, assign, offer_of, request, streamed_to_d0
 
 
 def test_an_offer_is_pulled_released_and_continued() -> None:
@@ -114,6 +116,50 @@ def test_blocks_that_are_here_already_are_not_pulled_again() -> None:
         story.land()
         story.step()
     assert sum(sizes) == 1  # the tail alone: two full blocks were cached by the first
+
+
+def test_a_running_decode_goes_on_at_another_worker() -> None:
+    old, new = Story(P0), Story(D0)
+    old.tell(assign(request("r", 40, max_tokens=30), P0))
+    for _ in range(4):
+        old.step()
+    old.tell(Migrate(request_id=RequestId("r"), decode_worker=D0))
+    assert not old.heard(Offer)  # a step is under way
+    old.step()
+    (offer,) = old.heard(Offer)
+    tokens = [t for message in old.heard(Tokens) for o in message.outputs for t in o.token_ids]
+    assert offer.request.output_token_ids == tuple(tokens) == (5,) * 5
+    assert offer.num_tokens == offer.num_ready == 44
+    new.tell(offer)
+    assert new.moves[0].move.digests[0][:2] == offer.groups[0].digests[:2]
+    new.land()
+    (release,) = new.heard(Release)
+    old.tell(release)
+    old.assert_empty()
+    assert new.step().num_computed.tolist() == [44]
+    while new.steps:
+        new.step()
+    outputs = [o for message in new.heard(Tokens) for o in message.outputs]
+    assert len(tokens) + len(outputs) == 30
+    assert outputs[0].timeline is None  # its client has the first token already
+    new.assert_empty()
+
+
+@pytest.mark.parametrize("moment", ["prefill", "ended", "unknown_peer"])
+def test_what_cannot_go_on_elsewhere_stays(moment: str) -> None:
+    story = Story(P0, max_num_batched_tokens=16)
+    story.tell(assign(request("r", 40, max_tokens=3), P0))
+    if moment == "ended":
+        while story.steps:
+            story.step()
+    peer = WorkerId("nobody") if moment == "unknown_peer" else D0
+    story.tell(Migrate(request_id=RequestId("r"), decode_worker=peer))
+    while story.steps:
+        story.step()
+    assert not story.heard(Offer)
+    outputs = [o for message in story.heard(Tokens) for o in message.outputs]
+    assert len(outputs) == 3
+    story.assert_empty()
 
 
 def test_an_offer_waits_for_room_and_then_comes_in() -> None:
