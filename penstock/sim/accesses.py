@@ -124,16 +124,7 @@ def tenants(
     rng = random.Random(seed)
     num_selected = max(1, round(selected_share * context_blocks))
     num_heads = len(heads[0])
-    ranked = sorted(
-        (
-            (score, -layer, -head)
-            for layer, row in enumerate(heads)
-            for head, score in enumerate(row)
-        ),
-        reverse=True,
-    )
-    num_retrieval = round(retrieval_share * len(ranked))
-    retrieval = {(-layer, -head) for _, layer, head in ranked[:num_retrieval]}
+    retrieval = _retrieval_heads(heads, retrieval_share)
     always = [*range(SINK_BLOCKS), *range(context_blocks - RECENT_BLOCKS, context_blocks)]
     weights = list(accumulate(1 / rank for rank in range(1, context_blocks + 1)))
     popularity: dict[int, list[int]] = {}
@@ -174,13 +165,26 @@ def tenants(
         compute_ns=kvflow.COMPUTE_NS,
         details={
             "layers x KV heads": f"{len(heads)} x {num_heads}",
-            "retrieval heads": str(num_retrieval),
+            "retrieval heads": str(len(retrieval)),
             "context": f"{context_blocks} blocks of 128 tokens",
             "read by a retrieval head": f"{num_selected} + {len(always)} blocks",
             "kept from the step before": f"{overlap:.0%}",
             "seed": str(seed),
         },
     )
+
+
+def _retrieval_heads(heads: Sequence[Sequence[float]], share: float) -> set[tuple[int, int]]:
+    """Return (layer, head) of the `share` of heads whose score is highest."""
+    ranked = sorted(
+        (
+            (score, -layer, -head)
+            for layer, row in enumerate(heads)
+            for head, score in enumerate(row)
+        ),
+        reverse=True,
+    )
+    return {(-layer, -head) for _, layer, head in ranked[: round(share * len(ranked))]}
 
 
 class _Line(msgspec.Struct):
