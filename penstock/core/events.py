@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from penstock.core.messages import GroupBlocks, Message
 from penstock.core.step import Sampled, Step
-from penstock.core.types import BlockId, Digest, RequestId, Role, WorkerId
+from penstock.core.types import BlockHash, BlockId, Digest, RequestId, Role, WorkerId
 
 # ------------------------------------------------------------------------------------- local events
 
@@ -72,7 +72,8 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
 
     `is_corrupt`: it landed, but a digest is not that of the offer. `is_stale`: a block had been
     handed out anew at the source before it was read to the end; then there is an error as well.
-    `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`).
+    `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`), or
+    of those that came from a tier.
     """
 
     move_id: int
@@ -135,6 +136,16 @@ class Reshape(Struct, frozen=True, array_like=True):
         return not self.end or (bool(digests) and all(digests))
 
 
+class TierEnds(Struct, frozen=True, array_like=True):
+    """From which tier to which blocks move; "" is the worker's own pool. What goes into a tier has
+    `names`, in the order of the spans.
+    """
+
+    source: str
+    destination: str
+    names: tuple[BlockHash, ...] = ()
+
+
 class Move(Struct, frozen=True, kw_only=True):
     """Copy blocks of a peer, or of our own, into our pool: `spans[g]` are those of group g.
 
@@ -142,7 +153,8 @@ class Move(Struct, frozen=True, kw_only=True):
     `generations[g]` how often the source may have handed them out; empty where the offer had none.
     From a peer whose blocks have another shape than ours there are no spans, but `reshapes[g]` for
     every group. A move to a `destination` writes blocks of our own into that peer's; one of class
-    VERIFY copies nothing and compares what is there with the digests.
+    VERIFY copies nothing and compares what is there with the digests. Between the pool and tiers
+    below it (`tiers`), spans count in slots there.
     """
 
     move_id: int
@@ -155,6 +167,7 @@ class Move(Struct, frozen=True, kw_only=True):
     generations: tuple[tuple[int, ...], ...] = ()
     reshapes: tuple[Reshape, ...] = ()
     destination: WorkerId | None = None
+    tiers: TierEnds | None = None
 
 
 class Send(Struct, frozen=True, tag=True):
