@@ -108,7 +108,8 @@ REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
 
 class Timeline(Struct, kw_only=True, omit_defaults=True):
     """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request
-    travels.
+    travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
+    anything to put into them (`reserved_ns` counts from the offer on).
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
     the client saw beyond them is the residual.
@@ -119,6 +120,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     offered_ns: int = 0
     offer_received_ns: int = 0
     reserved_ns: int = 0
+    held_ns: int = 0
     pulled_ns: int = 0
     first_token_ns: int = 0
     prefill_worker: str = ""

@@ -160,7 +160,8 @@ class Metrics(Collector):
         self._handoff_bytes[transport] += timeline.pull_bytes
         self._handoff_verified[transport] += timeline.pull_verified
         self._histograms["handoff_spans"].observe(timeline.pull_spans)
-        if seconds > 0:
+        # Of a pull in parts only the last is timed: its rate is not that of all the bytes.
+        if seconds > 0 and timeline.pull_moves == 1:
             self._handoff_rates[transport].observe(timeline.pull_bytes / seconds)
 
     # ------------------------------------------------------------------------------------- scraping

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from penstock.core.errors import PenstockError
+from penstock.core.types import NS_PER_S
 from penstock.server.choice import Choice, TokenReport
 from penstock.server.errors import error_body
 from penstock.server.intake import Query
@@ -105,12 +106,13 @@ def _ledger_of(choice: Choice) -> Ledger:
     entry: Ledger = dict(timeline.ledger(choice.delivered_ns or choice.first_ns))
     for name in _PROVEN:
         entry[name] = getattr(timeline, name)
+    entry["held"] = max(0, timeline.pulled_ns - timeline.held_ns) / NS_PER_S
     return entry
 
 
 _PROVEN = (
-    "prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_spans", "pull_verified",
-    "cached_tokens",
+    "prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_spans", "pull_moves",
+    "pull_verified", "cached_tokens",
 )  # fmt: skip
 """Fields of a timeline that prove what was done, beside those that say how long it took."""
 

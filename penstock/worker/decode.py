@@ -368,7 +368,7 @@ class PullDesk:
         timeline.offer_received_ns = arrival.received_ns
         # With blocks reserved while the prefill went on, nobody has waited for room.
         timeline.reserved_ns = max(arrival.reserved_ns, arrival.received_ns)
-        timeline.pulled_ns = now_ns
+        timeline.held_ns, timeline.pulled_ns = arrival.reserved_ns, now_ns
         timeline.pull_verified = arrival.is_verified
 
     def _grant(self, arrival: Arrival) -> Command:
