@@ -9,6 +9,7 @@ import gc
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,7 @@ from penstock.sim.serve import Fault, ModelledCluster, ServeSpec
 from penstock.sim.summary import Slo, summarise
 
 _FAULT: Final = re.compile(r"(kill|slow):([\w-]+)@([\d.]+)(?:x([\d.]+))?")
+_SAMPLES: Final = 600
 _DRAIN_S: Final = 3600.0
 """How long after the last arrival a run goes on for what is still under way."""
 
@@ -64,8 +66,11 @@ def _serve(options: argparse.Namespace) -> int:
     arrivals = make_workload(workload_of(options))
     faults = [_parse_fault(text, {m.name for m in members}) for text in options.fault]
     slo = slo_of(options)
-    cluster = ModelledCluster(spec_of(options, options.cluster), arrivals)
     last_s = arrivals[-1].at_ns / NS_PER_S
+    # Some hundreds of looks at everybody make a picture; more only take time.
+    sample_ns = max(NS_PER_S, int(last_s / _SAMPLES * NS_PER_S))
+    spec = replace(spec_of(options, options.cluster), sample_ns=sample_ns)
+    cluster = ModelledCluster(spec, arrivals)
     began_s = time.monotonic()
     with Progress(last_s) as progress:
         seen = cluster.run(limit_s=last_s + _DRAIN_S, faults=faults, progress=progress.advance)
@@ -123,6 +128,7 @@ def controller_of(options: argparse.Namespace) -> ControllerConfig:
         slo_tpot_ms=tpot_ms if options.admission else None,
         usual_ttft_ms=ttft_ms,
         usual_tpot_ms=tpot_ms,
+        is_switching_roles=options.switch_roles,
         max_queued=options.max_queued,
     )
 

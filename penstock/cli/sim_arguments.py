@@ -184,6 +184,7 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="refuse at once what would break the limits, instead of serving it late",
     )
+    add("--switch-roles", action="store_true", help="let workers change sides as the load asks for")
     add("--max-queued", type=_positive, default=100_000, metavar="N", help="default 100000")
 
 

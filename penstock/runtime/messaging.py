@@ -6,9 +6,10 @@ address for it: there is no world to join. What crosses TCP is encrypted, and on
 cluster can speak or listen (`curve.py`). A frame is an `Envelope`: the sender, its epoch, and all
 messages that one turn of the loop had for this peer. Messages between two nodes arrive in order or,
 from some point on, not at all: a link whose peer is gone or does not read is cut for good rather
-than left with a gap. An address belongs to one incarnation of a worker, so nothing meant for a dead
-one reaches its successor; what a dead one had said is dropped once `forget` has been called; and
-what a peer says before the controller has introduced it waits until then.
+than left with a gap (save between workers of two hosts, whose hand-offs bear one). An address
+belongs to one incarnation of a worker, so nothing meant for a dead one reaches its successor; what
+a dead one had said is dropped once `forget` has been called; and what a peer says before the
+controller has introduced it waits until then.
 
 The raw socket with its descriptor in the loop costs 9 µs of CPU per message where `zmq.asyncio`
 costs 28 (Zen 5, both ends decoding 16 tokens). It knows no core: `transport.py` puts it behind the
@@ -17,6 +18,7 @@ port.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +30,7 @@ from msgspec import Raw, Struct
 
 from penstock.core.errors import StartupFailed
 from penstock.core.messages import WIRE_ERRORS, Message, encode_message
-from penstock.core.types import MIB, WorkerId
+from penstock.core.types import CONTROLLER, MIB, WorkerId
 from penstock.runtime.curve import CurveKeys, Gatekeeper
 from penstock.runtime.settings import NetworkSettings
 from penstock.transport.key import cluster_key
@@ -40,6 +42,8 @@ FRAMES_PER_TURN = 256
 """Frames read before other callbacks of the loop have their turn."""
 LINGER_MS = 200
 SOCKET_PATH_MAX = 107
+REOPEN_INTERVAL_S = 1.0
+"""Between two attempts to reach a worker of another host again."""
 HELD_FRAMES_MAX = 1000
 """Frames kept for peers that have not been introduced yet."""
 
@@ -86,6 +90,7 @@ class _Link:
     def __init__(self, epoch: int, address: str, socket: zmq.Socket[bytes] | None) -> None:
         self.epoch = epoch
         self.address = address
+        self.opened_s = -math.inf
         self.socket = socket
         self.outbox: list[Raw] = []
 
@@ -261,13 +266,41 @@ class Messenger:
             if not link.outbox or link.socket is None:
                 continue
             frame = self._encode(Envelope(self.name, self.epoch, link.outbox))
-            try:
-                link.socket.send(frame, zmq.DONTWAIT)
-            except zmq.Again:
-                self.num_dropped += len(link.outbox)
-                _cut(link, 0)
-                _log.warning("%s is gone or does not read: its link is cut", peer)
+            if not self._push(link, frame):
+                self._push_anew(peer, link, frame)
             link.outbox = []
+
+    def _push(self, link: _Link, frame: bytes) -> bool:
+        if link.socket is None:
+            return False
+        try:
+            link.socket.send(frame, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def _push_anew(self, peer: WorkerId, link: _Link, frame: bytes) -> None:
+        """Cut a link for good that takes nothing; but one to a worker of another host, which may
+        have been cut on the way, is opened again once in a while.
+
+        What that one swallowed is missing, which a hand-off between workers can bear. What a
+        controller and a worker say to each other must be whole: there, silence decides.
+        """
+        is_between_workers = CONTROLLER not in (peer, self.name)
+        if not (is_between_workers and link.address.startswith("tcp:")):
+            self.num_dropped += len(link.outbox)
+            _cut(link, 0)
+            _log.warning("%s is gone or does not read: its link is cut", peer)
+            return
+        now_s, is_sent = self._loop.time(), False
+        if now_s - link.opened_s >= REOPEN_INTERVAL_S:
+            _log.warning("the link to %s was cut: it is opened anew", peer)
+            outbox = link.outbox
+            _cut(link, 0)
+            link.socket, link.outbox, link.opened_s = self._call(link.address), outbox, now_s
+            is_sent = self._push(link, frame)
+        if not is_sent:
+            self.num_dropped += len(link.outbox)
 
     def _read(self, inbox: zmq.Socket[bytes]) -> None:
         """Deliver what has come in. Unless the socket is empty in the end, ask for another turn:

@@ -116,6 +116,17 @@ def test_admission_refuses_what_would_be_late(capsys: pytest.CaptureFixture[str]
     assert records[0]["goodput_per_s"] < records[1]["goodput_per_s"]
 
 
+def test_roles_follow_the_load_when_they_may(capsys: pytest.CaptureFixture[str]) -> None:
+    heavy = ["--workload", "fixed:in=8000,out=10", "--rate", "14", "--duration", "40"]
+    command = ["sim", "serve", *heavy, "--cluster", "1xH100:prefill,3xH100:decode", "--json"]
+    records = []
+    for extra in ([], ["--switch-roles"]):
+        assert main([*command, "--policy", "least_loaded", *extra]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0]["flips"] == 0 < records[1]["flips"]
+    assert records[0]["goodput_per_s"] < records[1]["goodput_per_s"]
+
+
 @pytest.mark.parametrize("act", ["serve", "sweep"])
 def test_help_has_examples(act: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

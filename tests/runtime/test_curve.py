@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from penstock.core.messages import Cancel, Message
-from penstock.core.types import RequestId, WorkerId
+from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.runtime.curve import CurveKeys
 from penstock.runtime.messaging import Messenger, Network
 
@@ -23,7 +23,7 @@ A, B = WorkerId("a"), WorkerId("b")
 class Node:
     """A messenger with a folder of its own, as on a host of its own, and what it heard."""
 
-    def __init__(self, name: WorkerId, keys: CurveKeys = KEYS, **options) -> None:
+    def __init__(self, name: WorkerId, keys: CurveKeys = KEYS, *, port: int = 0, **options) -> None:
         self.heard: list[Message] = []
         self.folder = tempfile.TemporaryDirectory(prefix="pt-")
         self.messenger = Messenger(
@@ -31,7 +31,7 @@ class Node:
             1,
             Path(self.folder.name),
             self.heard.append,
-            network=Network(keys, "127.0.0.1"),
+            network=Network(keys, "127.0.0.1", port),
             **options,
         )
         self.messenger.open()
@@ -137,6 +137,30 @@ def test_junk_on_the_port_changes_nothing():
             a.say(1, B)
             await until(lambda: b.heard)
             assert len(b.heard) == 1
+        finally:
+            a.close()
+            b.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("sender", "is_reopened"), [(A, True), (CONTROLLER, False)])
+def test_a_cut_link_is_opened_anew_between_workers_alone(sender: WorkerId, is_reopened: bool):
+    async def run() -> None:
+        a, b = Node(sender), Node(B, hears_strangers=True)
+        a.call(b)
+        try:
+            a.say(1, B)
+            await until(lambda: b.heard)
+            port = int(b.messenger.remote_address.rpartition(":")[2])
+            b.close()
+            b = Node(B, hears_strangers=True, port=port)  # stands for the same, behind a new link
+            for number in range(2, 12):
+                a.say(number, B)
+                await asyncio.sleep(0.05)
+            assert bool(b.heard) == is_reopened
+            if is_reopened:
+                assert int(b.heard[-1].request_id) == 11
         finally:
             a.close()
             b.close()

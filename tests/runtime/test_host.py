@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from penstock.core.block import KVGroup, KVLayout
 from penstock.core.config import EngineConfig
 from penstock.core.types import Role, WorkerId
 from penstock.runtime.link import (
@@ -38,14 +39,14 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 class Front:
     """What a front hears of its host."""
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, model: str, layout: KVLayout | None = None) -> None:
         self.heard: list[ToFront] = []
         self.lines: list[str] = []
         self.ends: list[str] = []
         self.host = HostProcess.spawn(folder, MODULE)
         self.host.watch(self.heard.append, self.ends.append, self.lines.append)
         settings = ClusterSettings(engine=EngineConfig(model=model))
-        self.host.send(Prepare(settings, str(folder), "nowhere"))
+        self.host.send(Prepare(settings, str(folder), "nowhere", layout))
 
     def fork(self, name: str, epoch: int = 1) -> None:
         worker_id = WorkerId(name)
@@ -99,6 +100,21 @@ def test_a_model_that_cannot_be_loaded_is_explained(folder: Path, model: str, wo
         await front.hear(lambda: front.ends)
 
     run(folder, story, model)
+
+
+def test_a_model_that_is_not_the_clusters_is_refused_with_both_fingerprints(folder: Path):
+    theirs = KVLayout("another model", (KVGroup((0,)),), 1, 2, 16, "float32")
+
+    async def tell() -> None:
+        front = Front(folder, "model", theirs)
+        (failed,) = await front.hear_of(Failed)
+        await front.hear(lambda: front.ends)
+        await front.host.end(5)
+        assert "not the one that the cluster serves" in failed.message
+        assert theirs.fingerprint() in failed.message
+        assert FACTS.layout.fingerprint() in failed.message
+
+    asyncio.run(tell())
 
 
 def test_a_host_that_crashes_leaves_its_last_lines(folder: Path):
