@@ -43,6 +43,8 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 TARGET_SHARE = 0.02
 TARGET_FROM_TOKENS = 2048
 RUNS = 5
+# This rule always hands off; ours would rather let one idle worker do both.
+PAIR = ("--prefill", "1", "--decode", "1", "--policy", "least_loaded")
 HANDOFF = ("offer", "wait_for_room", "pull")
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -93,12 +95,7 @@ def bench(
     for all of them.
     """
     with ExitStack() as stack:
-        ports = {
-            way: stack.enter_context(
-                server(*flags, "--handoff", way, "--prefill", "1", "--decode", "1")
-            )
-            for way in ways
-        }
+        ports = {way: stack.enter_context(server(*flags, "--handoff", way, *PAIR)) for way in ways}
         rng = random.Random(0)
         for port in ports.values():
             ask(port, fresh(rng, lengths[0]))
