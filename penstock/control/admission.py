@@ -61,6 +61,12 @@ class Admission:
             )
         return self._lateness(request, now_ns)
 
+    def expected_ns(self, request: Request, now_ns: int) -> float:
+        """Return the predicted TTFT of a request that has an SLO for it, else 0."""
+        if not (request.slo_ttft_ms or self._config.slo_ttft_ms):
+            return 0.0
+        return self._predicted_ns(request, now_ns)
+
     def victim(self, request: Request, num_live: int) -> RequestRecord | None:
         """Return the queued request to be given up so that a more urgent one can come in."""
         return self._victim(request) if num_live >= self._config.max_queued else None
@@ -85,10 +91,13 @@ class Admission:
         if not slots:
             return 0.0
         waits = fleet.wait_ns(now_ns)[slots]
-        if not num_before and prompts[slots].any():
+        has_turn = not num_before and bool(prompts[slots].any())
+        if has_turn and self._router.has_seat(request, now_ns):
             return float(waits.min())
         ns_per_token = 1 / float((1 / self._token_ns(request.num_tokens)[slots]).sum())
         prompts_ns = float(waits.mean()) + num_before * ns_per_token
+        if self._router.has_seat(request, now_ns):
+            return prompts_ns
         return max(prompts_ns, self._seat_wait_ns(len(queue)))
 
     def _computes(self, slot: int) -> bool:
@@ -103,11 +112,10 @@ class Admission:
         return each
 
     def _seat_wait_ns(self, num_before: int) -> float:
-        """Return how long it takes until so many sequences have ended, if no seat is free now."""
+        """Return how long it takes until so many sequences have ended."""
         fleet = self._fleet
         decodes = [w for w in fleet if fleet.is_candidate(w) and w.num_decodes]
-        seats = fleet.decode_closed if fleet.has_pairs else fleet.alone_closed
-        if not decodes or (seats < CLOSED).any():
+        if not decodes:
             return 0.0
         step_ns = float(np.mean([fleet.step[w.slot] for w in decodes]))
         num_running = sum(w.num_decodes for w in decodes)
@@ -119,7 +127,8 @@ class Admission:
         slo_ms = request.slo_ttft_ms or self._config.slo_ttft_ms
         if not slo_ms:
             return None
-        predicted_ms = self._predicted_ns(request, now_ns) / NS_PER_MS
+        optimism = self._router.explanations.optimism
+        predicted_ms = self._predicted_ns(request, now_ns) * optimism / NS_PER_MS
         if predicted_ms <= slo_ms * self._config.slo_slack:
             return None
         return CapacityExceeded(

@@ -176,6 +176,7 @@ class Controller:
             reason = "given up for a more urgent request"
             commands += self._fail(victim, reason, retry_after_s=1.0)
         record = RequestRecord(request, now_ns)
+        record.expected_ns = self.admission.expected_ns(request, now_ns)
         self.requests[request.request_id] = record
         return commands + self._queue(record, now_ns) + self._look_again(now_ns)
 

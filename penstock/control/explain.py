@@ -20,13 +20,16 @@ from penstock.core.request import RequestState, Timeline
 from penstock.core.types import NS_PER_MS, NS_PER_S, RequestId, WorkerId
 
 KEPT_MAX: Final = 1000
+OPTIMISM_STEP: Final = 0.03
+OPTIMISM_MAX: Final = 4.0
 CANDIDATES_MAX: Final = 4
 """Of each part, best first."""
 
 
 @dataclass(slots=True)
 class Decision:
-    """One assignment as it was decided, and what came of it. `names` are those of all slots then.
+    """One assignment as it was decided, and what came of it. `names` are those of all slots then;
+    `expected_ns` is the TTFT that was predicted when the request came, before it had waited.
 
     `actual_tpot_ns` is 0 until a request of at least two tokens is over.
     """
@@ -39,6 +42,7 @@ class Decision:
     choice: Choice
     names: tuple[WorkerId, ...]
     prediction: Prediction
+    expected_ns: float
     timeline: Timeline | None = None
     first_token_ns: int = 0
     actual_tpot_ns: float = 0.0
@@ -56,6 +60,8 @@ class Explanations:
     def __init__(self) -> None:
         self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
         self._totals = [0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0]
+        self.optimism = 1.0
+        """What predicted TTFTs have to be multiplied by so that 9 in 10 are kept, of late."""
 
     def note(self, decision: Decision) -> None:
         """Keep a decision; a further attempt replaces the one before."""
@@ -76,6 +82,12 @@ class Explanations:
         if decision.attempt == 1:
             actual_ns = now_ns - decision.arrived_ns
             self._add(0, decision.predicted_ttft_ns, actual_ns)
+            self._follow(actual_ns / max(decision.expected_ns, 1.0))
+
+    def _follow(self, ratio: float) -> None:
+        """Move to the 0.9 quantile of the ratios: nine small steps down for one up."""
+        step = 1 + OPTIMISM_STEP * (0.9 if ratio > self.optimism else -0.1)
+        self.optimism = min(max(self.optimism * step, 1.0), OPTIMISM_MAX)
 
     def note_end(
         self, request_id: RequestId, state: RequestState, num_output: int, now_ns: int

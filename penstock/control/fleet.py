@@ -39,6 +39,7 @@ _COLUMNS: Final = (
     "seats",
     "kv_free",
     "prefill_closed",
+    "prefill_barred",
     "decode_closed",
     "alone_closed",
     "prefill_tokens",
@@ -52,7 +53,8 @@ class Fleet:
 
     Columns are float64, [num_slots]. `coefficients` is [6, num_slots], as in `control/cost.py`.
     `step` is the time of a decode step with one sequence more, without its context. The closed
-    columns are 0 or `CLOSED`, each for one part a worker can have in a request. `alone_charge` is 1
+    columns are 0 or `CLOSED`, each for one part a worker can have in a request; `prefill_barred` is
+    so for those that prompts are not meant for, however busy the others are. `alone_charge` is 1
     where a prompt is not meant to be computed.
     """
 
@@ -63,6 +65,7 @@ class Fleet:
     seats: Float64
     kv_free: Float64
     prefill_closed: Float64
+    prefill_barred: Float64
     decode_closed: Float64
     alone_closed: Float64
     prefill_tokens: Float64
@@ -177,13 +180,15 @@ class Fleet:
         takes_prompts = self.has_pairs and role is Role.PREFILL
         takes_decodes = self.has_pairs and role is Role.DECODE
         takes_both = not takes_prompts
+        self.prefill_barred[slot] = 0.0 if takes_prompts else CLOSED
         self.prefill_closed[slot] = 0.0 if takes_prompts and has_turn else CLOSED
         self.decode_closed[slot] = 0.0 if takes_decodes and has_seat else CLOSED
         self.alone_closed[slot] = 0.0 if takes_both and has_turn and has_seat else CLOSED
         self.alone_charge[slot] = float(takes_decodes)
 
     def _close(self, slot: int) -> None:
-        self.prefill_closed[slot] = self.decode_closed[slot] = self.alone_closed[slot] = CLOSED
+        self.prefill_closed[slot] = self.prefill_barred[slot] = CLOSED
+        self.decode_closed[slot] = self.alone_closed[slot] = CLOSED
 
     def wait_ns(self, now_ns: int) -> Float64:
         """Return how long a prompt would wait for its turn on each worker, [num_slots].

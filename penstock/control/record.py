@@ -105,6 +105,7 @@ class RequestRecord:
         "attempts",
         "booking",
         "decode",
+        "expected_ns",
         "is_decoding",
         "output_token_ids",
         "prefill",
@@ -120,6 +121,8 @@ class RequestRecord:
         self.wire_id = request.request_id
         self.arrived_ns = request.arrived_ns or now_ns
         self.queued_ns = now_ns
+        self.expected_ns = 0.0
+        """TTFT that was predicted when it came; 0 where nobody asked."""
         self.is_decoding = False
         """True from the first token of the attempt on."""
         self.attempts = 0

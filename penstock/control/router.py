@@ -5,17 +5,24 @@ policy's affair (`control/policies/`), who is up and how busy is the fleet's.
 """
 
 from hashlib import blake2b
+from typing import Final
 
+from penstock.control.cost import F
 from penstock.control.explain import Decision, Explanations
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.lengths import OutputLengths
 from penstock.control.policies import POLICIES, USES_PREFIXES, Ask, Choice
-from penstock.control.policies.policy import predict
+from penstock.control.policies.policy import breaks_tpot, lacks_room, predict
 from penstock.control.record import Booking, RequestRecord, WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import StartupFailed
 from penstock.core.request import Request
 from penstock.core.types import NS_PER_MS, RequestId
+
+TPOT_SHARE: Final = 0.9
+"""Of the TPOT that is asked for, the part that steps may take: the rest is for what disturbs them,
+such as blocks that arrive and sequences that turn out longer than expected.
+"""
 
 
 class Router:
@@ -43,6 +50,14 @@ class Router:
         ask = self._ask(record.request, record.output_token_ids, now_ns)
         choice = self._choose(self._fleet, ask)
         return None if choice is None else (ask, choice)
+
+    def has_seat(self, request: Request, now_ns: int) -> bool:
+        """True when some worker could decode a request, whether it could begin now or not."""
+        fleet, ask = self._fleet, self._ask(request, [], now_ns, looks_up=False)
+        closed = fleet.decode_closed if fleet.has_pairs else fleet.alone_closed
+        step_ns = fleet.step + fleet.coefficients[F] * ask.num_tokens
+        closed = closed + lacks_room(fleet, ask) + breaks_tpot(fleet, ask, step_ns)
+        return bool((closed < CLOSED).any())
 
     def expected_ttft_ns(self, request: Request, now_ns: int) -> float | None:
         """Return what a request that came now would see; None when nobody is open."""
@@ -78,6 +93,7 @@ class Router:
                 choice,
                 fleet.names,
                 prediction,
+                record.expected_ns or prediction.ttft_ns + ask.now_ns - record.arrived_ns,
             )
         )
         return request
@@ -133,10 +149,17 @@ class Router:
         if decode is not prefill:
             self._fleet.refresh(decode)
 
-    def _ask(self, request: Request, output_token_ids: list[int], now_ns: int) -> Ask:
+    def _ask(
+        self,
+        request: Request,
+        output_token_ids: list[int],
+        now_ns: int,
+        *,
+        looks_up: bool = True,
+    ) -> Ask:
         config = self._config
         cached = None
-        if self._uses_prefixes and self._fleet.index.num_blocks:
+        if looks_up and self._uses_prefixes and self._fleet.index.num_blocks:
             token_ids = request.prompt_token_ids + tuple(output_token_ids)
             cached = self._fleet.cached_tokens(token_ids, request.cache_salt)
         slo_ttft_ms = request.slo_ttft_ms or config.slo_ttft_ms
@@ -151,7 +174,7 @@ class Router:
             now_ns=now_ns,
             slo_ttft_ns=(slo_ttft_ms or config.usual_ttft_ms) * NS_PER_MS,
             slo_tpot_ns=(slo_tpot_ms or config.usual_tpot_ms) * NS_PER_MS,
-            tpot_bound_ns=slo_tpot_ms * NS_PER_MS if slo_tpot_ms else CLOSED,
+            tpot_bound_ns=slo_tpot_ms * TPOT_SHARE * NS_PER_MS if slo_tpot_ms else CLOSED,
         )
 
 

@@ -1,12 +1,14 @@
 """Every decision can be asked for: who was looked at, what was expected, what came of it."""
 
+import random
+
 import pytest
 
-from penstock.control.explain import KEPT_MAX
-from penstock.core.messages import TokenOutput, Tokens
+from penstock.control.explain import KEPT_MAX, Explanations
+from penstock.core.messages import Submit, TokenOutput, Tokens
 from penstock.core.request import Timeline
 from penstock.core.types import NS_PER_MS, FinishReason, RequestId, WorkerId
-from tests.control.story import Story
+from tests.control.story import Story, request
 
 LONG = 3000
 
@@ -88,14 +90,19 @@ def test_a_further_attempt_is_told_as_such_and_not_counted_as_a_prediction() -> 
 def test_the_oldest_are_forgotten() -> None:
     story = Story("m0", num_blocks=4096)
     for number in range(KEPT_MAX + 5):
-        story.controller.handle(*_submit(story, f"r{number}"))
+        story.controller.handle(Submit(request=request(f"r{number}")), story.now_ns)
         story.tokens("m0", f"r{number}", 1, is_last=True)
     assert story.controller.explain(RequestId("r4")) is None
     assert story.controller.explain(RequestId("r5")) is not None
 
 
-def _submit(story: Story, name: str) -> tuple[object, int]:
-    from penstock.core.messages import Submit
-    from tests.control.story import request
-
-    return Submit(request=request(name)), story.now_ns
+def test_optimism_is_learnt_until_nine_in_ten_predictions_are_kept() -> None:
+    explanations = Explanations()
+    rng = random.Random(1)
+    ratios = [rng.uniform(0.5, 2.0) for _ in range(4000)]
+    for ratio in ratios:
+        explanations._follow(ratio)
+    assert explanations.optimism == pytest.approx(1.85, abs=0.15)
+    for _ in range(4000):
+        explanations._follow(rng.uniform(0.2, 0.9))
+    assert explanations.optimism < 1.05

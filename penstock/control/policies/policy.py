@@ -94,6 +94,13 @@ def predict(fleet: Fleet, ask: Ask, prefill: int, decode: int) -> Prediction:
     )
 
 
+def breaks_tpot(fleet: Fleet, ask: Ask, step_ns: Float64) -> Float64:
+    """Return `CLOSED` for the slots whose decode steps of `step_ns` would break the budget, 0 for
+    the others. A worker without a sequence is within any budget: no other could do better.
+    """
+    return np.multiply((step_ns > ask.tpot_bound_ns) & (fleet.seats > 0), CLOSED)
+
+
 def lacks_room(fleet: Fleet, ask: Ask) -> Float64:
     """Return `CLOSED` for the slots whose pool has no room for the request and its expected output,
     0 for the others, [num_slots].

@@ -18,7 +18,7 @@ import numpy as np
 from penstock.control.cost import A, B, C, F
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
-from penstock.control.policies.policy import Ask, Choice, lacks_room
+from penstock.control.policies.policy import Ask, Choice, breaks_tpot, lacks_room
 
 FINALISTS: Final = 3
 """Of either side, looked at in pairs."""
@@ -40,14 +40,18 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
     begin += compute
     step = fleet.step + coefficients[F] * num_tokens
     no_room = lacks_room(fleet, ask)
-    # A worker without a sequence is within any budget: no other could do better.
-    no_room += np.multiply((step > ask.tpot_bound_ns) & (fleet.seats > 0), CLOSED)
+    no_room += breaks_tpot(fleet, ask, step)
     alone = _alone(fleet, ask, compute, no_room)
     alone += begin
+    if ask.tpot_bound_ns < CLOSED:
+        # Prompts on a worker that decodes stall it; over one answer, by this much a token.
+        stalled = step + begin / ask.expected_output_tokens
+        alone += breaks_tpot(fleet, ask, stalled)
     costs = {"alone": alone}
     best = int(alone.argmin())
     choice, cost = (best, best), float(alone[best])
     if fleet.has_pairs and num_tokens > 1:
+        soonest = float((begin + fleet.prefill_barred).min())
         begin += fleet.prefill_closed
         land = step * 1.5
         land += no_room
@@ -56,6 +60,8 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
         pair, pair_cost = _pair(fleet, begin, land, fresh)
         if pair_cost <= cost:
             choice, cost = pair, pair_cost
+        elif pair_cost >= CLOSED and cost > soonest + float(land.min()):
+            return None  # a turn at a prefill worker comes before this is worth it
     return Choice(*choice, costs) if cost < CLOSED else None
 
 

@@ -141,6 +141,28 @@ def test_prompts_wait_at_the_controller_not_at_a_busy_worker() -> None:
     assert 4 <= len(story.heard(Assign)) < 20 - assigned
 
 
+def test_a_turn_that_comes_soon_is_waited_for_rather_than_disturbing_a_decode_worker() -> None:
+    story = make("p0", admit_backlog_ms=1.0)
+    story.join("d0", max_num_seqs=64)
+    for number in range(6):
+        story.submit(f"r{number}", LONG)
+    assert story.pairs() == [("p0", "d0")] * 4  # a fifth would find p0 free in 0.2 s
+    assert story.controller.status().queued == 2
+
+
+def test_prompts_on_a_decode_worker_are_within_its_tpot_too() -> None:
+    story = make("p0", "d0", slo_tpot_ms=20.0)
+    story.has_blocks("d0", 1600)
+    story.submit("a", 1700)
+    assert story.pairs() == [("d0", "d0")]
+    story = make("p0", "d0", slo_tpot_ms=7.0)
+    story.has_blocks("d0", 1600)
+    story.submit("first", 3, max_tokens=2)
+    story.heard(Assign)
+    story.submit("a", 1700, max_tokens=2)
+    assert story.pairs() == [("p0", "d0")]
+
+
 def test_without_pairs_whoever_there_is_serves_alone() -> None:
     for names in (("p0",), ("d0",), ("m0", "m1"), ("p0", "m0")):
         story = make(*names)
