@@ -61,8 +61,8 @@ LONG_SLO = Slo(ttft_ms=10_000, tpot_ms=50)
 def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
     """Yield what is asked for."""
     eight, mixed = "8xH100-tp4", "4xL20,4xH20"
-    length_s = 40.0 if options.quick else 600.0
-    flood_s = 10.0 if options.quick else 120.0
+    length_s = 40.0 if options.quick else 300.0
+    flood_s = 10.0 if options.quick else 60.0
     small = {"model": "llama3.1-8b", "slo": Slo(ttft_ms=2000, tpot_ms=40)}
 
     def make(name: str, cluster: str, source: str, load: float, **other: object) -> Scenario:
@@ -75,9 +75,9 @@ def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
     if options.quick:
         return
     yield make("steady", eight, "lognormal:in=2000,out=300", 0.7)
-    yield make("step", eight, "step:in=2000,out=300,at=200,factor=2", 0.4)
+    yield make("step", eight, "step:in=2000,out=300,at=100,factor=2", 0.4)
     yield make("steady_l20_h20", mixed, "lognormal:in=2000,out=300", 0.7, **small)
-    yield make("swing_l20_h20", mixed, "swing:period=300", 0.6, **small)
+    yield make("swing_l20_h20", mixed, "swing:period=150", 0.6, **small)
     if options.servegen:
         yield make("r1_hour", eight, options.servegen, 0.6, duration_s=3600.0)
     if options.azure:
