@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from penstock.cli.control_arguments import add_scheduling
 from penstock.cli.doctor_arguments import add_doctor
 from penstock.cli.sim_arguments import add_replay, add_sim
 from penstock.cli.values import count, port, positive
@@ -29,6 +30,8 @@ examples:
   penstock serve Qwen/Qwen3-0.6B --prefill 1 --decode 2 --port 9000
   penstock serve ./model --mixed 1 --kv-cache-memory 2GiB --max-model-len 8192
   penstock serve --api-key secret --log-requests
+  penstock serve --prefill 2 --decode 2 --slo-ttft-ms 2000 --slo-tpot-ms 50
+  penstock serve --policy round_robin --no-role-switching --handoff whole       to compare with
   penstock serve --listen 0.0.0.0:7777        and then, on another host: penstock worker --join ...
   penstock serve --prefill 0 --decode 0 --listen 0.0.0.0:7777      with workers of other hosts alone
 
@@ -73,6 +76,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     workers = parser.add_argument_group("workers")
     _add_workers(workers)
     add_limits(workers)
+    add_scheduling(parser.add_argument_group("scheduling"))
     add_network(parser.add_argument_group("other hosts"))
     _add_model(parser.add_argument_group("model"))
     _add_http(parser.add_argument_group("HTTP"))

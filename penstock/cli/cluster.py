@@ -4,7 +4,8 @@ import socket
 from argparse import Namespace
 from pathlib import Path
 
-from penstock.core.config import EngineConfig
+from penstock.cli.control_arguments import controller_config
+from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.runtime.settings import (
     ClusterSettings,
@@ -49,6 +50,8 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         decision_log=options.decision_log,
         network=_network(options),
         pulse=pulse_settings(options),
+        handoff=Handoff(options.handoff),
+        control=controller_config(options),
     )
 
 

@@ -118,6 +118,7 @@ def _work(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
+        handoff=settings.handoff,
     )
     core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
     parts = WorkerParts(

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from penstock.cli.cluster import find_clusters_model, model_name, pulse_settings
 from penstock.cli.console import ServeConsole, set_up_logging
-from penstock.core.config import EngineConfig
+from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import PenstockError, StartupFailed
 from penstock.core.membership import Admitted
 from penstock.core.types import Role, WorkerId
@@ -111,6 +111,7 @@ class _Joining:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             is_prefix_caching=not options.no_prefix_caching,
+            handoff=Handoff(options.handoff),
             executor=admitted.executor,
             transport=options.transport,
             threads=options.threads,

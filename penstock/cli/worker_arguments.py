@@ -122,6 +122,13 @@ def add_limits(group: "Group") -> None:
         help="how KV gets from worker to worker (default: auto, the fastest that leads there: "
         "shared memory on one host)",
     )
+    add(
+        "--handoff",
+        choices=("stream", "whole", "push"),
+        default="stream",
+        help="how the KV of a prompt crosses: pulled as its blocks are finished, pulled when all "
+        "are, or written by the prefill worker as it computes (default: stream)",
+    )
     add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
     add(
         "--shutdown-timeout",

@@ -20,6 +20,7 @@ from penstock.core.config import ControllerConfig
 from penstock.core.errors import PenstockError
 from penstock.core.events import (
     Command,
+    Configured,
     Drain,
     Event,
     Retire,
@@ -129,6 +130,9 @@ class Controller:
                 return self._look(now_ns) if key == _ROLES_KEY else self._expire(now_ns)
             case Drain():
                 self.admission.is_draining = True
+                return []
+            case Configured(config=config):
+                assert config == self.config, (config, self.config)
                 return []
             case _:
                 return self._change_fleet(event, now_ns)

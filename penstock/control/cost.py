@@ -17,8 +17,6 @@ Source: FlowKV's and Splitwise's step models; the transfer's is FlowKV's table (
 from collections import OrderedDict
 from typing import Final
 
-import numpy as np
-
 from penstock.control.fit import Fit, Float64
 from penstock.control.profiles import coefficients_ns
 from penstock.core.step import PullSample, StepSample
@@ -44,25 +42,6 @@ def step_row(sample: StepSample) -> tuple[float, ...]:
         float(has_decodes),
         sample.decodes,
         sample.context_tokens,
-    )
-
-
-def prefill_ns(coefficients: Float64, new: Float64, prefix: Float64, chunk: Float64) -> Float64:
-    """Return the time to compute `new` tokens behind `prefix`, in steps of `chunk` tokens.
-
-    Coefficients are [..., 6]; the others broadcast against [...].
-    """
-    num_steps = np.ceil(new / chunk)
-    work = new * (new + 2 * prefix)
-    return (
-        coefficients[..., A] * num_steps + coefficients[..., B] * new + coefficients[..., C] * work
-    )
-
-
-def decode_ns(coefficients: Float64, batch: Float64, context_tokens: Float64) -> Float64:
-    """Return the time of a step that gives each of `batch` sequences a token."""
-    return (
-        coefficients[..., D] + coefficients[..., E] * batch + coefficients[..., F] * context_tokens
     )
 
 

@@ -28,15 +28,29 @@ BLOCKS_MAX: Final = 4_000_000
 """Names in the index, about 150 bytes each."""
 CHUNK_BLOCKS: Final = 8
 """Blocks whose tokens are packed for hashing at a time."""
+KNOWN_MAX: Final = 30_000
+"""Chunks whose names are remembered, about 600 bytes each."""
 DEAD_SLOTS_MAX: Final = 64
 
 Int64 = npt.NDArray[np.int64]
 
 
-class PromptBlocks:
-    """The names of a prompt's full blocks, hashed one after the other as somebody asks."""
+Known = dict[tuple[BlockHash, int], tuple[BlockHash, ...]]
+"""Names of a chunk of blocks by what is before it and a 64-bit hash of its tokens."""
 
-    def __init__(self, token_ids: Sequence[int], block_size: int, salt: str) -> None:
+
+class PromptBlocks:
+    """The names of a prompt's full blocks, hashed one after the other as somebody asks.
+
+    A chunk that was walked to its end is `known` from then on, and not hashed again: prompts share
+    their beginnings. Should two chunks ever be taken for one another, a prompt goes where its
+    prefix is not, and is computed there.
+    """
+
+    def __init__(
+        self, token_ids: Sequence[int], block_size: int, salt: str, known: Known | None = None
+    ) -> None:
+        self._known: Known = {} if known is None else known
         self.num_blocks = len(token_ids) // block_size
         self._token_ids = token_ids
         self._block_size = block_size
@@ -49,10 +63,19 @@ class PromptBlocks:
         num_tokens = self.num_blocks * self._block_size
         for start in range(0, num_tokens, chunk_tokens):
             chunk = self._token_ids[start : min(start + chunk_tokens, num_tokens)]
+            key = (parent, hash(tuple(chunk)))
+            names = self._known.get(key)
+            if names is not None:
+                yield from names
+                parent = names[-1]
+                continue
             data = pack(f"<{len(chunk)}I", *chunk)
+            fresh = []
             for begin in range(0, len(data), num_bytes):
                 parent = name_block(parent, data[begin : begin + num_bytes])
+                fresh.append(parent)
                 yield parent
+            self._known[key] = tuple(fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +97,7 @@ class PrefixIndex:
         self._free: list[int] = []
         self._dead: list[int] = []
         self._num_slots = 0
+        self._known: Known = {}
 
     @property
     def num_blocks(self) -> int:
@@ -145,7 +169,9 @@ class PrefixIndex:
 
     def tokens(self, token_ids: Sequence[int], block_size: int, salt: str) -> Int64:
         """Return how many tokens of a prompt each slot has, [num_slots]."""
-        blocks = PromptBlocks(token_ids, block_size, salt)
+        if len(self._known) > KNOWN_MAX:
+            self._known.clear()
+        blocks = PromptBlocks(token_ids, block_size, salt, self._known)
         tokens = np.zeros(self._num_slots, dtype=np.int64)
         for level in self.levels(blocks):
             if level.num_blocks:

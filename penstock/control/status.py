@@ -7,7 +7,7 @@ from penstock.control.record import RequestRecord
 from penstock.control.roles import Roles
 from penstock.core.request import RequestState
 from penstock.core.service import ClusterStatus, WorkerStatus
-from penstock.core.types import RequestId
+from penstock.core.types import NS_PER_MS, RequestId
 
 
 def status_of(
@@ -30,6 +30,9 @@ def status_of(
                 is_suspected=w.is_suspected,
                 role=w.role,
                 is_pinned=w.is_pinned,
+                backlog_ms=w.backlog_ns / NS_PER_MS,
+                step_ms=float(fleet.step[w.slot]) / NS_PER_MS,
+                num_decodes=w.num_decodes,
             )
             for w in fleet
         ),

@@ -4,7 +4,8 @@ PenstockError
 ├── BadRequest            it can never succeed as it stands; `field` says what to change
 │   ├── PromptTooLong     shorten the prompt or serve with a larger --max-model-len
 │   ├── UnknownModel      ask for one of the served models
-│   └── UnknownWorker     ask for one of the workers that are up
+│   ├── UnknownWorker     ask for one of the workers that are up
+│   └── UnknownRequest    ask for one of the latest requests
 ├── Unauthorized          send the API key
 ├── CapacityExceeded      come back after `retry_after_s`
 ├── WorkersUnavailable    nobody can take the request: the cluster is starting, draining or dead
@@ -44,6 +45,10 @@ class UnknownModel(BadRequest):
 
 class UnknownWorker(BadRequest):
     """The named worker is not part of this cluster."""
+
+
+class UnknownRequest(BadRequest):
+    """Nothing is known of the request, or no more."""
 
 
 class Unauthorized(PenstockError):

@@ -8,11 +8,18 @@ from enum import Enum
 
 from msgspec import Struct
 
+from penstock.core.config import ControllerConfig
 from penstock.core.messages import GroupBlocks, Message
 from penstock.core.step import Sampled, Step
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId, Role, WorkerId
 
 # ------------------------------------------------------------------------------------- local events
+
+
+class Configured(Struct, frozen=True, tag=True):
+    """What the controller was made with: the first entry of its log, for whoever replays it."""
+
+    config: ControllerConfig
 
 
 class WorkerLost(Struct, frozen=True, tag=True, kw_only=True):
@@ -197,6 +204,15 @@ class WakeAt(Struct, frozen=True, tag=True):
 
 
 Event = (
-    Message | WorkerLost | WorkerSuspected | Retire | SetRole | Drain | StepDone | MoveDone | Woken
+    Message
+    | Configured
+    | WorkerLost
+    | WorkerSuspected
+    | Retire
+    | SetRole
+    | Drain
+    | StepDone
+    | MoveDone
+    | Woken
 )
 Command = Send | RunStep | SubmitMove | WakeAt

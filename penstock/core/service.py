@@ -9,6 +9,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from penstock.core.explain import Accuracy, Explanation
 from penstock.core.messages import (
     Load,
     RequestFailed,
@@ -28,7 +29,9 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     """A worker as the controller sees it. `load` is None until its first report.
 
     One that is leaving gets nothing new; one that is suspected has been silent for a while. `role`
-    is the label it has now, which may not be the one it came with.
+    is the label it has now, which may not be the one it came with. `backlog_ms` is the predicted
+    time of the prefills it has ahead, `step_ms` that of a decode step with one sequence more,
+    `num_decodes` are the sequences that decode there or are to.
     """
 
     info: WorkerInfo
@@ -38,6 +41,9 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     is_suspected: bool = False
     role: Role | None = None
     is_pinned: bool = False
+    backlog_ms: float = 0.0
+    step_ms: float = 0.0
+    num_decodes: int = 0
 
 
 class ClusterStatus(Struct, frozen=True, kw_only=True):
@@ -86,6 +92,12 @@ class Service(Protocol):
 
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
+
+    def explain(self, request_id: RequestId) -> Explanation | None:
+        """Say why a request went where it went, and what came of it; None when nobody knows."""
+
+    def accuracy(self) -> Accuracy:
+        """Return how good predictions were, as totals since the start."""
 
 
 class Administration(Protocol):

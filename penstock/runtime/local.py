@@ -12,15 +12,16 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from penstock.control.controller import Controller
-from penstock.core.config import ControllerConfig
 from penstock.core.errors import BadRequest, StartupFailed, UnknownWorker, WorkersUnavailable
 from penstock.core.events import (
+    Configured,
     Drain,
     Event,
     Move,
     MoveDone,
     SetRole,
 )
+from penstock.core.explain import Accuracy, Explanation
 from penstock.core.messages import (
     Cancel,
     Hello,
@@ -58,7 +59,7 @@ class LocalCluster:
 
     def __init__(self, settings: ClusterSettings, folder: RunFolder, host: HostProcess) -> None:
         self.settings = settings
-        self.controller = Controller(ControllerConfig())
+        self.controller = Controller(settings.control)
         self.stage = ("starting", 0.0)
         """What the host is doing while it loads, and how much of it is done, 0 to 1."""
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
@@ -98,6 +99,7 @@ class LocalCluster:
             transport=_FrontTransport(self._messenger, self._to_front, self._dismiss),
             log=open_journal(self.settings.decision_log),
         )
+        self._node.deliver(Configured(self.controller.config))
         self._messenger.open()
         self._supervisor = Supervisor(
             Prepare(self.settings, str(self._folder.path), self._messenger.address),
@@ -186,6 +188,14 @@ class LocalCluster:
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
         return self.controller.status()
+
+    def explain(self, request_id: RequestId) -> Explanation | None:
+        """Say why a request went where it went, and what came of it; None when nobody knows."""
+        return self.controller.explain(request_id)
+
+    def accuracy(self) -> Accuracy:
+        """Return how good predictions were, as totals since the start."""
+        return self.controller.accuracy()
 
     # ----------------------------------------------------------------------------- administration
 

@@ -6,7 +6,7 @@ Frozen structs, filled in by the command line or the Python API; they travel to 
 from msgspec import Struct
 
 from penstock.core.block import KVLayout
-from penstock.core.config import EngineConfig
+from penstock.core.config import ControllerConfig, EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import Role, WorkerId
 
@@ -62,6 +62,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     one host. `network` lets other hosts take part; without it nothing listens to them. `host` is
     what this one is called, "" for that of the controller. `decision_log` is a file for the
     decisions of the controller; each worker's go to that name with its own behind it.
+    `control` is for the controller, which decides for all hosts.
     `start_timeout_s` bounds each silence while the model loads, by default ten minutes, or a day
     where it has to be fetched.
     """
@@ -83,6 +84,8 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     network: NetworkSettings | None = None
     pulse: PulseSettings = PulseSettings()
     host: str = ""
+    handoff: Handoff = Handoff.STREAM
+    control: ControllerConfig = ControllerConfig()
 
     def __post_init__(self) -> None:
         """Check that the workers can serve. Raises: `StartupFailed` naming the flags."""

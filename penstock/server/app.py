@@ -27,6 +27,7 @@ from penstock.core.service import Administration, Service
 from penstock.server.asgi import JSON, read_body, respond
 from penstock.server.cluster import ClusterApi
 from penstock.server.errors import error_body, error_headers, error_kind, http_error_body
+from penstock.server.explanations import ExplanationApi
 from penstock.server.gate import CALLER, Gate, id_header
 from penstock.server.generation import Generation
 from penstock.server.intake import Intake, Query
@@ -91,6 +92,7 @@ def create_app(
             Route("/cluster/workers", cluster.start_workers, methods=["POST"]),
             Route("/pd_role_switch", cluster.switch_role, methods=["POST"]),
             Route("/cluster/workers/{worker}", cluster.retire_worker, methods=["DELETE"]),
+            Route("/cluster/requests/{request_id:path}/explanation", api.explanations.show),
             Route("/openapi.json", api.show_openapi),
             Route("/docs", api.show_docs),
         ],
@@ -142,7 +144,8 @@ class Api:
     def __init__(self, service: Service, model: ServedModel, settings: ServerSettings) -> None:
         self.service, self.model, self.settings = service, model, settings
         self.intake = Intake(model, settings)
-        self.metrics = Metrics(model.names[0], service.status)
+        self.metrics = Metrics(model.names[0], service.status, service.accuracy)
+        self.explanations = ExplanationApi(service)
         self._num_active = 0
         self._chat_bodies = msgspec.json.Decoder(ChatCompletionRequest)
         self._text_bodies = msgspec.json.Decoder(CompletionRequest)
@@ -179,6 +182,7 @@ class Api:
     async def _generate(
         self, query: Query, form: Form, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        self.explanations.note(scope[CALLER], query)
         generation = Generation(self.service, query, self.model, self.metrics)
         created, headers = int(time()), id_header(scope[CALLER])
         tokenizer = self.model.tokenizer

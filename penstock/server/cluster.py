@@ -29,7 +29,8 @@ class WorkerView(Struct, kw_only=True):
 
     `host` is "" on the server's own. `epoch` is new for every incarnation. `transports` are the
     ways by which others read its KV; `assigned` counts requests that it is to serve, the counts
-    after it are what it said last.
+    after it are what it said last. `backlog_ms` is the predicted time of the prefills it has ahead,
+    `step_ms` that of a decode step with one sequence more.
     """
 
     id: str
@@ -43,6 +44,8 @@ class WorkerView(Struct, kw_only=True):
     transports: list[str]
     capacity_tokens: int
     assigned: int
+    backlog_ms: float = 0.0
+    step_ms: float = 0.0
     waiting: int = 0
     running: int = 0
     handing_off: int = 0
@@ -52,7 +55,12 @@ class WorkerView(Struct, kw_only=True):
 
 
 class ClusterView(Struct, kw_only=True):
-    """Answer of `GET /cluster`. Requests are counted by state, and since the start."""
+    """Answer of `GET /cluster`. Requests are counted by state, and since the start.
+
+    `regime` is normal, imbalanced or overloaded; loads are ratios to what the SLOs allow, 1 is
+    full. `flips` counts workers that changed sides by themselves, `wanted_workers` would bring both
+    loads to 0.8. Without a worker that could change sides nobody looks, and they stay 0.
+    """
 
     workers: list[WorkerView]
     queued: int
@@ -65,6 +73,11 @@ class ClusterView(Struct, kw_only=True):
     failed: int
     retried: int
     is_draining: bool
+    regime: str = "normal"
+    load_prefill: float = 0.0
+    load_decode: float = 0.0
+    flips: int = 0
+    wanted_workers: int = 0
 
 
 class StartWorkers(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -164,6 +177,11 @@ def view(status: ClusterStatus) -> ClusterView:
         failed=status.failed,
         retried=status.retried,
         is_draining=status.is_draining,
+        regime=status.regime,
+        load_prefill=round(status.load_prefill, 4),
+        load_decode=round(status.load_decode, 4),
+        flips=status.flips,
+        wanted_workers=status.wanted_workers,
     )
 
 
@@ -182,6 +200,8 @@ def _view_worker(worker: WorkerStatus) -> WorkerView:
         transports=list(dict.fromkeys(kinds)),
         capacity_tokens=info.capacity_tokens,
         assigned=worker.assigned,
+        backlog_ms=round(worker.backlog_ms, 4),
+        step_ms=round(worker.step_ms, 4),
         num_blocks=[*info.num_blocks],
     )
     if load is not None:

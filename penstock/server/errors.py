@@ -22,6 +22,7 @@ from penstock.core.errors import (
     StartupFailed,
     Unauthorized,
     UnknownModel,
+    UnknownRequest,
     UnknownWorker,
     WorkersUnavailable,
 )
@@ -50,6 +51,7 @@ ERROR_KINDS: dict[type[PenstockError], ErrorKind] = {
     PromptTooLong: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: ErrorKind(404, "invalid_request_error", "model_not_found"),
     UnknownWorker: ErrorKind(404, "invalid_request_error", "worker_not_found"),
+    UnknownRequest: ErrorKind(404, "invalid_request_error", "request_not_found"),
     BodyTooLarge: ErrorKind(413, "invalid_request_error", "request_too_large"),
     BodyTooSlow: ErrorKind(408, "invalid_request_error", "request_timeout"),
     Unauthorized: ErrorKind(401, "authentication_error", "invalid_api_key"),

@@ -3,6 +3,7 @@
 Owns who may call what. `app.py` puts it around the routes.
 """
 
+import math
 import re
 import secrets
 from hmac import compare_digest
@@ -19,6 +20,9 @@ from penstock.server.intake import Caller
 OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/docs", "/openapi.json"})
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_FAIRNESS = b"x-llm-d-inference-fairness-id"
+_SLO_TTFT, _SLO_TPOT = b"x-slo-ttft-ms", b"x-slo-tpot-ms"
+_SLO_MAX_MS = 1e9
 
 
 class Gate:
@@ -33,33 +37,45 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        caller = scope[CALLER] = _caller(scope)
-        error = self._refusal(scope)
+        number = self._key_number(scope)
+        is_told_apart = number is not None and len(self._keys) > 1
+        caller = scope[CALLER] = _caller(scope, f"key-{number}" if is_told_apart else "")
+        error = self._refusal(scope, has_key=number is not None)
         if error is not None:
             await respond_error(send, error, caller)
             return
         await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> PenstockError | None:
-        own_id = header(scope, b"x-request-id")
-        if own_id is not None and not _REQUEST_ID.fullmatch(own_id):
-            return BadRequest("the id must be 1 to 128 printable ASCII characters", "X-Request-Id")
-        if not self._keys or scope["path"] in OPEN_PATHS:
-            return None
+    def _key_number(self, scope: Scope) -> int | None:
+        """Return which of the keys the caller has; None for none of them."""
         given = header(scope, b"authorization") or b""
         scheme, _, key = given.partition(b" ")
         # Every key is compared, whole, so that the time taken tells nothing.
         matches = [compare_digest(key.strip(), own) for own in self._keys]
-        if scheme.lower() == b"bearer" and any(matches):
-            return None
-        reason = "wrong API key" if given else "no API key: send `Authorization: Bearer <key>`"
-        return Unauthorized(reason)
+        is_bearer = scheme.lower() == b"bearer"
+        return matches.index(True) if is_bearer and any(matches) else None
+
+    def _refusal(self, scope: Scope, *, has_key: bool) -> PenstockError | None:
+        own_id = header(scope, b"x-request-id")
+        if own_id is not None and not _REQUEST_ID.fullmatch(own_id):
+            return BadRequest("the id must be 1 to 128 printable ASCII characters", "X-Request-Id")
+        if self._keys and not has_key and scope["path"] not in OPEN_PATHS:
+            is_wrong = header(scope, b"authorization")
+            missing = "no API key: send `Authorization: Bearer <key>`"
+            return Unauthorized("wrong API key" if is_wrong else missing)
+        tenant = header(scope, _FAIRNESS)
+        if tenant and not _REQUEST_ID.fullmatch(tenant):
+            return BadRequest("it must be 1 to 128 printable ASCII characters", _FAIRNESS.decode())
+        for name in (_SLO_TTFT, _SLO_TPOT):
+            if header(scope, name) is not None and _milliseconds(scope, name) is None:
+                return BadRequest("it must be a number of milliseconds above 0", name.decode())
+        return None
 
 
 CALLER = "penstock.caller"
 
 
-def _caller(scope: Scope) -> Caller:
+def _caller(scope: Scope, key_name: str) -> Caller:
     own_id = header(scope, b"x-request-id")
     is_own = own_id is not None and _REQUEST_ID.fullmatch(own_id) is not None
     return Caller(
@@ -67,7 +83,26 @@ def _caller(scope: Scope) -> Caller:
         request_id=own_id.decode() if own_id is not None and is_own else secrets.token_hex(12),
         is_own_id=is_own,
         wants_ledger=header(scope, b"x-penstock-ledger") not in (None, b"", b"0"),
+        fairness_key=_tenant(scope, key_name),
+        slo_ttft_ms=_milliseconds(scope, _SLO_TTFT),
+        slo_tpot_ms=_milliseconds(scope, _SLO_TPOT),
     )
+
+
+def _tenant(scope: Scope, key_name: str) -> str:
+    """Return whose share of the cluster a request takes: that of its API key where there are
+    several, for else a client could take more shares by more names; otherwise of whom it names.
+    """
+    return key_name or (header(scope, _FAIRNESS) or b"").decode("latin-1")
+
+
+def _milliseconds(scope: Scope, name: bytes) -> float | None:
+    """Return the time that a header gives; None without one, or if it is none."""
+    try:
+        value = float(header(scope, name) or b"nan")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and 0 < value < _SLO_MAX_MS else None
 
 
 def id_header(caller: Caller) -> Headers:

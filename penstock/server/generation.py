@@ -9,7 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic_ns
 
-from penstock.core.errors import PeerLost, PenstockError, PromptTooLong, WorkersUnavailable
+from penstock.core.errors import (
+    CapacityExceeded,
+    PeerLost,
+    PenstockError,
+    PromptTooLong,
+    WorkersUnavailable,
+)
 from penstock.core.messages import RequestFailed, TokenOutput
 from penstock.core.service import Service
 from penstock.core.types import NS_PER_S, FinishReason
@@ -114,4 +120,6 @@ class Generation:
 
 
 def _failure(event: RequestFailed) -> PenstockError:
+    if event.retry_after_s is not None:
+        return CapacityExceeded(event.reason, event.retry_after_s)
     return WorkersUnavailable(event.reason) if event.is_retryable else PeerLost(event.reason)

@@ -35,13 +35,16 @@ _COMPLETION_TOKENS = 16  # the default of the OpenAI API; a chat fills the windo
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """Who asks, as the headers say. `is_own_id`: the client chose the id, perhaps not for the first
-    time.
+    time. Requests of one `fairness_key` share what keys are given in turn; SLOs are its own, in ms.
     """
 
     arrived_ns: int
     request_id: str
     is_own_id: bool = False
     wants_ledger: bool = False
+    fairness_key: str = ""
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +279,9 @@ class Intake:
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
                 arrived_ns=caller.arrived_ns,
+                fairness_key=caller.fairness_key,
+                slo_ttft_ms=caller.slo_ttft_ms,
+                slo_tpot_ms=caller.slo_tpot_ms,
             )
             for at, (token_ids, params, _) in enumerate(asked)
             for i in range(n)

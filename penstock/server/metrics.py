@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from penstock.core.errors import PenstockError
+from penstock.core.explain import Accuracy
 from penstock.core.messages import Load, WorkerInfo
 from penstock.core.request import Timeline
 from penstock.core.service import ClusterStatus, WorkerStatus
@@ -28,6 +29,7 @@ from penstock.core.types import NS_PER_S
 from penstock.server.choice import Choice
 from penstock.server.errors import error_kind
 
+REGIMES = ("normal", "imbalanced", "overloaded")
 _STEPS = (1.0, 2.5, 5.0)
 SECONDS = tuple(step * 10.0**power for power in range(-4, 3) for step in _STEPS)
 TOKEN_SECONDS = tuple(step * 10.0**power for power in range(-5, 1) for step in _STEPS)
@@ -81,8 +83,14 @@ class Histograms(dict[str, Histogram]):
 class Metrics(Collector):
     """Everything one application counts, with a registry of its own."""
 
-    def __init__(self, model_name: str, status: Callable[[], ClusterStatus]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        status: Callable[[], ClusterStatus],
+        accuracy: Callable[[], Accuracy] = Accuracy,
+    ) -> None:
         self._status = status
+        self._accuracy = accuracy
         self._labels = {"model_name": model_name}
         self._histograms = {
             "time_to_first_token_seconds": Histogram(SECONDS),
@@ -198,12 +206,36 @@ class Metrics(Collector):
         yield self._gauge("num_requests_running", {(): running})
         yield self._gauge("num_requests_waiting", {(): status.queued})
         yield self._counter("request_retries", {(): status.retried})
+        yield from self._collect_scheduling(status)
+        yield from self._collect_predictions(self._accuracy())
         yield from self._collect_workers([w for w in status.workers if w.load is not None])
+
+    def _collect_scheduling(self, status: ClusterStatus) -> Iterator[Metric]:
+        regimes: Series = {(name,): name == status.regime for name in REGIMES}
+        yield self._gauge("regime", regimes, ("regime",))
+        loads: Series = {("prefill",): status.load_prefill, ("decode",): status.load_decode}
+        yield self._gauge("load", loads, ("side",))
+        yield self._counter("role_flips", {(): status.flips})
+        yield self._gauge("wanted_workers", {(): status.wanted_workers})
+        for name, field in _WORKER_PREDICTIONS.items():
+            series: Series = {_named_by_role(w): getattr(w, field) for w in status.workers}
+            if name.endswith("_seconds"):
+                series = {key: ms / 1000 for key, ms in series.items()}
+            yield self._gauge(name, series, ("worker", "role"))
+
+    def _collect_predictions(self, accuracy: Accuracy) -> Iterator[Metric]:
+        for of in ("ttft", "tpot"):
+            for name in ("count", "predicted_s", "actual_s", "relative_error"):
+                total: Series = {(): getattr(accuracy, f"{of}_{name}")}
+                words = name.removesuffix("_s") + "_seconds" * name.endswith("_s")
+                yield self._counter(f"{of}_prediction_{words}", total)
+        yield self._gauge("step_prediction_error", {(): accuracy.step_error})
+        yield self._gauge("transfer_prediction_error", {(): accuracy.transfer_error})
 
     def _collect_workers(self, workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
         names = ("worker", "role")
-        loads = {(w.info.worker_id, w.info.role.value): w.load for w in workers if w.load}
-        infos = {(w.info.worker_id, w.info.role.value): w.info for w in workers}
+        loads = {_named_by_role(w): w.load for w in workers if w.load}
+        infos = {_named_by_role(w): w.info for w in workers}
         usage: Series = {key: kv_cache_usage(infos[key], load) for key, load in loads.items()}
         yield self._gauge("kv_cache_usage_perc", usage, names)
         scattered: Series = {
@@ -261,6 +293,11 @@ def kv_cache_usage(info: WorkerInfo, load: Load) -> float:
     return max((1.0 - (free + cached) / total for total, free, cached in groups), default=0.0)
 
 
+def _named_by_role(worker: WorkerStatus) -> tuple[str, str]:
+    """Return the labels of a worker: its name, and the role that it has now."""
+    return worker.info.worker_id, (worker.role or worker.info.role).value
+
+
 def _keyed(series: Mapping[str, Value]) -> dict[tuple[str, ...], Value]:
     """Return what is known by one label in the form of those that have several."""
     return {(label,): value for label, value in series.items()}
@@ -280,7 +317,31 @@ _WORKER_TOTALS = {
 }
 """Totals of a worker, by the field of `Load` that has them."""
 
+_WORKER_PREDICTIONS = {
+    "worker_backlog_seconds": "backlog_ms",
+    "worker_step_seconds": "step_ms",
+    "worker_decodes": "num_decodes",
+}
+"""What is expected of a worker, by the field of `WorkerStatus` that has it."""
+
 _HELP = {
+    "regime": "1 for the regime the cluster is in: normal, imbalanced or overloaded.",
+    "load": "Load of a side of the cluster over what its SLO allows, 1 is full.",
+    "role_flips": "Workers that changed sides by themselves.",
+    "wanted_workers": "Workers that would bring both sides to a load of 0.8.",
+    "worker_backlog_seconds": "Predicted time of the prefills that a worker has ahead.",
+    "worker_step_seconds": "Predicted time of a worker's decode step with one sequence more.",
+    "worker_decodes": "Sequences that decode on a worker, or are to.",
+    "ttft_prediction_count": "First tokens whose time was predicted; divide the next three by it.",
+    "ttft_prediction_predicted_seconds": "Sum of predicted times to first token.",
+    "ttft_prediction_actual_seconds": "Sum of the same requests' actual times to first token.",
+    "ttft_prediction_relative_error": "Sum of |predicted - actual| over the larger of the two.",
+    "tpot_prediction_count": "Finished requests whose time per token was predicted.",
+    "tpot_prediction_predicted_seconds": "Sum of predicted times per token.",
+    "tpot_prediction_actual_seconds": "Sum of the same requests' actual times per token.",
+    "tpot_prediction_relative_error": "Sum of |predicted - actual| over the larger of the two.",
+    "step_prediction_error": "Mean of late of |log(actual / predicted)| of steps.",
+    "transfer_prediction_error": "Mean of late of |log(actual / predicted)| of transfers.",
     "prompt_tokens": "Prompt tokens of requests that got a first token.",
     "generation_tokens": "Tokens generated.",
     "request_success": "Requests that ended without an error, by reason.",

@@ -19,6 +19,7 @@ from penstock.server.cluster import (
     WorkersStarted,
 )
 from penstock.server.errors import ERROR_KINDS, ErrorBody
+from penstock.server.explanations import ExplainedRequests
 from penstock.server.results import (
     ChatCompletion,
     Completion,
@@ -65,6 +66,10 @@ _OPERATIONS = (
     _Operation("get", "/health", "200 when a request could be served now, else 503", None, Health),
     _Operation("get", "/version", "Version of the program", None, Version),
     _Operation("get", "/metrics", "Figures for Prometheus", None, "text/plain"),
+    _Operation(
+        "get", "/cluster/requests/{request_id}/explanation", "Why a request went where it went",
+        None, ExplainedRequests,
+    ),
     _Operation("get", "/cluster", "Workers, and requests by state", None, ClusterView),
     _Operation(
         "post", "/cluster/workers", "Start more workers here", StartWorkers, WorkersStarted
@@ -75,10 +80,17 @@ _OPERATIONS = (
     ),
 )  # fmt: skip
 
-_PATH_PARAMETERS = {"model": "Name of the model", "worker": "Id of the worker"}
+_PATH_PARAMETERS = {
+    "model": "Name of the model",
+    "worker": "Id of the worker",
+    "request_id": "The X-Request-Id or the id of one of the latest responses",
+}
 _HEADERS = {
     "X-Request-Id": "Your own id of the request; it comes back, and the response's id contains it.",
     "x-penstock-ledger": "`1` adds `penstock_ledger`: what the time to first token went into.",
+    "x-slo-ttft-ms": "Refuse the request if its first token would take longer, in ms (429).",
+    "x-slo-tpot-ms": "Longest time per token after the first, in ms: no fuller worker takes it.",
+    "x-llm-d-inference-fairness-id": "Tenant, where API keys do not tell: they wait in turns.",
 }
 
 

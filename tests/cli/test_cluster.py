@@ -2,8 +2,11 @@
 
 import pytest
 
+from penstock.cli import control_arguments
 from penstock.cli.arguments import make_parser
 from penstock.cli.cluster import BUILTIN_MODEL, cluster_settings, model_name
+from penstock.control.policies import POLICIES
+from penstock.core.config import ControllerConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.runtime.settings import ClusterSettings
 
@@ -82,3 +85,19 @@ def test_the_built_in_model_has_a_name(tmp_path, monkeypatch):
     assert settings_for("penstock-tiny").engine.model == str(BUILTIN_MODEL)
     (tmp_path / "penstock-tiny").mkdir()
     assert settings_for("penstock-tiny").engine.model == "penstock-tiny"
+
+
+def test_scheduling_and_hand_off():
+    settings = settings_for()
+    assert settings.control == ControllerConfig(policy="predicted", is_switching_roles=True)
+    assert settings.handoff is Handoff.STREAM
+    words = "--policy arrow --slo-ttft-ms 500 --slo-tpot-ms 25.5 --no-role-switching --handoff push"
+    settings = settings_for(*words.split())
+    assert settings.control == ControllerConfig(
+        policy="arrow", slo_ttft_ms=500.0, slo_tpot_ms=25.5, is_switching_roles=False
+    )
+    assert settings.handoff is Handoff.PUSH
+
+
+def test_the_policies_to_choose_from_are_those_there_are():
+    assert tuple(POLICIES) == control_arguments.POLICIES

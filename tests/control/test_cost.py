@@ -8,8 +8,6 @@ from penstock.control.cost import (
     PAIRS_MAX,
     TransferCosts,
     WorkerCost,
-    decode_ns,
-    prefill_ns,
     step_row,
 )
 from penstock.control.profiles import KERNEL_TIMES, coefficients_ns
@@ -22,14 +20,11 @@ H100 = "H100/llama3.1-8b/tp1"
 def test_formulas_are_those_of_the_text() -> None:
     a, b, c, d, e, f = KERNEL_TIMES[H100][1]
     k = np.array(coefficients_ns(H100))
-    one = np.array(1000.0)
-    prefix = np.array(500.0)
+    prefill = StepSample(1000, 1000**2 + 2 * 1000 * 500, 0, 0, 0)
     expected_ms = a + b * 1000 + c * (1000**2 + 2 * 1000 * 500)
-    assert prefill_ns(k, one, prefix, np.array(8192.0)) / 1e6 == pytest.approx(expected_ms)
-    chunked_ms = expected_ms + a  # two steps
-    assert prefill_ns(k, one, prefix, np.array(512.0)) / 1e6 == pytest.approx(chunked_ms)
-    expected_ms = d + e * 32 + f * 64_000
-    assert decode_ns(k, np.array(32.0), np.array(64e3)) / 1e6 == pytest.approx(expected_ms)
+    assert k @ np.array(step_row(prefill)) / 1e6 == pytest.approx(expected_ms)
+    decode = StepSample(0, 0, 32, 64_000, 0)
+    assert k @ np.array(step_row(decode)) / 1e6 == pytest.approx(d + e * 32 + f * 64_000)
 
 
 def test_a_mixed_step_reads_the_weights_once() -> None:

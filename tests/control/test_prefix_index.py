@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from penstock.control.prefix_index import (
     DEAD_SLOTS_MAX,
+    Known,
     PrefixIndex,
     PromptBlocks,
     slots_of,
@@ -101,7 +102,14 @@ def test_memory_is_bounded_and_what_is_in_use_stays() -> None:
 
 def test_names_are_those_that_workers_give() -> None:
     token_ids = [*prompt(1, 37), 1, 2]
-    assert list(PromptBlocks(token_ids, SIZE, "tenant")) == chain(token_ids, "tenant")
+    known: Known = {}
+    for _ in range(2):
+        blocks = PromptBlocks(token_ids, SIZE, "tenant", known)
+        assert list(blocks) == chain(token_ids, "tenant")
+    other = [*token_ids[:-40], 5, *token_ids[-39:]]
+    for salt in ("tenant", "another"):
+        assert list(PromptBlocks(other, SIZE, salt, known)) == chain(other, salt)
+    assert known
 
 
 def test_only_what_somebody_has_is_hashed() -> None:

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.errors import PenstockError
+from penstock.core.explain import Accuracy, Candidate, Explanation, Parts
 from penstock.core.messages import (
     Load,
     RequestFailed,
@@ -126,6 +127,14 @@ class ScriptedService:
             is_draining=self.is_draining,
         )
 
+    def explain(self, request_id: RequestId) -> Explanation | None:
+        if request_id not in self.made:
+            return None
+        return explanation_of(request_id)
+
+    def accuracy(self) -> Accuracy:
+        return Accuracy(ttft_count=2, ttft_predicted_s=3.0, ttft_actual_s=4.0)
+
     def _step(self, request_id: RequestId) -> None:
         if request_id not in self._live:
             return
@@ -187,6 +196,47 @@ def timeline_of(request: Request) -> Timeline:
         pull_spans=2,
         prompt_tokens=len(request.prompt_token_ids),
         cached_tokens=3,
+    )
+
+
+def explanation_of(request_id: RequestId) -> Explanation:
+    """A request that went from one worker to another, chosen against a third."""
+    parts = Parts(
+        queue_ms=1.0,
+        prefill_ms=8.0,
+        transfer_ms=0.5,
+        first_decode_ms=0.5,
+        ttft_ms=10.0,
+        tpot_ms=1.0,
+    )
+    return Explanation(
+        request_id=request_id,
+        policy="predicted",
+        attempt=1,
+        num_tokens=40,
+        expected_output_tokens=16,
+        prefill_worker=WorkerId("prefill-0"),
+        decode_worker=WorkerId("decode-0"),
+        waited_ms=0.25,
+        predicted=parts,
+        candidates=(
+            Candidate(
+                worker_id=WorkerId("prefill-0"), part="prefill", cost_ms=9.0, cached_tokens=32
+            ),
+            Candidate(
+                worker_id=WorkerId("prefill-1"), part="prefill", cost_ms=12.0, cached_tokens=0
+            ),
+            Candidate(worker_id=WorkerId("decode-0"), part="decode", cost_ms=1.5, cached_tokens=0),
+            Candidate(
+                worker_id=WorkerId("decode-0"),
+                part="alone",
+                cost_ms=None,
+                cached_tokens=0,
+                closed="full",
+            ),
+        ),
+        actual=parts,
+        outcome="finished",
     )
 
 

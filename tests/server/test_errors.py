@@ -60,8 +60,8 @@ def test_the_error_object_is_openais():
 def test_only_the_servers_own_faults_are_5xx():
     client = {c for c, kind in ERROR_KINDS.items() if kind.status < 500}
     assert {c.__name__ for c in client} == {
-        "BadRequest", "PromptTooLong", "UnknownModel", "UnknownWorker", "BodyTooLarge",
-        "BodyTooSlow", "Unauthorized", "CapacityExceeded",
+        "BadRequest", "PromptTooLong", "UnknownModel", "UnknownWorker", "UnknownRequest",
+        "BodyTooLarge", "BodyTooSlow", "Unauthorized", "CapacityExceeded",
     }  # fmt: skip
 
 

@@ -78,3 +78,49 @@ def test_an_id_that_is_no_id_is_refused(value):
     answer = _post({"x-request-id": value.encode()})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "X-Request-Id"
+
+
+def _request_of(headers: dict, **settings):
+    """Return the request that the cluster is given."""
+
+    async def story():
+        service = ScriptedService(text_script("abc"))
+        async with client(make_app(service, **settings)) as http:
+            answer = await http.post("/v1/completions", json=BODY, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return service.submitted[0]
+
+    return asyncio.run(story())
+
+
+def test_slos_and_the_tenant_come_in_headers():
+    request = _request_of(
+        {"x-slo-ttft-ms": "250", "x-slo-tpot-ms": "12.5", "x-llm-d-inference-fairness-id": "team-a"}
+    )
+    assert (request.slo_ttft_ms, request.slo_tpot_ms) == (250.0, 12.5)
+    assert request.fairness_key == "team-a"
+
+
+def test_without_headers_the_clusters_slos_hold_and_all_are_one_tenant():
+    request = _request_of({})
+    assert (request.slo_ttft_ms, request.slo_tpot_ms, request.fairness_key) == (None, None, "")
+
+
+def test_where_there_are_several_api_keys_they_are_the_tenants_whatever_a_client_says():
+    headers = {"authorization": "Bearer two", "x-llm-d-inference-fairness-id": "another"}
+    assert _request_of(headers, api_keys=("one", "two")).fairness_key == "key-1"
+    assert _request_of(headers, api_keys=("two",)).fairness_key == "another"
+
+
+@pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e12"])
+def test_an_slo_that_is_none_is_refused_by_name(name: str, value: str):
+    answer = _post({name: value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
+def test_a_tenant_with_odd_characters_is_refused():
+    answer = _post({"x-llm-d-inference-fairness-id": "a b"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-llm-d-inference-fairness-id"

@@ -105,6 +105,21 @@ def test_a_prompt_too_long_for_the_cluster_names_the_clients_field(query_id, fie
     asyncio.run(story())
 
 
+def test_what_is_given_up_for_want_of_room_says_when_to_come_back():
+    async def story():
+        service = ScriptedService(text_script("x"))
+        sinks = []
+        service.submit = lambda request, sink: sinks.append(sink)
+        listening = Listening(service, query_of())
+        gone = RequestFailed(request_id="cmpl-q", reason="given up", retry_after_s=1.5)
+        sinks[0](gone)
+        failure = listening.generation.failure
+        assert isinstance(failure, CapacityExceeded)
+        assert failure.retry_after_s == 1.5
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize(("retryable", "error"), [(False, PeerLost), (True, WorkersUnavailable)])
 def test_a_failure_ends_every_choice(retryable, error):
     async def story():

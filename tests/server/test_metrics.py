@@ -2,11 +2,12 @@
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.core.errors import CapacityExceeded
 from penstock.core.messages import Load
-from penstock.core.types import FinishReason, WorkerId
+from penstock.core.types import FinishReason, Role, WorkerId
 from penstock.server.metrics import Histogram, Metrics, kv_cache_usage
 from tests.server.asking import choice_of, output_of, query_of
 from tests.server.double import ScriptedService, text_script, worker_info
@@ -192,3 +193,30 @@ def test_two_applications_share_nothing():
     first, second = _metrics(), _metrics()
     _served(first)
     assert _value(second, "prompt_tokens_total") == 0
+
+
+def test_predictions_are_beside_what_came_of_them():
+    service = ScriptedService(text_script("x"))
+    metrics = Metrics("tiny", service.status, service.accuracy)
+    assert _value(metrics, "ttft_prediction_count_total") == 2
+    assert _value(metrics, "ttft_prediction_predicted_seconds_total") == 3.0
+    assert _value(metrics, "ttft_prediction_actual_seconds_total") == 4.0
+    assert _value(metrics, "tpot_prediction_count_total") == 0
+
+
+def test_the_regime_the_loads_and_what_is_expected_of_each_worker():
+    status = ScriptedService(text_script("x")).status()
+    worker = replace(status.workers[0], role=Role.PREFILL, backlog_ms=250.0, num_decodes=3)
+    busy = replace(
+        status, workers=(worker,), regime="overloaded", load_prefill=1.5, flips=2, wanted_workers=4
+    )
+    metrics = Metrics("tiny", lambda: busy)
+    assert _value(metrics, "regime", regime="overloaded") == 1
+    assert _value(metrics, "regime", regime="normal") == 0
+    assert _value(metrics, "load", side="prefill") == 1.5
+    assert _value(metrics, "role_flips_total") == 2
+    assert _value(metrics, "wanted_workers") == 4
+    # Labelled by the role that it has now, not by the one that it came with.
+    labels = {"worker": "decode-0", "role": "prefill"}
+    assert _value(metrics, "worker_backlog_seconds", **labels) == 0.25
+    assert _value(metrics, "worker_decodes", **labels) == 3
