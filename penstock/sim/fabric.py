@@ -10,13 +10,14 @@ Messages take the latency and are never lost: what goes wrong on the way is test
 `penstock/sim/network.py`, where blocks hold real bytes.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from penstock.core.events import Move, MoveDone
 from penstock.core.messages import Message
-from penstock.core.types import NS_PER_S, WorkerId
+from penstock.core.types import CONTROLLER, FRONT, NS_PER_S, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.sim.links import Link, SharedLinks
 
@@ -25,14 +26,32 @@ OWN_BYTES_PER_S: Final = 1e12
 """Copies within one worker's memory, which is read and written for them."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MessageTimes:
+    """How long messages were under way, by kind (the name of their class), to be drawn from."""
+
+    seen_ns: Mapping[str, tuple[int, ...]]
+
+    def draw(self, rng: random.Random, message: Message) -> int | None:
+        """Return a time that was seen for such a message; None when there is none."""
+        seen_ns = self.seen_ns.get(type(message).__name__)
+        return rng.choice(seen_ns) if seen_ns else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricCost:
-    """What connects hosts (`card`, each way) and the workers of one host (`inner`, shared)."""
+    """What connects hosts (`card`, each way) and the workers of one host (`inner`, shared).
+
+    A message takes the latency. With `messages` it takes a time drawn from those of its kind, and
+    what is for the front, in the controller's process, one drawn from `front_ns`, or none.
+    """
 
     latency_ns: int = 20_000
     span_ns: int = 5_000
     card_bytes_per_s: float = 25e9
     inner_bytes_per_s: float = 300e9
+    messages: MessageTimes | None = None
+    front_ns: tuple[int, ...] = ()
 
 
 class Fabric:
@@ -44,7 +63,8 @@ class Fabric:
         self.num_messages = 0
         self._host_of = host_of
         self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
-        self._epochs: dict[WorkerId, int] = {}
+        self._rng = random.Random(0)
+        self._last_ns: dict[tuple[WorkerId, WorkerId], int] = {}
         self.links = SharedLinks(clock, _capacities(set(host_of.values()), cost))
 
     def join(self, node: WorkerId, epoch: int, deliver: Deliver) -> None:
@@ -55,8 +75,11 @@ class Fabric:
         """Cut a node off; what is on its way to it is swallowed."""
         self._nodes.pop(node, None)
 
-    def send(self, to: WorkerId, message: Message) -> None:
-        """Deliver after the latency, unless the receiver is gone or replaced by then."""
+    def send(self, to: WorkerId, message: Message, sender: WorkerId = CONTROLLER) -> None:
+        """Deliver when the message's time is over, unless the receiver is gone or replaced by then.
+
+        Messages between two nodes arrive in order.
+        """
         receiver = self._nodes.get(to)
         if receiver is None:
             return
@@ -66,7 +89,20 @@ class Fabric:
             if self._nodes.get(to) is receiver:
                 receiver[1](message)
 
-        self.clock.call_at(self.clock.now_ns() + self.cost.latency_ns, arrive)
+        self.clock.call_at(self._arrives_ns(sender, to, message), arrive)
+
+    def _arrives_ns(self, sender: WorkerId, to: WorkerId, message: Message) -> int:
+        cost, rng = self.cost, self._rng
+        if cost.messages is None:
+            return self.clock.now_ns() + cost.latency_ns
+        delay_ns: int | None = 0
+        if to != FRONT:
+            delay_ns = cost.messages.draw(rng, message)
+        elif cost.front_ns:
+            delay_ns = rng.choice(cost.front_ns)
+        at_ns = self.clock.now_ns() + (cost.latency_ns if delay_ns is None else delay_ns)
+        at_ns = self._last_ns[sender, to] = max(at_ns, self._last_ns.get((sender, to), 0))
+        return at_ns
 
     def submit(
         self,

@@ -9,6 +9,7 @@ ends with the repetition under way. That is what makes hours of decoding cheap, 
 nothing: between two things that happen to a worker its decode steps follow from each other.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from penstock.core.events import StepDone
 from penstock.core.step import Sampled, Step
 from penstock.core.types import NS_PER_MS
 from penstock.sim.clock import SimClock
-from penstock.sim.profile import StepTimes
+from penstock.sim.profile import Draws, Spread, StepTimes
 
 TOKEN = 1
 """The token that every step draws; outputs end by their length."""
@@ -46,13 +47,21 @@ class ModelledExecutor:
     from the next step on.
     """
 
-    def __init__(self, clock: SimClock, times: StepTimes) -> None:
+    def __init__(
+        self,
+        clock: SimClock,
+        times: StepTimes,
+        spread: Spread | None = None,
+        is_crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.num_steps = 0
         self.speed = 1.0
         self._busy_ns = 0
         self._prefill_ns = 0
         self._clock = clock
         self._times = times
+        self._draws = Draws(spread, random.Random(0)) if spread is not None else None
+        self._is_crowded = is_crowded
         self._run: _Run | None = None
 
     def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
@@ -69,6 +78,10 @@ class ModelledExecutor:
                 new += num_new
                 quadratic += num_new * (num_new + 2 * num_computed)
         times, speed = self._times, self.speed
+        if self._draws is not None:
+            assert step.repeats == 1, f"step {step.step_id} is drawn, and may not be repeated"
+            is_crowded = self._is_crowded()
+            speed /= self._draws.draw(has_prefill=new > 0, is_crowded=is_crowded)
         first_ns = times.duration_ns(new, quadratic, batch, context) / speed
         # Each repetition looks at one more token of every sequence.
         growth_ns = times.f * batch * NS_PER_MS / speed
@@ -94,6 +107,11 @@ class ModelledExecutor:
         """Go on counting where the worker's life before has stopped."""
         self._busy_ns, self._prefill_ns = before.busy_ns, before.prefill_ns
         self.num_steps = before.num_steps
+
+    @property
+    def is_running(self) -> bool:
+        """True while a step is under way."""
+        return self._run is not None
 
     @property
     def busy_ns(self) -> int:

@@ -6,6 +6,8 @@ simulation the world is exactly as that table says, unless a worker is made slow
 Called by `penstock/sim/fleet.py`; it knows no cluster and no request.
 """
 
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,6 +15,8 @@ from penstock.control.profiles import KERNEL_TIMES
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.errors import BadRequest
 from penstock.core.types import NS_PER_MS
+
+STRETCH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,46 @@ class StepTimes:
         return (fixed + prompts + self.e * batch + self.f * context) * NS_PER_MS
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """How far real steps lay from their times, as ratios in the order in which they were seen.
+
+    A kind is whether the step computed prompts, and whether a neighbour on its host was in a step
+    when it began: workers that share processors and memory slow each other down.
+    """
+
+    ratios: Mapping[tuple[bool, bool], tuple[float, ...]]
+
+
+class Draws:
+    """Ratios drawn from a `Spread`, in stretches of `STRETCH` as they followed each other: what
+    slows a step down is often still there at the next (a circular block bootstrap).
+    """
+
+    def __init__(self, spread: Spread, rng: random.Random) -> None:
+        self._spread = spread
+        self._rng = rng
+        self._places: dict[tuple[bool, bool], tuple[int, int]] = {}
+
+    def draw(self, *, has_prefill: bool, is_crowded: bool) -> float:
+        """Return the ratio of a step that has been seen; 1 when nothing like it has."""
+        kind = has_prefill, is_crowded
+        seen = self._spread.ratios.get(kind)
+        if not seen:
+            return 1.0
+        at, left = self._places.get(kind, (0, 0))
+        if not left:
+            at, left = self._rng.randrange(len(seen)), STRETCH
+        self._places[kind] = (at + 1) % len(seen), left - 1
+        return seen[at]
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """One worker's hardware: `tp` GPUs `gpu` that hold the model and `capacity_tokens` of KV.
 
-    `num_blocks` is given, per KV group, where a real worker is meant.
+    `num_blocks` is given, per KV group, where a real worker is meant, and `spread` where its steps
+    are to be as uneven as they were: then each is drawn, and none is repeated.
     """
 
     gpu: str
@@ -55,6 +94,7 @@ class Hardware:
     capacity_tokens: int
     times: StepTimes
     num_blocks: tuple[int, ...] = ()
+    spread: Spread | None = None
 
     @property
     def profile(self) -> str:

@@ -83,7 +83,14 @@ class Fault:
 class ModelledWorker:
     """A worker core on modelled hardware, for one life."""
 
-    def __init__(self, spec: ServeSpec, fabric: Fabric, member: Member, epoch: int) -> None:
+    def __init__(
+        self,
+        spec: ServeSpec,
+        fabric: Fabric,
+        member: Member,
+        epoch: int,
+        is_crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
         hardware = member.hardware
         layout = spec.layout or layout_of(hardware.model, spec.block_size)
         num_blocks = hardware.capacity_tokens // layout.block_size
@@ -99,11 +106,11 @@ class ModelledWorker:
             max_num_batched_tokens=spec.max_num_batched_tokens,
             is_prefix_caching=spec.is_prefix_caching,
             is_defragmenting=spec.is_defragmenting,
-            max_repeats=spec.max_repeats,
+            max_repeats=spec.max_repeats if hardware.spread is None else 1,
             names_interval_ns=NAMES_INTERVAL_NS if spec.tells_names else None,
         )
         self.core = Worker(self.config)
-        self.executor = ModelledExecutor(fabric.clock, hardware.times)
+        self.executor = ModelledExecutor(fabric.clock, hardware.times, hardware.spread, is_crowded)
         self.is_alive = True
         self._clock = fabric.clock
         self._fabric = fabric
@@ -123,7 +130,7 @@ class ModelledWorker:
     def send(self, to: WorkerId, message: Message) -> None:
         """Say something, if still alive."""
         if self.is_alive:
-            self._fabric.send(to, message)
+            self._fabric.send(to, message, self.config.worker_id)
 
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
         """Pull blocks."""
@@ -283,12 +290,22 @@ class ModelledCluster:
     # -------------------------------------------------------------------------------------- workers
 
     def _start(self, member: Member, epoch: int) -> None:
-        worker = ModelledWorker(self.spec, self.fabric, member, epoch)
+        worker = ModelledWorker(
+            self.spec, self.fabric, member, epoch, partial(self._has_busy_neighbour, member)
+        )
         before = self.workers.get(member.name)
         if before is not None:
             worker.executor.continue_from(before.executor)
         self.workers[member.name] = worker
         worker.start()
+
+    def _has_busy_neighbour(self, member: Member) -> bool:
+        """Tell whether another worker of the same host is in a step."""
+        return any(
+            other.is_alive and other.executor.is_running
+            for other in self.workers.values()
+            if other.member.host == member.host and other.member is not member
+        )
 
     def _strike(self, fault: Fault) -> None:
         worker = self.workers[fault.name]

@@ -1,0 +1,261 @@
+"""Does the simulator, calibrated from a real run, predict a real run?
+
+`penstock serve` with the built-in model takes open-loop Poisson load at three rates in turns, as
+one prefill and one decode worker and as one mixed worker. Steps, pulls and messages of the turns
+at the *middle* rate calibrate the simulator (`penstock/sim/calibrate.py`): step times are fitted,
+what lay beside them is drawn from what was seen. The turns at the *other* rates, of which it has
+seen nothing, are then simulated with the arrivals and lengths that were sent, and compared with
+what the clients got. The table also has the middle rate predicted from itself: how much of an
+error is the model's, and how much the difference between the turns.
+
+A machine that does something else meanwhile is another machine at every turn. The share of its
+processors that other programs used is measured; turns with more than 10 % are left out as long as
+half are left. Figures of a busy machine say little all the same.
+
+    python bench/sim_vs_real.py [--quick] [--only pd|mixed] [--keep FOLDER] [--output FILE]
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from load import percentile
+from recorded_run import Plan, Segment, record
+from report import Report
+
+from penstock.core.types import NS_PER_S, WorkerId
+from penstock.sim.calibrate import Calibration, calibrate
+from penstock.sim.recording import Recording, read_recording
+from penstock.sim.serve import ModelledCluster, ServeSpec
+from penstock.sim.worker_log import Taken, read_worker_logs
+from penstock.sim.workload import Arrival
+
+CLUSTERS = {
+    "pd": ["--prefill", "1", "--decode", "1", "--threads", "1"],
+    "mixed": ["--prefill", "0", "--decode", "0", "--mixed", "1", "--threads", "1"],
+}
+RATES = (0.4, 0.25, 0.55)
+"""Shares of capacity; the first calibrates, the others are predicted."""
+TARGETS = {"p50": 0.10, "p99": 0.25}
+BUSY_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as sent and as answered; times in ns."""
+
+    sent_ns: int
+    prompt: tuple[int, ...]
+    output_tokens: int
+    inbound_ns: int
+    """From the client to the controller."""
+    outbound_ns: int
+    """The first token's way from the controller to the client."""
+    ttft_ms: float
+    tpot_ms: float
+
+
+Figures = tuple[list[float], list[float]]
+"""TTFT and TPOT of requests, in ms."""
+
+
+def requests_of(segment: Segment, recording: Recording) -> list[Request]:
+    """Return what was sent in a segment, each beside what the controller saw of it."""
+    known = {
+        tuple(request.prompt_token_ids[: len(segment.sent[0].key)]): (request, served)
+        for request, served in recording.requests
+    }
+    requests = []
+    for sent in segment.sent:
+        request, served = known[sent.key]
+        sent_ns = int(sent.answer.sent_s * NS_PER_S)
+        first_ns = int(sent.answer.token_s[0] * NS_PER_S)
+        requests.append(
+            Request(
+                sent_ns,
+                request.prompt_token_ids,
+                served.num_tokens,
+                max(served.arrived_ns - sent_ns, 0),
+                max(first_ns - served.first_token_ns, 0),
+                sent.answer.ttft_s * 1e3,
+                sent.answer.tpot_s * 1e3,
+            )
+        )
+    return requests
+
+
+def simulate(
+    calibration: Calibration, recording: Recording, requests: list[Request], inbound: list[int]
+) -> Figures:
+    """Return TTFT and TPOT of these requests on the calibrated cluster."""
+    rng = random.Random(0)
+    start_ns = requests[0].sent_ns - NS_PER_S // 10
+    coming = []
+    for request in requests:
+        sent_ns = request.sent_ns - start_ns
+        pieces = tuple((token_id, 1) for token_id in request.prompt)
+        at_ns = sent_ns + rng.choice(inbound)
+        coming.append((at_ns, sent_ns, Arrival(at_ns, pieces, request.output_tokens)))
+    coming.sort(key=lambda each: each[0])
+    info = next(iter(recording.workers.values()))
+    spec = ServeSpec(
+        members=calibration.members,
+        fabric=calibration.fabric,
+        layout=info.layout,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=512,
+        max_model_len=info.max_model_len,
+    )
+    cluster = ModelledCluster(spec, [arrival for _, _, arrival in coming])
+    seen = cluster.run(limit_s=3600)
+    assert seen.unfinished == 0, seen.unfinished
+    ttft_ms = [
+        (served.first_token_ns - sent_ns) / 1e6
+        for served, (_, sent_ns, _) in zip(seen.served, coming, strict=True)
+    ]
+    return ttft_ms, [served.tpot_s * 1e3 for served in seen.served]
+
+
+def real(requests: list[Request]) -> Figures:
+    """Return what the clients got."""
+    return [r.ttft_ms for r in requests], [r.tpot_ms for r in requests]
+
+
+def compare(report: Report, name: str, was: Figures, predicted: Figures) -> None:
+    """Print and keep real, simulated and error of the four figures."""
+    for which, real_ms, simulated_ms in zip(("ttft", "tpot"), was, predicted, strict=True):
+        for share, label in ((0.5, "p50"), (0.99, "p99")):
+            truth, guess = percentile(real_ms, share), percentile(simulated_ms, share)
+            error = guess / truth - 1
+            verdict = "met" if abs(error) <= TARGETS[label] else "missed"
+            print(
+                f"  {name:<16} {which} {label}  {truth:>9.2f} {guess:>9.2f} ms  {error:>+7.1%}"
+                f"  target {TARGETS[label]:.0%}: {verdict}"
+            )
+            key = f"{name}_{which}_{label}"
+            report.figures |= {
+                f"{key}_real_ms": truth,
+                f"{key}_simulated_ms": guess,
+                f"{key}_error": abs(error),
+            }
+
+
+def evaluate(report: Report, name: str, segments: list[Segment], log: Path) -> None:
+    """Calibrate on the segments of the first rate and predict the others."""
+    recording = read_recording(str(log))
+    by_rate: dict[float, list[Segment]] = {}
+    for segment in segments:
+        by_rate.setdefault(segment.rate, []).append(segment)
+    turns = {rate: quiet(those) for rate, those in by_rate.items()}
+    own = segments[0].rate
+    taken, seen = Taken(), []
+    for segment in turns[own]:
+        taken.add(read_worker_logs(str(log), (segment.begin_ns, segment.end_ns)))
+        seen += requests_of(segment, recording)
+    front_ns = [request.outbound_ns for request in seen]
+    inbound = [request.inbound_ns for request in seen]
+    calibration = calibrate(taken, recording.workers.values(), front_ns)
+    show(calibration, taken)
+    all_real: Figures = ([], [])
+    all_simulated: Figures = ([], [])
+    for rate, those in turns.items():
+        was: Figures = ([], [])
+        guess: Figures = ([], [])
+        for segment in those:
+            requests = requests_of(segment, recording)
+            extend(was, real(requests))
+            extend(guess, simulate(calibration, recording, requests, inbound))
+        if rate == own:
+            compare(report, f"{name}_itself", was, guess)
+            continue
+        compare(report, f"{name}_at_{rate / own * RATES[0]:.2f}", was, guess)
+        extend(all_real, was)
+        extend(all_simulated, guess)
+    compare(report, name, all_real, all_simulated)
+
+
+def quiet(turns: list[Segment]) -> list[Segment]:
+    """Return the turns in which others let the machine alone, and at least the quieter half."""
+    ordered = sorted(turns, key=lambda turn: turn.others_share)
+    half = ordered[: (len(ordered) + 1) // 2]
+    kept = [turn for turn in turns if turn in half or turn.others_share <= BUSY_SHARE]
+    shares = " ".join(f"{turn.others_share:.0%}" for turn in kept)
+    print(f"  {turns[0].rate:.1f} requests/s: {len(kept)} of {len(turns)} turns; others: {shares}")
+    return kept
+
+
+def extend(into: Figures, more: Figures) -> None:
+    """Add the figures of more requests."""
+    into[0].extend(more[0])
+    into[1].extend(more[1])
+
+
+def show(calibration: Calibration, taken: Taken) -> None:
+    """Print what was learnt."""
+    for member in calibration.members:
+        times, steps = member.hardware.times, taken.steps.get(WorkerId(member.name), [])
+        print(
+            f"  {member.name}: {len(steps)} steps; prefill {times.a:.3f}"
+            f" + {times.b * 1e3:.2f}e-3 S + {times.c:.2e} W, decode {times.d:.3f}"
+            f" + {times.e:.4f} batch + {times.f:.2e} context ms"
+        )
+        assert member.hardware.spread is not None
+        for (has_prefill, is_crowded), ratios in member.hardware.spread.ratios.items():
+            if ratios:
+                kind = "prefill" if has_prefill else "decode"
+                where = "beside another" if is_crowded else "alone"
+                p99 = percentile(list(ratios), 0.99)
+                print(f"    {kind} {where}: median {statistics.median(ratios):.2f}, p99 {p99:.2f}")
+    for kind, seen_ns in taken.messages_ns.items():
+        print(f"    {kind}: {len(seen_ns)}, median {statistics.median(seen_ns) / 1e3:.0f} us")
+
+
+def bench(report: Report, name: str, plan: Plan, folder: Path) -> None:
+    """Record one cluster and compare."""
+    folder.mkdir(parents=True, exist_ok=True)
+    segments = record(CLUSTERS[name], plan, folder / "decisions.log")
+    others = statistics.mean(segment.others_share for segment in segments)
+    report.figures[f"{name}_others_processor_share"] = others
+    print(f"  {name}: other programs used {others:.0%} of the processors", flush=True)
+    if others > BUSY_SHARE:
+        print("  this machine is busy with something else: expect errors that are not the model's")
+    evaluate(report, name, segments, folder / "decisions.log")
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="within 45 s; the p99 is of few")
+    parser.add_argument("--only", choices=tuple(CLUSTERS), help="one of the two clusters")
+    parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
+    parser.add_argument("--keep", help="folder for the decision logs; default: they are deleted")
+    parser.add_argument("--output", help="results file")
+    args = parser.parse_args()
+    rounds, seconds = (2, 2.0) if args.quick else (8, 4.0)
+    plan = Plan(RATES, rounds, seconds, args.seed)
+    settings: dict[str, object] = {
+        "calibrated at": f"{RATES[0]:g} of capacity",
+        "predicted at": " and ".join(f"{share:g}" for share in RATES[1:]),
+        "turns": f"{rounds} of {seconds:g} s at each rate, in turns",
+    }
+    report = Report("sim_vs_real", settings=settings)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [args.only] if args.only else CLUSTERS:
+            bench(report, name, plan, Path(args.keep or folder) / name)
+    for key in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"):
+        errors = [report.figures.get(f"{name}_{key}_error", 0.0) for name in CLUSTERS]
+        report.figures[f"{key}_error"] = max(errors)
+    report.finish(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A simulator calibrated from a run whose truth is known predicts another load of that cluster."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from penstock.core.errors import BadRequest
+from penstock.core.node import DecisionLog
+from penstock.core.types import NS_PER_S
+from penstock.sim.calibrate import Calibration, calibrate, fit_times
+from penstock.sim.fabric import FabricCost, MessageTimes
+from penstock.sim.fleet import Member, parse_fleet
+from penstock.sim.observe import Observation
+from penstock.sim.profile import Spread, StepTimes
+from penstock.sim.serve import ModelledCluster, ModelledWorker, ServeSpec
+from penstock.sim.summary import Slo, summarise
+from penstock.sim.worker_log import TakenStep, read_worker_logs
+from penstock.sim.workload import Arrival
+
+MEMBERS = parse_fleet("H100:prefill,H100:decode", "llama3.1-8b")
+UNEVEN = Spread(
+    {
+        (False, False): (0.9, 1.0, 1.1),
+        (False, True): (1.2, 1.3, 1.4),
+        (True, False): (0.8, 1.0, 1.2),
+        (True, True): (1.3, 1.7),
+    }
+)
+FRONT_NS = (200_000, 400_000)
+
+
+def truth() -> tuple[tuple[Member, ...], FabricCost]:
+    """A cluster whose steps are uneven and whose messages are slow."""
+    members = tuple(replace(m, hardware=replace(m.hardware, spread=UNEVEN)) for m in MEMBERS)
+    messages = MessageTimes({"Assign": (2_000_000, 4_000_000), "Offer": (1_000_000,)})
+    return members, FabricCost(inner_bytes_per_s=5e9, messages=messages, front_ns=FRONT_NS)
+
+
+def load(rate: float, seed: int) -> list[Arrival]:
+    rng, at_s, arrivals = random.Random(seed), 0.0, []
+    for name in range(100, 340):
+        at_s += rng.expovariate(rate)
+        pieces = ((name, rng.choice((256, 1024, 3000))),)
+        arrivals.append(Arrival(int(at_s * NS_PER_S), pieces, rng.choice((16, 64, 128))))
+    return arrivals
+
+
+def serve(
+    members: tuple[Member, ...],
+    fabric: FabricCost,
+    arrivals: list[Arrival],
+    log: DecisionLog | None = None,
+) -> Observation:
+    seen = ModelledCluster(ServeSpec(members=members, fabric=fabric), arrivals, log).run(
+        limit_s=900
+    )
+    assert not seen.unfinished
+    return seen
+
+
+@pytest.fixture
+def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
+    """What the logs of a run at 8 requests per second say."""
+    path = tmp_path / "log"
+    start = ModelledWorker.start
+
+    def journal(name: str) -> DecisionLog:
+        def write(line: bytes) -> None:
+            with (tmp_path / name).open("ab") as file:
+                file.write(line)
+
+        return DecisionLog(limit=1, sink=write)
+
+    infos = []
+
+    def start_with_log(worker: ModelledWorker) -> None:
+        worker._node.log = journal(f"log.{worker.member.name}.1")
+        infos.append(worker._info())
+        start(worker)
+
+    monkeypatch.setattr(ModelledWorker, "start", start_with_log)
+    serve(*truth(), load(8.0, 1), journal("log"))
+    monkeypatch.undo()
+    return calibrate(read_worker_logs(str(path)), infos, FRONT_NS)
+
+
+def test_another_load_is_predicted(calibration: Calibration) -> None:
+    arrivals = load(11.0, 2)
+    was = summarise(serve(*truth(), arrivals), Slo())
+    predicted = summarise(serve(calibration.members, calibration.fabric, arrivals), Slo())
+    assert predicted.ttft_ms.p50 == pytest.approx(was.ttft_ms.p50, rel=0.05)
+    assert predicted.ttft_ms.p99 == pytest.approx(was.ttft_ms.p99, rel=0.15)
+    assert predicted.tpot_ms.p50 == pytest.approx(was.tpot_ms.p50, rel=0.05)
+    assert predicted.tpot_ms.p99 == pytest.approx(was.tpot_ms.p99, rel=0.10)
+
+
+def test_messages_and_links_are_those_of_the_run(calibration: Calibration) -> None:
+    messages = calibration.fabric.messages
+    assert messages is not None
+    assert set(messages.seen_ns["Assign"]) >= {2_000_000, 4_000_000}
+    assert min(messages.seen_ns["Offer"]) == 1_000_000
+    assert calibration.fabric.inner_bytes_per_s == pytest.approx(5e9, rel=0.1)
+    assert calibration.fabric.front_ns == FRONT_NS
+
+
+def taken(rng: random.Random, duration_ns: Callable[[TakenStep], float]) -> list[TakenStep]:
+    steps = []
+    for number in range(300):
+        new = rng.choice((0, 0, 100, 500))
+        batch = rng.randrange(0 if new else 1, 9)
+        step = TakenStep(new, new * new, batch, batch * rng.randrange(10, 900), 0)
+        step.is_crowded = number % 3 == 0
+        step.ended_ns = int(duration_ns(step))
+        steps.append(step)
+    return steps
+
+
+def test_steps_of_prompts_and_decodes_together_teach_all_coefficients() -> None:
+    times = StepTimes(2.0, 0.04, 2e-5, 1.0, 0.1, 1e-3)
+    steps = taken(
+        random.Random(0),
+        lambda s: times.duration_ns(s.prefill_tokens, s.prefill_work, s.decodes, s.context_tokens),
+    )
+    fitted, spread = fit_times(steps)
+    for name in ("a", "b", "c", "d", "e", "f"):
+        assert getattr(fitted, name) == pytest.approx(getattr(times, name), rel=0.01)
+    for ratios in spread.ratios.values():
+        assert ratios == pytest.approx([1.0] * len(ratios), rel=0.01)
+
+
+def test_neighbours_that_slow_each_other_down_are_told_by_the_ratios() -> None:
+    steps = taken(
+        random.Random(1), lambda s: 1e6 * (1.5 if s.is_crowded else 1.0) * (s.decodes + 1)
+    )
+    _, spread = fit_times([step for step in steps if not step.prefill_tokens])
+    alone, beside = spread.ratios[False, False], spread.ratios[False, True]
+    assert sum(beside) / len(beside) == pytest.approx(1.5 * sum(alone) / len(alone), rel=0.01)
+
+
+def test_too_few_steps_are_said() -> None:
+    with pytest.raises(BadRequest, match="it takes 32"):
+        fit_times(taken(random.Random(0), lambda _: 1e6)[:31])

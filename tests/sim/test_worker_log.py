@@ -1,0 +1,101 @@
+"""What a core waited for, from logs that are written here by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from penstock.core.errors import BadRequest
+from penstock.core.types import WorkerId
+from penstock.sim.worker_log import TakenPull, read_worker_logs
+
+
+def entry(now_ns: int, event: dict[str, object], *commands: dict[str, object]) -> str:
+    return json.dumps({"now_ns": now_ns, "event": event, "commands": commands}) + "\n"
+
+
+def send(to: str, message: dict[str, object]) -> dict[str, object]:
+    return {"type": "Send", "to": to, "message": message}
+
+
+def run(num_new: list[int], num_computed: list[int]) -> dict[str, object]:
+    return {"type": "RunStep", "step": {"num_new": num_new, "num_computed": num_computed}}
+
+
+DONE: dict[str, object] = {"type": "StepDone"}
+MOVE: dict[str, object] = {"type": "SubmitMove", "move": {"move_id": 7, "source": "prefill-0"}}
+LANDED: dict[str, object] = {
+    "type": "MoveDone",
+    "move_id": 7,
+    "num_bytes": 640,
+    "num_spans": 2,
+    "error": None,
+}
+TOKENS: dict[str, object] = {"type": "Tokens", "outputs": [["r", [5], [], None, None]]}
+
+
+def assign(**timeline: int) -> dict[str, object]:
+    return {"type": "Assign", "request": {"request_id": "r"}, "timeline": timeline}
+
+
+def write(folder: Path) -> str:
+    """A prompt of 9 is prefilled; the second prefill runs while the other worker decodes."""
+    path = folder / "log"
+    path.write_text(
+        entry(0, {"type": "Submit"}, send("prefill-0", assign(arrived_ns=1)))
+        + entry(900, TOKENS, send("front", TOKENS))
+        + entry(950, TOKENS, send("front", TOKENS))
+    )
+    (folder / "log.prefill-0.1").write_text(
+        entry(100, assign(arrived_ns=1, prefill_started_ns=100), run([8], [0]))
+        + entry(400, DONE, run([4], [8]))
+        + entry(800, DONE)
+    )
+    (folder / "log.decode-0.1").write_text(
+        entry(200, {"type": "Offer"}, MOVE)
+        + entry(350, LANDED, run([1, 1], [8, 3]))
+        + entry(500, DONE, send("controller", TOKENS), run([1, 1], [9, 4]))
+        + entry(700, DONE, send("controller", TOKENS))
+    )
+    return str(path)
+
+
+def test_a_step_a_pull_and_a_message_last_from_event_to_event(tmp_path: Path) -> None:
+    taken = read_worker_logs(write(tmp_path))
+    first, second = taken.steps[WorkerId("prefill-0")]
+    assert (first.prefill_tokens, first.prefill_work, first.duration_ns) == (8, 64, 300)
+    assert (second.prefill_tokens, second.prefill_work, second.duration_ns) == (4, 16 + 64, 400)
+    decode, _ = taken.steps[WorkerId("decode-0")]
+    assert (decode.decodes, decode.context_tokens, decode.duration_ns) == (2, 13, 150)
+    assert taken.pulls == [TakenPull(640, 2, 150)]
+    # Equal words in order; stamps that one side has seen and the other not make no difference;
+    # what the controller says to the front is no message.
+    assert taken.messages_ns == {"Tokens": [400, 250], "Assign": [100]}
+
+
+def test_a_step_beside_another_worker_s_is_told_from_one_alone(tmp_path: Path) -> None:
+    taken = read_worker_logs(write(tmp_path))
+    assert [step.is_crowded for step in taken.steps[WorkerId("prefill-0")]] == [False, True]
+    assert [step.is_crowded for step in taken.steps[WorkerId("decode-0")]] == [True, True]
+
+
+def test_only_what_began_in_between_is_taken(tmp_path: Path) -> None:
+    taken = read_worker_logs(write(tmp_path), (300, 600))
+    assert [len(steps) for steps in taken.steps.values()] == [2, 1]
+    assert taken.pulls == []
+    assert taken.messages_ns == {"Tokens": [400]}
+    taken.add(read_worker_logs(str(tmp_path / "log"), (0, 300)))
+    assert [len(steps) for steps in taken.steps.values()] == [2, 2]
+    assert len(taken.pulls) == len(taken.messages_ns["Assign"]) == 1
+
+
+def test_a_log_that_is_none_or_alone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("")
+    with pytest.raises(BadRequest, match="no worker's log beside it"):
+        read_worker_logs(str(path))
+    (tmp_path / "log.mixed-0.1").write_text(entry(1, DONE) + "{junk}\n")
+    with pytest.raises(BadRequest, match=r"mixed-0\.1:2 is no decision"):
+        read_worker_logs(str(path))
+    (tmp_path / "log.mixed-0.1").write_text(entry(1, DONE) + '{"now_ns"')
+    assert read_worker_logs(str(path)).steps == {}
