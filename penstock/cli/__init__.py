@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.sim import sim
 
                 return sim(options)
+            case "explain":
+                from penstock.cli.explain import explain
+
+                return explain(options)
             case "replay":
                 from penstock.cli.replay import replay
 

@@ -62,11 +62,19 @@ class ChatClient:
 
         Raises: `WorkersUnavailable` when no server answers there, `BadRequest` when it refuses.
         """
-        connection, response = self._call("GET", "/v1/models", None)
+        return str(self.get("/v1/models")["data"][0]["id"])
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the JSON object that is at a path.
+
+        Raises: `WorkersUnavailable` when no server answers there, `BadRequest` when it refuses.
+        """
+        connection, response = self._call("GET", path, None)
         try:
-            return str(json.load(response)["data"][0]["id"])
+            answer: dict[str, Any] = json.load(response)
         finally:
             connection.close()
+        return answer
 
     def chat(self, body: dict[str, object], answer: Answer) -> Generator[str]:
         """Yield the text of an answer as it comes; closing the iterator cancels it.

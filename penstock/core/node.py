@@ -103,10 +103,15 @@ class DecisionLog:
 
     def record(self, now_ns: int, event: Event, commands: list[Command]) -> None:
         """Keep one decision."""
-        entry = LogEntry(now_ns, to_builtins(event), tuple(map(_command_to_builtins, commands)))
+        entry = self.entry(now_ns, event, commands)
         self._entries.append(entry)
         if self._sink is not None:
             self._sink(msgspec.json.encode(entry) + b"\n")
+
+    @staticmethod
+    def entry(now_ns: int, event: Event, commands: Iterable[Command]) -> LogEntry:
+        """Return a decision as it is kept."""
+        return LogEntry(now_ns, to_builtins(event), tuple(map(_command_to_builtins, commands)))
 
     def __iter__(self) -> Iterator[LogEntry]:
         return iter(self._entries)
