@@ -284,7 +284,7 @@ class Offer(Tagged, frozen=True):
 class Progress(Tagged, frozen=True):
     """More of what is offered is there: `groups` are the blocks of tokens `[after, num_ready)`.
 
-    `offered_ns` is when the last of it was there, 0 until then.
+    With the last of it comes what the prefill worker has stamped of the request's way.
     """
 
     request_id: RequestId
@@ -293,14 +293,18 @@ class Progress(Tagged, frozen=True):
     after: int
     num_ready: int
     groups: tuple[GroupBlocks, ...]
-    offered_ns: int = 0
+    timeline: Timeline | None = None
+
+
+UNKNOWN: Final = -1
+"""Number of ready tokens of a request that only `Progress` has been heard of."""
 
 
 class Renew(Tagged, frozen=True):
     """The offers of these requests are still wanted: keep their blocks for another lease.
 
     `num_ready[i]` is what the decode worker knows to be ready of request i; `Progress` that it has
-    missed is said again.
+    missed is said again, and the whole offer if it is `UNKNOWN`.
     """
 
     request_ids: tuple[RequestId, ...]

@@ -133,6 +133,12 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
+    def take_prefill(self, other: "Timeline") -> None:
+        """Take over what the prefill worker has stamped since this was sent."""
+        self.prefill_started_ns = other.prefill_started_ns
+        self.offered_ns = other.offered_ns
+        self.cached_tokens = other.cached_tokens
+
     def ledger(self, delivered_ns: int) -> dict[str, float]:
         """Return the parts of TTFT in seconds; they and `residual` add up to `ttft`.
 

@@ -24,7 +24,7 @@ from penstock.core.events import (
     SubmitMove,
     WakeAt,
 )
-from penstock.core.messages import Grant, Offer, Progress, Release, Renew
+from penstock.core.messages import UNKNOWN, Grant, Offer, Progress, Release, Renew
 from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.group import Pull
@@ -100,14 +100,19 @@ class PullDesk:
         """
         arrival = self.arrivals.get(message.request_id)
         if arrival is None:
-            is_over = message.request_id in self._ended
-            return [self._release(message.source, message.request_id)] if is_over else []
+            if message.request_id in self._ended:
+                return [self._release(message.source, message.request_id)]
+            # Its offer was lost, or comes late.
+            known, ours = (message.request_id,), self.config.worker_id
+            ask = Renew(request_ids=known, num_ready=(UNKNOWN,), worker_id=ours)
+            return [Send(message.source, ask)]
         if message.after != arrival.num_ready or message.epoch != arrival.offer.epoch:
             return []
         arrival.num_ready = message.num_ready
         arrival.unpulled.append(message.groups)
         arrival.received_ns = now_ns
-        arrival.offer.timeline.offered_ns = message.offered_ns
+        if message.timeline is not None:
+            arrival.offer.timeline.take_prefill(message.timeline)
         is_wanted = arrival.outcome is SequenceState.RUNNING
         return self._pull(arrival) if arrival.sequence is not None and is_wanted else []
 

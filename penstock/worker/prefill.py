@@ -8,11 +8,12 @@ core's: it knows whether a step still writes the blocks.
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 
 from penstock.core.config import Handoff, WorkerConfig
 from penstock.core.events import Command, Send
-from penstock.core.messages import Expired, Offer, Offered, Progress, Withdraw
+from penstock.core.messages import UNKNOWN, Expired, Offer, Offered, Progress, Withdraw
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.transfer.session import SOURCE, Session, SessionState
@@ -78,6 +79,8 @@ class OfferDesk:
             self._leases.renew(crossing.session, now_ns)
             if crossing.session.state is SessionState.ABORTED:
                 commands.append(self._withdraw(request_id, peer))
+            elif num_ready == UNKNOWN:
+                commands.append(self._offer_of(crossing))
             elif num_ready < crossing.num_ready:
                 commands.append(self._progress(crossing, num_ready))
         return commands
@@ -136,7 +139,7 @@ class OfferDesk:
 
     def _begin(self, sequence: Sequence, now_ns: int) -> list[Command]:
         """Offer what there is; the rest follows if that is not all."""
-        config, request_id = self._config, sequence.request_id
+        request_id = sequence.request_id
         assert sequence.decode_worker is not None
         num_ready = self._num_ready(sequence)
         is_last = num_ready == sequence.target_tokens
@@ -145,6 +148,13 @@ class OfferDesk:
         sequence.is_pinned = not is_last
         # Stamped first: the offer carries the timeline.
         commands = self._complete(crossing, now_ns) if is_last else []
+        lease = self._leases.begin(session, now_ns)
+        return [self._offer_of(crossing), *commands, *lease]
+
+    def _offer_of(self, crossing: Crossing) -> Command:
+        """Say all that is ready."""
+        config, sequence, num_ready = self._config, crossing.sequence, crossing.num_ready
+        request_id, is_last = sequence.request_id, num_ready == sequence.target_tokens
         offer = Offer(
             request=sequence.request,
             source=config.worker_id,
@@ -153,11 +163,10 @@ class OfferDesk:
             num_ready=num_ready,
             groups=self._kv.offer(request_id, num_ready, is_last=is_last),
             runs=self._kv.runs(request_id, sequence.target_tokens),
-            timeline=sequence.timeline,
+            timeline=copy(sequence.timeline),
             lease_ns=config.lease_ns,
         )
-        lease = self._leases.begin(session, now_ns)
-        return [Send(sequence.decode_worker, offer), *commands, *lease]
+        return Send(crossing.session.peer, offer)
 
     def _complete(self, crossing: Crossing, now_ns: int) -> list[Command]:
         """Note that the last block is there, and tell the controller."""
@@ -180,7 +189,7 @@ class OfferDesk:
             after=after,
             num_ready=num_ready,
             groups=self._kv.offer(sequence.request_id, num_ready, after=after, is_last=is_last),
-            offered_ns=sequence.timeline.offered_ns,
+            timeline=copy(sequence.timeline) if is_last else None,
         )
         return Send(crossing.session.peer, message)
 

@@ -10,6 +10,7 @@ Source: KVDirect (arXiv 2501.14743), push mode.
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
@@ -81,7 +82,7 @@ class PushDesk:
             num_ready=0,
             groups=(_NOTHING,) * num_groups,
             runs=((),) * num_groups,
-            timeline=sequence.timeline,
+            timeline=copy(sequence.timeline),
             lease_ns=config.lease_ns,
             is_push=True,
         )
@@ -219,7 +220,7 @@ class PushDesk:
             after=after,
             num_ready=push.num_written,
             groups=self._parts(push, after, push.num_written),
-            offered_ns=push.sequence.timeline.offered_ns if is_last else 0,
+            timeline=copy(push.sequence.timeline) if is_last else None,
         )
         return Send(push.session.peer, message)
 

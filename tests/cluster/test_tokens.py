@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from penstock.cli.cluster import BUILTIN_MODEL
-from penstock.core.config import EngineConfig
+from penstock.core.config import EngineConfig, Handoff
 from penstock.core.request import SamplingParams
 from penstock.core.types import FinishReason
 from penstock.runtime.local import LocalCluster
@@ -24,6 +24,7 @@ TOPOLOGIES = {
     "mixed": {"prefill": 0, "decode": 0, "mixed": 1},
     "1P1D": {},
     "2P2D": {"prefill": 2, "decode": 2},
+    "1P1D push": {"handoff": Handoff.PUSH},
 }
 # One token, less than a block, a block and one more, several chunks.
 LENGTHS = (1, 2, 5, 31, 32, 33, 64, 65, 100, 300)

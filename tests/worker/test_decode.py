@@ -8,6 +8,7 @@ from penstock.core.messages import (
     Migrate,
     Offer,
     PeerDown,
+    Progress,
     Release,
     Renew,
     Tokens,
@@ -43,6 +44,7 @@ def test_parts_are_pulled_as_they_are_finished_and_run_when_all_have_landed() ->
     assert len(story.moves) == 1
     story.tell(progress[0])
     story.tell(progress[0])
+    story.heard(Renew)
     story.tell(Woken("renew"))
     (renew,) = story.heard(Renew)
     assert renew.num_ready == (32,)
@@ -63,6 +65,22 @@ def test_parts_are_pulled_as_they_are_finished_and_run_when_all_have_landed() ->
     parts = timeline.ledger(delivered_ns=story.now_ns)
     assert min(parts.values()) >= 0
     story.assert_empty()
+
+
+def test_an_offer_that_was_lost_is_asked_for_when_there_is_progress() -> None:
+    prefill, decode = Story(P0, max_num_batched_tokens=18), Story(D0)
+    prefill.tell(assign(request("r", 40, max_tokens=1), D0))
+    prefill.step()
+    prefill.heard(Offer)
+    prefill.step()
+    (progress,) = prefill.heard(Progress)
+    decode.tell(progress)
+    (ask,) = decode.heard(Renew)
+    prefill.tell(ask)
+    (offer,) = prefill.heard(Offer)
+    assert offer.num_ready == 32
+    decode.tell(offer)
+    assert [span.num_blocks for span in decode.moves[0].move.spans[0]] == [2]
 
 
 @pytest.mark.parametrize("end", ["corrupt", "cancel", "withdraw", "peer_down"])

@@ -71,7 +71,7 @@ def test_a_long_prompt_is_offered_chunk_by_chunk_and_completed_in_order() -> Non
     assert [(p.after, p.num_ready) for p in progress] == [(16, 32), (32, 39)]
     told = [block for message in (offer, *progress) for block in message.groups[0].block_ids]
     assert told == [0, 1, 2]
-    assert [bool(p.offered_ns) for p in progress] == [False, True]
+    assert [bool(p.timeline) for p in progress] == [False, True]
     assert len(story.heard(Offered)) == 1
     story.tell(Release(request_id=RequestId("r"), worker_id=D0))
     story.assert_empty()
