@@ -60,8 +60,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
 class Accuracy(Struct, frozen=True, kw_only=True):
     """How good predictions were, as totals since the start: divide two of them by each other.
 
-    Relative errors are |predicted - actual| over the larger of the two. `step_error` and `transfer_error` are means
-    of late, of the absolute logarithm of actual over predicted.
+    Relative errors are |predicted - actual| over the larger of the two. `step_error` and
+    `transfer_error` are means of late, of the absolute logarithm of actual over predicted.
     """
 
     ttft_count: int = 0

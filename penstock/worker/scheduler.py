@@ -87,6 +87,18 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def stamp_started(self, now_ns: int) -> list[Sequence]:
+        """Note who runs for the first time; return those whose prefill the cache made complete
+        without a step.
+        """
+        ready = []
+        for sequence in self.running:
+            if not sequence.timeline.prefill_started_ns:
+                sequence.timeline.prefill_started_ns = now_ns
+            if sequence.decode_worker and sequence.num_computed == sequence.target_tokens:
+                ready.append(sequence)
+        return ready
+
     def last_pinned(self) -> Sequence | None:
         """Return the youngest running sequence that a peer reads, if there is any.
 

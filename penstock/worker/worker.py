@@ -42,7 +42,7 @@ from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
 from penstock.worker.books import check_sequences
 from penstock.worker.decode import RENEW_KEY, PullDesk
-from penstock.worker.defragment import Defragmenter
+from penstock.worker.defragment import DEFRAGMENT_KEY, Defragmenter
 from penstock.worker.lease import LEASE_KEY
 from penstock.worker.numbers import Numbers
 from penstock.worker.output import take_token
@@ -90,7 +90,7 @@ class Worker:
         """
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
-        acts = self._go_on(now_ns) + said + self.defragmenter.due(is_idle=self.is_idle)
+        acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
         # Blocks that are being relocated are neither free nor cached: the last word comes after it.
         is_idle = self.is_idle and not self.defragmenter.is_busy
         return acts + self._reporter.due(now_ns, is_idle=is_idle)
@@ -187,6 +187,8 @@ class Worker:
     def _wake(self, key: str, now_ns: int) -> list[Command]:
         if key == RENEW_KEY:
             return self.pulls.renew(now_ns)
+        if key == DEFRAGMENT_KEY:
+            return self.defragmenter.wake()
         assert key == LEASE_KEY, key
         return self._end_crossings(*self.offers.expire(now_ns))
 
@@ -273,7 +275,7 @@ class Worker:
             commands += more
         while self._plan is None:
             self._plan = self.scheduler.schedule()
-            ready = self._stamp_started(now_ns)
+            ready = self.scheduler.stamp_started(now_ns)
             commands += [c for sequence in ready for c in self._hand_off(sequence, now_ns)]
             if self._plan is not None:
                 commands.append(RunStep(self._plan.step))
@@ -304,18 +306,6 @@ class Worker:
         taken = len(self.scheduler.running) + self.pulls.num_admitted
         waiting = self.scheduler.waiting
         return taken < self.config.max_num_seqs and not (waiting and waiting[0].is_preempted)
-
-    def _stamp_started(self, now_ns: int) -> list[Sequence]:
-        """Note who runs for the first time; return those whose prefill the cache made complete
-        without a step.
-        """
-        ready = []
-        for sequence in self.scheduler.running:
-            if not sequence.timeline.prefill_started_ns:
-                sequence.timeline.prefill_started_ns = now_ns
-            if sequence.decode_worker and sequence.num_computed == sequence.target_tokens:
-                ready.append(sequence)
-        return ready
 
     def _hand_off(self, sequence: Sequence, now_ns: int) -> list[Command]:
         """Offer what is new; a sequence that is complete leaves the line."""

@@ -9,6 +9,7 @@ from penstock.core.events import (
     Send,
     StepDone,
     SubmitMove,
+    WakeAt,
 )
 from penstock.core.messages import (
     Assign,
@@ -36,6 +37,7 @@ class Story:
         self.steps: list[Step] = []
         self.moves: list[SubmitMove] = []
         self.said: list[Send] = []
+        self.asked: list[WakeAt] = []
         config = WorkerConfig(
             worker_id=name,
             role=Role.MIXED,
@@ -57,6 +59,7 @@ class Story:
         self.steps += [c.step for c in commands if isinstance(c, RunStep)]
         self.moves += [c for c in commands if isinstance(c, SubmitMove)]
         self.said += [c for c in commands if isinstance(c, Send)]
+        self.asked += [c for c in commands if isinstance(c, WakeAt)]
         return commands
 
     def step(self, token_id: int = 5) -> Step:

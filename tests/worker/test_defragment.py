@@ -1,6 +1,6 @@
 """An idle worker moves cached blocks together, and never stands in a request's way."""
 
-from penstock.core.events import MoveClass
+from penstock.core.events import MoveClass, WakeAt, Woken
 from penstock.core.messages import Load, Tokens
 from penstock.core.types import CONTROLLER
 from tests.worker.story import P0, Story, assign, request
@@ -15,6 +15,21 @@ def scattered(**settings: int) -> Story:
     while story.steps:
         story.step()
     return story
+
+
+def test_pools_are_looked_at_once_per_interval_and_then_again() -> None:
+    story = Story(P0, num_blocks=12, max_num_batched_tokens=200)
+    story.tell(assign(request("first", 40, start=500, max_tokens=1), P0))
+    story.step()  # idle: looked at, nothing to gain
+    for name, start in (("a", 100), ("b", 300)):
+        story.tell(assign(request(name, 40, start=start, max_tokens=1), P0))
+    while story.steps:
+        story.step()
+    assert not story.moves
+    (wake,) = [c for c in story.asked if isinstance(c, WakeAt) and c.key == "defragment"]
+    story.now_ns = wake.at_ns
+    story.tell(Woken(wake.key))
+    assert story.moves
 
 
 def longest_free(story: Story) -> int:
