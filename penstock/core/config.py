@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from penstock.core.block import KVLayout
 from penstock.core.errors import StartupFailed
+from penstock.core.tiers import TierConfig
 from penstock.core.types import NS_PER_MS, NS_PER_S, Role, WorkerId
 
 
@@ -73,6 +74,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """How long offered blocks are kept for a decode worker that says nothing."""
     names_interval_ns: int | None = 100 * NS_PER_MS
     """How often the controller is told, at most, which blocks came and went; None: never."""
+    tiers: tuple[TierConfig, ...] = ()
+    """What is below the pool, nearest first; only where there is one KV group without a window."""
     max_repeats: int = 1
     """Decode steps that the executor may run in a row while nobody waits. Whoever asks for more
     than one has an executor that stops when something else comes: the simulator.

@@ -23,6 +23,7 @@ from penstock.core.block import KVLayout
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
+from penstock.core.tiers import TierLoad
 from penstock.core.types import (
     BlockHash,
     BlockId,
@@ -209,6 +210,7 @@ class Load(Tagged, frozen=True):
     step_samples: tuple[StepSample, ...] = ()
     pull_samples: tuple[PullSample, ...] = ()
     fragmentation: tuple[float, ...] = ()
+    tiers: tuple[TierLoad, ...] = ()
 
 
 class BlocksChanged(Tagged, frozen=True):

@@ -31,6 +31,8 @@ class PrefixCache:
         self._pinned: set[BlockId] = set()
         self.changes: dict[BlockHash, bool] | None = None
         """Names that came (True) or went since this was last emptied; None while nobody asks."""
+        self.parked: list[BlockHash] | None = None
+        """Names of blocks let go by all since this was last emptied; None while nobody asks."""
 
     @property
     def num_indexed(self) -> int:
@@ -120,6 +122,8 @@ class PrefixCache:
         self._kept[self._next_place] = block_id
         self._place_of[block_id] = self._next_place
         self._next_place += 1
+        if self.parked is not None:
+            self.parked.append(self._hash_of[block_id])
 
     def unpark(self, block_id: BlockId) -> None:
         """Note that an idle block is held again."""

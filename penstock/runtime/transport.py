@@ -15,13 +15,14 @@ class LaneTransport:
     """Copies run beside model steps: a copy is memory traffic and needs no interpreter.
 
     Those from different peers run beside one another, so that one whose link is silent, which
-    takes seconds to find out, holds up nobody else. `move` is called from several threads.
+    takes seconds to find out, holds up nobody else; so do those between two tiers. `move` is called
+    from several threads.
     """
 
     def __init__(self, messenger: Messenger, move: Callable[[Move], MoveDone]) -> None:
         self._messenger = messenger
         self._move = move
-        self._lanes: dict[WorkerId, Lane[MoveDone]] = {}
+        self._lanes: dict[tuple[str, ...], Lane[MoveDone]] = {}
 
     def start(self) -> None:
         """Start nothing yet: a thread comes with the first move from a peer."""
@@ -32,10 +33,12 @@ class LaneTransport:
 
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
         """Queue the move; those from one peer run one after the other, in the order given."""
-        if move.source not in self._lanes:
-            lane = self._lanes[move.source] = Lane[MoveDone]("moves", on_crash=_fail)
+        ends = move.tiers
+        way = (move.source,) if ends is None else (move.source, ends.source, ends.destination)
+        if way not in self._lanes:
+            lane = self._lanes[way] = Lane[MoveDone]("moves", on_crash=_fail)
             lane.start()
-        self._lanes[move.source].do(lambda: self._move(move), done)
+        self._lanes[way].do(lambda: self._move(move), done)
 
 
 def _fail(error: BaseException) -> None:

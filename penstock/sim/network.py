@@ -18,6 +18,7 @@ from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, BlockId, Digest, WorkerId
 from penstock.kv.pool import Generations
 from penstock.sim.clock import SimClock
+from penstock.sim.tiers import SimTiers
 from penstock.transfer.digest import disagree, is_corrupt, take_digests
 from penstock.transfer.generation import is_stale
 from penstock.transfer.region import Bytes2D
@@ -28,11 +29,14 @@ Deliver = Callable[[Message], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimMemory:
-    """A worker's pools, in what shape its KV lies there, and how often blocks were handed out."""
+    """A worker's pools, in what shape its KV lies there, and how often blocks were handed out;
+    `tiers` are below the pool.
+    """
 
     layout: KVLayout
     pools: tuple[Bytes2D, ...]
     generations: tuple[Generations, ...]
+    tiers: SimTiers | None = None
 
     def digests_of(self, pool: Bytes2D, wanted: Reshape) -> tuple[Digest, ...]:
         """Return the digests of what a reshape has filled, if it came with digests itself."""
@@ -197,8 +201,12 @@ class SimTransport:
             self._network.send(self._node, to, message)
 
     def submit(self, move: Move, done: Callable[[MoveDone], None]) -> None:
-        """Pull blocks."""
+        """Pull blocks, or move them between the pool and a tier."""
         assert self._memory is not None, f"{self._node} has nowhere to put blocks"
+        if move.tiers is not None:
+            assert self._memory.tiers is not None, f"{self._node} has no tiers"
+            self._memory.tiers.submit(self._memory.pools[0], move, self._is_alive, done)
+            return
         self._network.submit(self._memory, move, self._is_alive, done)
 
 

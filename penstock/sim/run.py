@@ -30,6 +30,7 @@ from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestI
 from penstock.sim.clock import SimClock
 from penstock.sim.executor import MakeModel, SimExecutor, StepCost, chain_layout, chain_model
 from penstock.sim.network import LinkCost, SimMemory, SimNetwork, SimTransport
+from penstock.sim.tiers import SimTier, SimTiers, Slots, make_slots
 from penstock.transfer.region import Bytes2D
 from penstock.worker.worker import Worker
 
@@ -38,7 +39,8 @@ from penstock.worker.worker import Worker
 class ClusterSpec:
     """A cluster to simulate. `num_blocks` is per KV group of each worker.
 
-    `layouts` are those of workers, by name, whose KV lies in another shape than `layout`.
+    `layouts` are those of workers, by name, whose KV lies in another shape than `layout`. `tiers`
+    are below the pool of every worker, nearest first.
     """
 
     roles: dict[str, Role] = field(default_factory=lambda: {"p0": Role.PREFILL, "d0": Role.DECODE})
@@ -53,7 +55,9 @@ class ClusterSpec:
     link_cost: LinkCost = field(default_factory=LinkCost)
     model: MakeModel = chain_model
     handoff: Handoff = Handoff.STREAM
+    is_defragmenting: bool = True
     has_digests: bool = True
+    tiers: tuple[SimTier, ...] = ()
     detection_ns: int = 20 * NS_PER_MS
     respawn_ns: int = 100 * NS_PER_MS
     controller: ControllerConfig = field(default_factory=ControllerConfig)
@@ -62,8 +66,18 @@ class ClusterSpec:
 class SimWorker:
     """A worker core with its simulated ports, pools and life."""
 
-    def __init__(self, spec: ClusterSpec, network: SimNetwork, name: str, epoch: int) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        network: SimNetwork,
+        name: str,
+        epoch: int,
+        before: "SimWorker | None" = None,
+    ) -> None:
         layout = spec.layouts.get(name, spec.layout)
+        kept = before.slots if before is not None else {}
+        self.slots: dict[str, Slots] = make_slots(spec.tiers, layout.block_bytes[0], kept)
+        tiers = SimTiers(spec.tiers, self.slots, network.clock, network.rng)
         self.config = WorkerConfig(
             worker_id=WorkerId(name),
             role=spec.roles[name],
@@ -75,6 +89,8 @@ class SimWorker:
             max_num_batched_tokens=spec.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
             handoff=spec.handoff,
+            is_defragmenting=spec.is_defragmenting,
+            tiers=tiers.configs(),
         )
         generations = tuple(np.zeros(count, np.int64) for count in spec.num_blocks)
         self.core = Worker(self.config, generations)
@@ -82,7 +98,7 @@ class SimWorker:
         self.pools: tuple[Bytes2D, ...] = tuple(np.zeros(size, np.uint8) for size in sizes)
         self.is_alive = True
         self.log = DecisionLog()
-        memory = SimMemory(layout, self.pools, generations)
+        memory = SimMemory(layout, self.pools, generations, tiers)
         transport = SimTransport(network, self.config.worker_id, memory, lambda: self.is_alive)
         model = spec.model(layout, self.pools)
         digested = self.pools if spec.has_digests else ()
@@ -231,7 +247,7 @@ class SimCluster:
         self.clock.call_at(now_ns + self.spec.respawn_ns, lambda: self._respawn(name, epoch + 1))
 
     def _respawn(self, name: str, epoch: int) -> None:
-        self.workers[name] = SimWorker(self.spec, self.network, name, epoch)
+        self.workers[name] = SimWorker(self.spec, self.network, name, epoch, self.workers[name])
 
     def _take(self, message: Message) -> None:
         match message:

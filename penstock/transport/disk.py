@@ -28,10 +28,10 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from penstock.core.errors import StartupFailed
+from penstock.core.tiers import KeptBlock
 from penstock.core.types import MIB, BlockHash, Digest
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Bytes2D, Region
-from penstock.transport.tier import Kept
 
 PAGE_BYTES: Final = 4096
 RECORD: Final = np.dtype(
@@ -91,7 +91,7 @@ class DiskTier:
         """Tell whether blocks bypass the page cache."""
         return self._direct_fd >= 0
 
-    def contents(self) -> list[Kept]:
+    def contents(self) -> list[KeptBlock]:
         """Return what was there when the file was opened."""
         return self._kept
 
@@ -161,7 +161,7 @@ class DiskTier:
         os.posix_fallocate(self._fd, 0, self._end)
         os.pwrite(self._fd, wanted, 0)
 
-    def _load(self) -> Iterator[Kept]:
+    def _load(self) -> Iterator[KeptBlock]:
         """Yield the slots whose records are whole; of two with one name the first."""
         raw = os.pread(self._fd, self.num_slots * RECORD.itemsize, PAGE_BYTES)
         records = np.frombuffer(raw, RECORD)
@@ -171,7 +171,7 @@ class DiskTier:
             name, digest = BlockHash(record["name"].tobytes()), Digest(int(record["digest"]))
             if int(record["check"]) == _check(slot, name, digest) and name not in seen:
                 seen.add(name)
-                yield Kept(slot, name, digest)
+                yield KeptBlock(slot, name, digest)
 
     def _write_records(self, first: int, records: npt.NDArray[np.void]) -> None:
         offset = PAGE_BYTES + first * RECORD.itemsize

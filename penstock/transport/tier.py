@@ -6,20 +6,13 @@ file, `emulated.py` the same at the rate of a slower memory.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from penstock.core.tiers import KeptBlock
 from penstock.core.types import BlockHash, Digest
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Region
 from penstock.transport.shm import SharedPool, copy_spans
-
-
-class Kept(NamedTuple):
-    """A slot that had a block in it when the tier was opened."""
-
-    slot: int
-    name: BlockHash
-    digest: Digest
 
 
 class TierStore(Protocol):
@@ -44,7 +37,7 @@ class TierStore(Protocol):
     def read(self, destination: Region, spans: SpanArray) -> None:
         """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
 
-    def contents(self) -> list[Kept]:
+    def contents(self) -> list[KeptBlock]:
         """Return what was there when the tier was opened."""
 
     def close(self) -> None:
@@ -82,7 +75,7 @@ class MemoryTier:
         """Copy slots into blocks."""
         copy_spans(self.region, destination, spans)
 
-    def contents(self) -> list[Kept]:
+    def contents(self) -> list[KeptBlock]:
         """Return nothing: memory begins empty."""
         return []
 

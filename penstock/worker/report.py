@@ -16,6 +16,7 @@ from penstock.worker.names import NameReports
 from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.source import SourceDesk
+from penstock.worker.tiers import TierDesk
 
 
 class Reporter:
@@ -28,12 +29,14 @@ class Reporter:
         scheduler: Scheduler,
         offers: SourceDesk,
         pulls: PullDesk,
+        tiers: TierDesk,
     ) -> None:
         self._config = config
         self._kv = kv
         self._scheduler = scheduler
         self._offers = offers
         self._pulls = pulls
+        self._tiers = tiers
         self._names = NameReports(config, kv)
         self._samples = Samples()
         self._reported_ns = -config.load_interval_ns
@@ -42,6 +45,7 @@ class Reporter:
     def note_step(self, step: Step, done: StepDone) -> None:
         """Remember what a step took."""
         self._samples.note_step(step, done)
+        self._tiers.note_step(len(step.token_ids), done.finished_ns - done.started_ns)
 
     def note_pull(self, source: WorkerId, done: MoveDone) -> None:
         """Remember what a pull took."""
@@ -82,4 +86,5 @@ class Reporter:
             pulls_recomputed=pulls.num_recomputed,
             leases_expired=self._offers.num_expired,
             fragmentation=kv.fragmentation,
+            tiers=self._tiers.load(),
         )

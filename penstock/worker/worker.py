@@ -12,15 +12,7 @@ is said by its assignment.
 from collections.abc import Iterable
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import (
-    Command,
-    Event,
-    MoveDone,
-    RunStep,
-    Send,
-    StepDone,
-    Woken,
-)
+from penstock.core.events import Command, Event, MoveDone, RunStep, Send, StepDone, Woken
 from penstock.core.messages import (
     Assign,
     Cancel,
@@ -50,6 +42,7 @@ from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 from penstock.worker.source import SourceDesk
+from penstock.worker.tiers import TierDesk
 
 
 class Worker:
@@ -72,12 +65,14 @@ class Worker:
         self.offers = SourceDesk(config, self.kv, move_ids)
         self.pulls = PullDesk(config, self.kv, move_ids)
         self.defragmenter = Defragmenter(config, self.kv, move_ids)
+        self.tiers = TierDesk(config, self.kv, self.scheduler, move_ids)
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
         self._leaving: dict[RequestId, WorkerId] = {}
         self._arrivals = Numbers()
-        self._reporter = Reporter(config, self.kv, self.scheduler, self.offers, self.pulls)
+        desks = (self.offers, self.pulls, self.tiers)
+        self._reporter = Reporter(config, self.kv, self.scheduler, *desks)
 
     @property
     def is_idle(self) -> bool:
@@ -91,6 +86,7 @@ class Worker:
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
+        acts += self.tiers.due(now_ns, is_idle=self.is_idle)
         # Blocks that are being relocated are neither free nor cached: the last word comes after it.
         is_idle = self.is_idle and not self.defragmenter.is_busy
         return acts + self._reporter.due(now_ns, is_idle=is_idle)
@@ -150,7 +146,7 @@ class Worker:
         )
         assert sequence.request_id not in self.sequences, sequence.request_id
         self.sequences[sequence.request_id] = sequence
-        self.scheduler.add(sequence)
+        self.tiers.add(sequence, now_ns)
         is_known = not is_ours and event.decode_worker in self._peers
         return self.offers.announce(sequence, now_ns) if is_known else []
 
@@ -162,7 +158,7 @@ class Worker:
         return [self._release_to(source, request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
-        if self.defragmenter.land(event):
+        if self.defragmenter.land(event) or self.tiers.land(event, now_ns):
             return []
         pushed = self.offers.land(event)
         if pushed is not None:
@@ -382,9 +378,11 @@ class Worker:
     def check(self) -> None:
         """Assert that the books balance; called after every event in simulation."""
         self.kv.check()
-        check_sequences(self.sequences.values(), self.kv, self.scheduler)
+        self.tiers.check()
+        num_fetches = self.tiers.num_fetches
+        check_sequences(self.sequences.values(), self.kv, self.scheduler, num_fetches)
         is_idle = self._plan is None and not self.scheduler.running
         if is_idle and self.scheduler.waiting:
             # Somebody must be holding what the first in line wants.
             held = self.offers.crossings or self.pulls.num_admitted or self.defragmenter.is_busy
-            assert held, f"idle while {self.scheduler.waiting[0].request_id} waits"
+            assert held or num_fetches, f"idle while {self.scheduler.waiting[0].request_id} waits"

@@ -38,7 +38,8 @@ from penstock.transport.shm import SharedPool
 from penstock.transport.verify import digests_of, verified
 from penstock.worker.worker import Worker
 
-SPEC = ClusterSpec(num_blocks=(24,), max_num_batched_tokens=48)
+# How often an idle worker looks at its pools depends on the time, which differs.
+SPEC = ClusterSpec(is_defragmenting=False, num_blocks=(24,), max_num_batched_tokens=48)
 IGNORED = ("Load", "BlocksChanged", "PeerUp")
 """Reports depend on how long things take; introductions carry process ids and addresses. Timers are
 left out too: leases run out in simulated seconds that a real run of a second never sees.
@@ -102,6 +103,7 @@ class RealWorker:
             max_model_len=SPEC.max_model_len,
             max_num_seqs=SPEC.max_num_seqs,
             max_num_batched_tokens=SPEC.max_num_batched_tokens,
+            is_defragmenting=SPEC.is_defragmenting,
         )
         self.pools = tuple(
             SharedPool(count, size)

@@ -1,0 +1,50 @@
+"""What is below a worker's pool, as a worker is told of it and as it tells of it.
+
+Slots of one block each, in tiers by name (`kv/tiers.py` has the names). Who decides is
+`worker/tiers.py`, where the bytes are is `transport/tier.py`'s; both speak in these.
+"""
+
+from msgspec import Struct
+
+from penstock.core.types import BlockHash, Digest
+
+
+class KeptBlock(Struct, frozen=True, array_like=True):
+    """A block that was in a tier when the worker started."""
+
+    slot: int
+    name: BlockHash
+    digest: Digest
+
+
+class TierConfig(Struct, frozen=True, kw_only=True):
+    """Slots below a worker's pool, one block each. `name` is a value of `kv.tiers.Tier`.
+
+    Rate and latency are what to expect until they have been measured; `kept` is what is there.
+    """
+
+    name: str
+    num_slots: int
+    bytes_per_s: int
+    latency_ns: int = 0
+    kept: tuple[KeptBlock, ...] = ()
+
+
+class TierLoad(Struct, frozen=True, array_like=True):
+    """What a tier below a worker's pool holds, in blocks, and totals since the worker's start.
+
+    `num_hits` blocks were brought back in time of need, in `bytes_out`; `bytes_in` went in.
+    `num_corrupt` came back wrong and were dropped, `num_failed` could not be written,
+    `num_evicted` were given up for others. Requests waited `exposed_ns` for moves out of here.
+    """
+
+    name: str
+    num_slots: int
+    num_used: int
+    num_hits: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    num_corrupt: int = 0
+    num_failed: int = 0
+    num_evicted: int = 0
+    exposed_ns: int = 0

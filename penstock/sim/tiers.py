@@ -1,0 +1,157 @@
+"""Tiers of simulated workers: slots with bytes, moves that take time, and what goes wrong there.
+
+Slots on disk outlive their worker, with what was written of them to the end. As between workers,
+bytes are copied at the time at which a move lands, so that a block or a slot that was given away
+too early is caught with the wrong content. `sim/run.py` makes them.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.core.events import Move, MoveDone, Span
+from penstock.core.tiers import KeptBlock, TierConfig
+from penstock.core.types import BlockHash, BlockId, Digest
+from penstock.kv.tiers import Tier
+from penstock.sim.clock import SimClock
+from penstock.transfer.digest import take_digests
+from penstock.transfer.region import Bytes2D
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimTier:
+    """A tier of every worker: its size, what a move costs, and what goes wrong, as probabilities.
+
+    A move down fails (the disk is full), a move up fails (the disk is gone), one of its blocks
+    comes with a flipped bit.
+    """
+
+    name: str
+    num_slots: int
+    latency_ns: int = 10_000
+    bytes_per_s: int = 10_000_000_000
+    write_failure: float = 0.0
+    read_failure: float = 0.0
+    corruption: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Slots:
+    """What a tier holds: bytes, and of what has arrived whole, the names and digests."""
+
+    blocks: Bytes2D
+    records: dict[int, tuple[BlockHash, Digest]] = field(default_factory=dict)
+
+    def kept(self) -> tuple[KeptBlock, ...]:
+        """Return what a worker finds here when it starts; of two with one name the first."""
+        first: dict[BlockHash, KeptBlock] = {}
+        for slot, (name, digest) in sorted(self.records.items()):
+            first.setdefault(name, KeptBlock(slot, name, digest))
+        return tuple(first.values())
+
+
+class SimTiers:
+    """The tiers of one worker during one life, and the moves between them and its pool."""
+
+    def __init__(
+        self, specs: Sequence[SimTier], slots: dict[str, Slots], clock: SimClock, rng: random.Random
+    ) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self._slots = slots
+        self._clock = clock
+        self._rng = rng
+
+    def configs(self) -> tuple[TierConfig, ...]:
+        """Return what the worker core is to know of them."""
+        return tuple(
+            TierConfig(
+                name=spec.name,
+                num_slots=spec.num_slots,
+                bytes_per_s=spec.bytes_per_s,
+                latency_ns=spec.latency_ns,
+                kept=self._slots[spec.name].kept(),
+            )
+            for spec in self._specs.values()
+        )
+
+    def submit(
+        self,
+        pool: Bytes2D,
+        move: Move,
+        is_alive: Callable[[], bool],
+        done: Callable[[MoveDone], None],
+    ) -> None:
+        """Carry a move out when its time is over."""
+        (spans,), ends = move.spans, move.tiers
+        assert ends is not None, move
+        spec = self._specs[ends.source or ends.destination]
+        started_ns = self._clock.now_ns()
+        num_bytes = sum(span.num_blocks for span in spans) * pool.shape[1]
+        took_ns = spec.latency_ns + num_bytes * 1_000_000_000 // spec.bytes_per_s
+        if ends.destination:
+            for _, slot in _pairs(spans):
+                self._slots[ends.destination].records.pop(slot, None)
+
+        def land() -> None:
+            if not is_alive():
+                return
+            digests: tuple[tuple[Digest, ...], ...] = ()
+            if ends.destination:
+                error = self._write(pool, move)
+            elif self._rng.random() < spec.read_failure:
+                error = f"{ends.source} cannot be read"
+            else:
+                error = None
+                digests = (self._read(pool, spec, spans),)
+            done(
+                MoveDone(
+                    move_id=move.move_id,
+                    num_bytes=num_bytes,
+                    num_spans=len(spans),
+                    transport="sim",
+                    started_ns=started_ns,
+                    finished_ns=self._clock.now_ns(),
+                    error=error,
+                    digests=digests,
+                )
+            )
+
+        self._clock.call_at(started_ns + took_ns, land)
+
+    def _write(self, pool: Bytes2D, move: Move) -> str | None:
+        (spans,), (digests,), ends = move.spans, move.digests, move.tiers
+        assert ends is not None, move
+        if self._rng.random() < self._specs[ends.destination].write_failure:
+            return f"no space left on {ends.destination}"
+        source = self._slots[ends.source].blocks if ends.source else pool
+        into = self._slots[ends.destination]
+        for (block, slot), name, digest in zip(_pairs(spans), ends.names, digests, strict=True):
+            into.blocks[slot] = source[block]
+            into.records[slot] = (name, digest)
+        return None
+
+    def _read(self, pool: Bytes2D, spec: SimTier, spans: Sequence[Span]) -> tuple[Digest, ...]:
+        pairs = _pairs(spans)
+        for slot, block in pairs:
+            pool[block] = self._slots[spec.name].blocks[slot]
+        if self._rng.random() < spec.corruption:
+            pool[self._rng.choice(pairs)[1], 0] ^= np.uint8(1)
+        return take_digests(pool, (BlockId(block) for _, block in pairs))
+
+
+def make_slots(
+    specs: Sequence[SimTier], block_bytes: int, before: dict[str, Slots]
+) -> dict[str, Slots]:
+    """Return the slots of a worker that starts: those on disk are as they were `before`."""
+    return {
+        spec.name: before[spec.name]
+        if spec.name == Tier.DISK.value and before
+        else Slots(np.zeros((spec.num_slots, block_bytes), np.uint8))
+        for spec in specs
+    }
+
+
+def _pairs(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    return [(s.source + i, s.destination + i) for s in spans for i in range(s.num_blocks)]

@@ -1,0 +1,187 @@
+"""`Shelf`: the books of one tier below a worker's pool: which block is in which slot.
+
+A copy is *arriving* while a move writes it, then it can be read; while a move reads it, it is held
+and stays. Bytes and states are those of the worker's `Residency`; slots come from the same kind of
+allocator as blocks, so that what goes in together lies in one piece. Knows no request and moves
+nothing: `worker/tiers.py`, its only caller, does.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from penstock.core.tiers import TierConfig, TierLoad
+from penstock.core.types import BlockHash, BlockId, Digest
+from penstock.kv.allocator import SegmentAllocator
+from penstock.kv.eviction import EvictionOrder, make_order
+from penstock.kv.residency import Residency
+from penstock.kv.tiers import RAW, Tier
+
+RATE_WEIGHT = 0.2
+"""Weight of the latest move in the mean rate."""
+
+
+class Shelf:
+    """One tier. `resumes_ns` is when it may be written again after a failure."""
+
+    def __init__(self, config: TierConfig, residency: Residency, block_bytes: int) -> None:
+        self.name = config.name
+        self.num_slots = config.num_slots
+        self.resumes_ns = 0
+        self.num_hits = self.bytes_in = self.bytes_out = 0
+        self.num_corrupt = self.num_failed = self.num_evicted = self.exposed_ns = 0
+        self._tier = Tier(config.name)
+        self._residency = residency
+        self._block_bytes = block_bytes
+        self._slots = SegmentAllocator(config.num_slots)
+        self._order: EvictionOrder = make_order("lru")
+        self._digests: dict[BlockHash, Digest] = {}
+        self._condemned: set[BlockHash] = set()
+        self._ns_per_byte = 1e9 / config.bytes_per_s
+        self._latency_ns = config.latency_ns
+        self._reading_bytes = 0
+        self._slots.take(sorted(BlockId(kept.slot) for kept in config.kept))
+        for kept in config.kept:
+            is_new = residency.add(kept.name, self._tier, RAW, block_bytes, kept.slot * block_bytes)
+            assert is_new, f"{self.name} came with more than it holds"
+            self._arrive(kept.name, kept.digest)
+
+    def __contains__(self, name: BlockHash) -> bool:
+        """Tell whether a block can be read here."""
+        return self._residency.is_present(name, self._tier) and name not in self._condemned
+
+    def knows(self, name: BlockHash) -> bool:
+        """Tell whether a block is here or arriving."""
+        return self._residency.copy(name, self._tier) is not None
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a block."""
+        return self._slots.num_free
+
+    def slot(self, name: BlockHash) -> BlockId:
+        """Return where a block is, or will be."""
+        copy = self._residency.copy(name, self._tier)
+        assert copy is not None, f"{name.hex()} is not in {self.name}"
+        return BlockId(copy.address // self._block_bytes)
+
+    def digest(self, name: BlockHash) -> Digest:
+        """Return what the digest of a block has to be."""
+        return self._digests[name]
+
+    # ------------------------------------------------------------------------------ in and out
+
+    def begin(self, names: Sequence[BlockHash]) -> list[BlockId]:
+        """Take slots for blocks that are about to arrive; there must be room."""
+        slots = self._slots.allocate(len(names))
+        assert slots is not None, f"{self.name} has {self.num_free} slots, not {len(names)}"
+        for name, slot in zip(names, slots, strict=True):
+            address = slot * self._block_bytes
+            is_begun = self._residency.begin(name, self._tier, RAW, self._block_bytes, address)
+            assert is_begun, f"{self.name} has slots and no bytes"
+        return slots
+
+    def finish(self, name: BlockHash, digest: Digest) -> None:
+        """Note that a block has arrived."""
+        self._residency.finish(name, self._tier)
+        self._arrive(name, digest)
+        self.bytes_in += self._block_bytes
+
+    def abort(self, name: BlockHash) -> None:
+        """Give the slot of a block back that did not arrive."""
+        slot = self.slot(name)
+        self._residency.abort(name, self._tier)
+        self._slots.free([slot])
+
+    def drop(self, name: BlockHash, *, is_evicted: bool = False) -> None:
+        """Give a block up that no move reads."""
+        slot = self.slot(name)
+        self._residency.drop(name, self._tier)
+        self._slots.free([slot])
+        self._order.remove(name, evicted=is_evicted)
+        del self._digests[name]
+        self.num_evicted += is_evicted
+
+    def hold(self, names: Iterable[BlockHash]) -> None:
+        """Keep blocks while a move reads them."""
+        for name in names:
+            self._residency.hold(name, self._tier)
+
+    def release(self, name: BlockHash) -> None:
+        """Undo one `hold`; what was condemned meanwhile goes with the last."""
+        self._residency.release(name, self._tier)
+        if name in self._condemned and not self.is_held(name):
+            self._condemned.remove(name)
+            self.drop(name)
+
+    def condemn(self, name: BlockHash) -> None:
+        """Let nobody find a block that is wrong, and drop it as soon as no move reads it."""
+        if self.is_held(name):
+            self._condemned.add(name)
+        elif name in self:
+            self.drop(name)
+
+    def is_held(self, name: BlockHash) -> bool:
+        """Tell whether a move reads a block that is here."""
+        copy = self._residency.copy(name, self._tier)
+        return copy is not None and copy.num_holds > 0
+
+    def touch(self, name: BlockHash) -> None:
+        """Note that a block was wanted: it goes last."""
+        self._order.touch(name)
+
+    def hold_oldest(self, count: int) -> list[BlockHash]:
+        """Hold up to `count` of the blocks that are to be given up first, and return them."""
+        oldest: list[BlockHash] = []
+        while len(oldest) < count:
+            victim = self._order.victim(lambda key: isinstance(key, bytes) and self._can_go(key))
+            if victim is None:
+                break
+            assert isinstance(victim, bytes), victim
+            oldest.append(BlockHash(victim))
+            self.hold(oldest[-1:])
+        return oldest
+
+    def _can_go(self, key: bytes) -> bool:
+        return not self.is_held(BlockHash(key))
+
+    def _arrive(self, name: BlockHash, digest: Digest) -> None:
+        self._digests[name] = digest
+        self._order.insert(name, 1.0)
+
+    # ------------------------------------------------------------------------------ costs
+
+    def fetch_ns(self, num_blocks: int) -> float:
+        """Predict how long so many blocks take out of here, behind those on their way."""
+        num_bytes = num_blocks * self._block_bytes + self._reading_bytes
+        return self._latency_ns + num_bytes * self._ns_per_byte
+
+    def begin_read(self, num_blocks: int) -> None:
+        """Note a move out of here, for predictions."""
+        self._reading_bytes += num_blocks * self._block_bytes
+
+    def end_read(self, num_blocks: int, took_ns: int) -> None:
+        """Note how long it took."""
+        num_bytes = num_blocks * self._block_bytes
+        self._reading_bytes -= num_bytes
+        per_byte = max(0, took_ns - self._latency_ns) / num_bytes
+        self._ns_per_byte += RATE_WEIGHT * (per_byte - self._ns_per_byte)
+
+    def load(self) -> TierLoad:
+        """Return how full this is, and its totals."""
+        return TierLoad(
+            name=self.name,
+            num_slots=self.num_slots,
+            num_used=self.num_slots - self.num_free,
+            num_hits=self.num_hits,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            num_corrupt=self.num_corrupt,
+            num_failed=self.num_failed,
+            num_evicted=self.num_evicted,
+            exposed_ns=self.exposed_ns,
+        )
+
+    def check(self) -> None:
+        """Assert that slots and bytes agree."""
+        self._slots.check()
+        used_bytes = (self.num_slots - self.num_free) * self._block_bytes
+        assert used_bytes == self._residency.used_bytes(self._tier), (self.name, used_bytes)

@@ -1,0 +1,242 @@
+"""`TierDesk`: the tiers below a worker's pool: what goes down, and when.
+
+A block that nobody holds any more is written to the nearest tier: at once where the worker is
+idle (write-through), else when the pool runs short (write-back, before the pool gives it up).
+Nothing is held for it: when a block was handed out anew before its copy ended, its generation says
+so, and the copy is void. What a tier gives up for others, the one used longest ago first, sinks to
+the next one, and out of the last one it is dropped.
+
+Reading back is `worker/onboard.py`'s, slots are `worker/shelf.py`'s. A worker that is never
+assigned a prompt would never look anything up, so nothing is written there. Without tiers every
+method returns at once. Called by the worker core.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Final
+
+from penstock.core.config import WorkerConfig
+from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds
+from penstock.core.tiers import TierLoad
+from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, Digest, RequestId
+from penstock.kv.cache import KVCache
+from penstock.kv.residency import Residency
+from penstock.kv.tiers import Tier, TierSpec
+from penstock.transfer.plan import align
+from penstock.worker.numbers import Numbers
+from penstock.worker.onboard import OnboardDesk
+from penstock.worker.scheduler import Scheduler
+from penstock.worker.sequence import Sequence
+from penstock.worker.shelf import Shelf
+
+BLOCKS_MAX: Final = 64
+"""In one move down: what is to come up meanwhile waits no longer than that takes."""
+REST_NS: Final = 10 * NS_PER_S
+"""A tier that could not be written is left alone for so long."""
+NOBODY: Final = RequestId("")
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """Blocks on their way down: out of the pool (`generations` as they were) or another shelf."""
+
+    names: list[BlockHash]
+    digests: tuple[Digest, ...]
+    into: Shelf
+    out_of: Shelf | None = None
+    block_ids: tuple[BlockId, ...] = ()
+    generations: tuple[int, ...] = ()
+
+
+class TierDesk:
+    """Owns the shelves, nearest first, and the moves down."""
+
+    def __init__(
+        self, config: WorkerConfig, kv: KVCache, scheduler: Scheduler, move_ids: Numbers
+    ) -> None:
+        self.num_missed = 0
+        """Blocks that the pool had overwritten before they were copied."""
+        self._config = config
+        self._kv = kv
+        self._scheduler = scheduler
+        self._move_ids = move_ids
+        self._shelves: list[Shelf] = []
+        self._pending: dict[BlockHash, None] = {}
+        self._writes: dict[int, _Write] = {}
+        self._has_prompts = False
+        self.residency = Residency(())
+        self._parked: list[BlockHash] = []
+        if config.tiers and config.is_prefix_caching:
+            self._open_tiers()
+        self._onboards = OnboardDesk(config, kv, scheduler, self._shelves, move_ids)
+
+    def _open_tiers(self) -> None:
+        (block_bytes,) = self._config.layout.block_bytes
+        specs = [
+            TierSpec(tier=Tier(tier.name), capacity_bytes=tier.num_slots * block_bytes)
+            for tier in self._config.tiers
+        ]
+        self.residency = Residency(specs)
+        self._shelves = [Shelf(tier, self.residency, block_bytes) for tier in self._config.tiers]
+        self._kv.groups[0].pool.prefix_cache.parked = self._parked
+
+    @property
+    def num_fetches(self) -> int:
+        """Fetches under way; each holds blocks of the pool."""
+        return self._onboards.num_fetches
+
+    def add(self, sequence: Sequence, now_ns: int) -> None:
+        """Take a new sequence in: it goes to the scheduler, at once or with its prefix brought."""
+        if not self._shelves:
+            self._scheduler.add(sequence)
+            return
+        self._has_prompts = True
+        self._onboards.add(sequence, now_ns)
+
+    def note_step(self, num_tokens: int, took_ns: int) -> None:
+        """Remember what computing costs."""
+        if self._shelves:
+            self._onboards.note_step(num_tokens, took_ns)
+
+    def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
+        """Return the moves that are to begin now."""
+        if not self._shelves:
+            return []
+        commands = self._onboards.take_commands()
+        self._note_parked()
+        pool = self._kv.groups[0].pool
+        is_short = 2 * pool.num_free < pool.num_blocks
+        is_writing = any(write.out_of is None for write in self._writes.values())
+        if self._pending and not is_writing and (is_idle or is_short):
+            commands += self._offload(now_ns)
+        return commands
+
+    def land(self, done: MoveDone, now_ns: int) -> bool:
+        """Take in the end of a move; False when it is none of ours."""
+        write = self._writes.pop(done.move_id, None)
+        if write is None:
+            return bool(self._shelves) and self._onboards.land(done, now_ns)
+        if done.error is not None:
+            write.into.num_failed += len(write.names)
+            write.into.resumes_ns = now_ns + REST_NS
+        pool = self._kv.groups[0].pool
+        now = pool.generations(write.block_ids)
+        changed = {
+            name
+            for name, before, after in zip(write.names, write.generations, now, strict=False)
+            if before != after
+        }
+        self.num_missed += len(changed)
+        for name, digest in zip(write.names, write.digests, strict=True):
+            if done.error is None and name not in changed:
+                write.into.finish(name, digest)
+            else:
+                write.into.abort(name)
+            if write.out_of is not None:
+                write.out_of.release(name)
+                if name in write.out_of and not write.out_of.is_held(name):
+                    write.out_of.drop(name, is_evicted=name not in write.into)
+        return True
+
+    def load(self) -> tuple[TierLoad, ...]:
+        """Return what each tier has and did, nearest first."""
+        return tuple(shelf.load() for shelf in self._shelves)
+
+    def check(self) -> None:
+        """Assert that the books balance."""
+        self.residency.check()
+        for shelf in self._shelves:
+            shelf.check()
+
+    # ------------------------------------------------------------------------------ going down
+
+    def _note_parked(self) -> None:
+        """Queue the blocks that were let go and are in no tier yet."""
+        for name in self._parked:
+            known = [shelf for shelf in self._shelves if shelf.knows(name)]
+            if not known and self._has_prompts:
+                self._pending[name] = None
+            for shelf in known:
+                if name in shelf:
+                    shelf.touch(name)
+        self._parked.clear()
+
+    def _offload(self, now_ns: int) -> list[Command]:
+        """Write the blocks that have waited longest to the nearest tier that takes them."""
+        shelves = self._writable(now_ns)
+        if not shelves:
+            self._pending.clear()
+            return []
+        commands = self._make_room(shelves, min(BLOCKS_MAX, len(self._pending)))
+        names = self._take_pending(shelves[0].num_free)
+        if not names:
+            return commands
+        # Kept in the order of being let go, so that a tier, too, gives a prefix up from its end.
+        pool = self._kv.groups[0].pool
+        found = [block_id for n in names if (block_id := pool.prefix_cache.find(n)) is not None]
+        block_ids = tuple(found)
+        write = _Write(
+            names=names,
+            digests=tuple(map(pool.digest, block_ids)),
+            into=shelves[0],
+            block_ids=block_ids,
+            generations=pool.generations(block_ids),
+        )
+        return [*commands, self._submit(write, block_ids)]
+
+    def _take_pending(self, count: int) -> list[BlockHash]:
+        """Take blocks that are still in the pool, with a digest to be known by, out of the line."""
+        pool = self._kv.groups[0].pool
+        names: list[BlockHash] = []
+        for name in list(self._pending):
+            if len(names) == min(count, BLOCKS_MAX):
+                break
+            del self._pending[name]
+            block_id = pool.prefix_cache.find(name)
+            if block_id is None:
+                self.num_missed += 1
+            elif pool.digest(block_id) != NO_DIGEST:
+                names.append(name)
+        return names
+
+    def _make_room(self, shelves: Items[Shelf], wanted: int) -> list[Command]:
+        """Free slots in the first shelf: what is below already is dropped, the rest sinks."""
+        shelf, below = shelves[0], shelves[1:]
+        wanted = min(wanted, shelf.num_slots) - shelf.num_free
+        if wanted <= 0 or any(write.out_of is shelf for write in self._writes.values()):
+            return []
+        oldest = shelf.hold_oldest(wanted)
+        sinking = [n for n in oldest if below and not below[0].knows(n)]
+        commands = self._make_room(below, len(sinking)) if sinking else []
+        sinking = sinking[: below[0].num_free] if below else []
+        for name in oldest:
+            if name not in sinking:
+                shelf.release(name)
+                shelf.drop(name, is_evicted=not (below and name in below[0]))
+        if sinking:
+            digests = tuple(map(shelf.digest, sinking))
+            write = _Write(sinking, digests, into=below[0], out_of=shelf)
+            commands.append(self._submit(write, [shelf.slot(name) for name in sinking]))
+        return commands
+
+    def _submit(self, write: _Write, sources: Items[BlockId]) -> Command:
+        # In the order of where they lie: what is adjacent there is copied as one piece.
+        order = sorted(range(len(sources)), key=sources.__getitem__)
+        names = tuple(write.names[i] for i in order)
+        slots = write.into.begin(names)
+        move_id = self._move_ids.next()
+        self._writes[move_id] = write
+        move = Move(
+            move_id=move_id,
+            kind=MoveClass.OFFLOAD,
+            request_id=NOBODY,
+            source=self._config.worker_id,
+            epoch=self._config.epoch,
+            spans=(tuple(align([sources[i] for i in order], slots)),),
+            digests=(tuple(write.digests[i] for i in order),),
+            tiers=TierEnds(write.out_of.name if write.out_of else "", write.into.name, names),
+        )
+        return SubmitMove(move)
+
+    def _writable(self, now_ns: int) -> list[Shelf]:
+        return [shelf for shelf in self._shelves if shelf.resumes_ns <= now_ns]

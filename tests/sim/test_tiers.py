@@ -1,0 +1,152 @@
+"""Tiers under the production worker core: seeded runs with faults, every token checked."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from penstock.core.request import Request, SamplingParams
+from penstock.core.tiers import TierLoad
+from penstock.core.types import NS_PER_MS, NS_PER_S, RequestId, Role
+from penstock.sim.executor import VOCAB_SIZE, StepCost, chain_layout, expected_tokens
+from penstock.sim.run import ClusterSpec, SimCluster
+from penstock.sim.tiers import SimTier
+
+BLOCK_SIZE = 16
+FAULTS: list[dict[str, float]] = [
+    {},
+    {"write_failure": 0.3},
+    {"read_failure": 0.3},
+    {"corruption": 0.3},
+    {"write_failure": 0.1, "read_failure": 0.1, "corruption": 0.1},
+]
+DRAM = SimTier(name="dram", num_slots=24)
+DISK = SimTier(name="disk", num_slots=64, latency_ns=80_000, bytes_per_s=500_000_000)
+
+
+def conversations(rng: random.Random, count: int, turns: int) -> list[tuple[Request, int]]:
+    """Sessions whose every turn begins with all that was said before, answers included."""
+    requests = []
+    for session in range(count):
+        prompt: tuple[int, ...] = ()
+        at_ns = rng.randint(0, 50) * NS_PER_MS
+        for turn in range(turns):
+            prompt += tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(10, 60)))
+            request = Request(
+                request_id=RequestId(f"s{session}t{turn}"),
+                prompt_token_ids=prompt,
+                params=SamplingParams(max_tokens=rng.randint(2, 20), ignore_eos=True),
+            )
+            requests.append((request, at_ns))
+            prompt += tuple(expected_tokens(request, request.params.max_tokens, ()))
+            at_ns += rng.randint(300, 900) * NS_PER_MS
+    return requests
+
+
+def run(spec: ClusterSpec, seed: int, *, kills: int = 0, sessions: int = 8) -> SimCluster:
+    """Run; every client must have got the right tokens, or been told that its worker was lost."""
+    rng = random.Random(seed)
+    cluster = SimCluster(spec, seed)
+    requests = conversations(rng, sessions, 4)
+    for request, at_ns in requests:
+        cluster.submit(request, at_ns)
+        if kills and rng.random() < 0.1:
+            cluster.cancel(request.request_id, at_ns + rng.randint(0, 5) * NS_PER_MS)
+    for _ in range(kills):
+        cluster.kill(rng.choice(list(spec.roles)), rng.randint(200, 2500) * NS_PER_MS)
+    cluster.run()
+    for request, _ in requests:
+        outcome = cluster.outcomes[request.request_id]
+        expected = expected_tokens(request, request.params.max_tokens, ())
+        is_whole = outcome.error is None and not cluster.is_unwanted(request.request_id)
+        assert is_whole or kills, outcome.error
+        wanted = expected if is_whole else expected[: len(outcome.token_ids)]
+        assert outcome.token_ids == wanted, cluster.story(request.request_id)
+    for name, worker in cluster.workers.items():
+        assert worker.core.is_idle, (seed, name)
+    return cluster
+
+
+def make_spec(*tiers: SimTier, roles: dict[str, Role] | None = None) -> ClusterSpec:
+    return ClusterSpec(
+        roles=roles or {"p0": Role.PREFILL, "d0": Role.DECODE},
+        layout=chain_layout(BLOCK_SIZE),
+        num_blocks=(32,),
+        max_num_seqs=4,
+        step_cost=StepCost(base_ns=2_000_000),
+        tiers=tiers,
+    )
+
+
+def loads(cluster: SimCluster) -> dict[str, list[TierLoad]]:
+    found: dict[str, list[TierLoad]] = {}
+    for worker in cluster.workers.values():
+        for load in worker.core.load().tiers:
+            found.setdefault(load.name, []).append(load)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tokens_are_right_and_bytes_conserved_whatever_a_tier_does(seed: int) -> None:
+    rng = random.Random(seed)
+    faults = rng.choice(FAULTS)
+    tiers = rng.choice([(DRAM,), (DISK,), (DRAM, DISK), (replace(DRAM, num_slots=3), DISK)])
+    roles = rng.choice([{"p0": Role.PREFILL, "d0": Role.DECODE}, {"m0": Role.MIXED}])
+    spec = make_spec(*(replace(tier, **faults) for tier in tiers), roles=roles)
+    run(spec, seed, kills=rng.choice([0, 0, 2]))
+
+
+def test_returning_conversations_hit_dram_and_what_sank_from_there_to_disk() -> None:
+    found = loads(run(make_spec(DRAM, DISK), 1))
+    assert sum(load.num_hits for load in found["dram"]) > 0
+    assert sum(load.num_hits for load in found["disk"]) > 0
+    for load in [*found["dram"], *found["disk"]]:
+        assert load.num_used <= load.num_slots
+        assert not load.num_corrupt + load.num_failed
+    # A worker that is never asked for a prompt writes nothing down.
+    assert sorted(load.bytes_in > 0 for load in found["dram"]) == [False, True]
+
+
+def test_the_same_prompts_are_computed_where_there_is_no_tier() -> None:
+    with_tiers = run(make_spec(replace(DRAM, num_slots=400)), 1)
+    without = run(make_spec(), 1)
+    hits = [c.workers["p0"].core.scheduler.prefix_hits for c in (with_tiers, without)]
+    assert hits[0] > 1.2 * hits[1]
+    assert loads(without) == {}
+
+
+def test_flipped_bits_are_counted_and_dropped() -> None:
+    found = loads(run(make_spec(replace(DRAM, num_slots=400, corruption=0.5)), 3))
+    assert sum(load.num_corrupt for load in found["dram"]) > 0
+
+
+def test_a_full_disk_is_left_alone_for_a_while() -> None:
+    found = loads(run(make_spec(replace(DISK, write_failure=1.0)), 3))
+    (load,) = [load for load in found["disk"] if load.num_failed]
+    assert load.num_used == 0
+    assert load.num_failed <= 64
+
+
+def test_what_is_on_disk_is_found_by_the_next_incarnation() -> None:
+    cluster = SimCluster(make_spec(DISK, roles={"m0": Role.MIXED}), 1)
+    prompt = tuple(range(100))
+    for number, at_ns in enumerate([0, 3 * NS_PER_S]):
+        request = Request(
+            request_id=RequestId(f"r{number}"),
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=4, ignore_eos=True),
+        )
+        cluster.submit(request, at_ns)
+    cluster.kill("m0", NS_PER_S)
+    cluster.run()
+    assert (
+        cluster.outcomes[RequestId("r0")].token_ids == cluster.outcomes[RequestId("r1")].token_ids
+    )
+    (load,) = cluster.workers["m0"].core.load().tiers
+    assert load.num_hits == 100 // BLOCK_SIZE
+
+
+def test_a_tier_that_is_slower_than_computing_is_not_waited_for() -> None:
+    slow = replace(DRAM, num_slots=400, latency_ns=10 * NS_PER_S)
+    cluster = run(make_spec(slow), 1)
+    assert not sum(load.num_hits for load in loads(cluster)["dram"])

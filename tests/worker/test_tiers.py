@@ -1,0 +1,249 @@
+"""Blocks go down to tiers when nobody holds them, and come up before a request that wants them."""
+
+from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
+from penstock.core.messages import Cancel, Tokens
+from penstock.core.tiers import KeptBlock, TierConfig, TierLoad
+from penstock.core.types import BlockHash, Digest, RequestId
+from tests.worker.story import P0, Story, assign, request
+
+DRAM = TierConfig(name="dram", num_slots=8, bytes_per_s=10_000_000_000)
+DISK = TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000)
+
+
+class Below:
+    """A story whose tiers carry out what they are told, as digests alone."""
+
+    def __init__(self, *tiers: TierConfig, num_blocks: int = 7) -> None:
+        self.story = Story(
+            P0,
+            num_blocks=num_blocks,
+            max_num_batched_tokens=200,
+            tiers=tiers,  # type: ignore[arg-type]
+            is_defragmenting=False,
+        )
+        self.slots: dict[tuple[str, int], Digest] = {}
+
+    def run(self, name: str, start: int, num_prompt: int = 40) -> int:
+        """Run a request to its end, with all moves; return how many tokens it found cached."""
+        self.story.tell(assign(request(name, num_prompt, start=start, max_tokens=1), P0))
+        self.move_all()
+        (cached,) = self.story.steps[0].num_computed.tolist()
+        self.story.step()
+        assert self.story.heard(Tokens)
+        self.move_all()
+        return int(cached)
+
+    def move_all(self) -> None:
+        while self.story.moves:
+            self.land()
+
+    def land(self, error: str | None = None, wrong: int | None = None) -> Move:
+        """End the first move; the digest of its block number `wrong` is."""
+        (submit, *self.story.moves) = self.story.moves
+        assert isinstance(submit, SubmitMove)
+        move = submit.move
+        (spans,), ends = move.spans, move.tiers
+        assert ends is not None
+        digests: tuple[tuple[Digest, ...], ...] = ()
+        if ends.destination:
+            to = [s.destination + i for s in spans for i in range(s.num_blocks)]
+            for slot, digest in zip(to, move.digests[0], strict=True):
+                self.slots[ends.destination, slot] = digest
+        else:
+            of = [s.source + i for s in spans for i in range(s.num_blocks)]
+            found = [self.slots[ends.source, slot] for slot in of]
+            if wrong is not None:
+                found[wrong] = Digest(found[wrong] ^ 1)
+            digests = (tuple(found),)
+        self.story.tell(
+            MoveDone(
+                move_id=move.move_id,
+                num_bytes=sum(s.num_blocks for s in spans),
+                num_spans=len(spans),
+                transport="test",
+                started_ns=0,
+                finished_ns=1,
+                error=error,
+                digests=() if error else digests,
+            )
+        )
+        return move
+
+    def load(self, index: int = 0) -> TierLoad:
+        return self.story.worker.load().tiers[index]
+
+
+def crowd_out(below: Below) -> None:
+    """Fill the pool with others."""
+    for number in range(3):
+        below.run(f"other{number}", 1000 * (number + 1), 60)
+
+
+def test_without_tiers_nothing_moves_and_nothing_is_said() -> None:
+    below = Below()
+    below.run("a", 100)
+    assert below.story.worker.load().tiers == ()
+
+
+def test_an_idle_worker_writes_what_was_let_go_in_one_move() -> None:
+    below = Below(DRAM)
+    story = below.story
+    story.tell(assign(request("a", 40, start=100, max_tokens=1), P0))
+    assert not story.moves
+    story.step()
+    (submit,) = story.moves
+    assert submit.move.kind is MoveClass.OFFLOAD
+    assert submit.move.tiers is not None
+    assert (submit.move.tiers.source, submit.move.tiers.destination) == ("", "dram")
+    assert [span.num_blocks for span in submit.move.spans[0]] == [2]
+    below.land()
+    assert below.load().num_used == 2
+    story.assert_empty()
+    # It is there already: nothing is written twice.
+    assert below.run("a again", 100) == 32
+    assert below.load().num_used == 2
+
+
+def test_what_the_pool_has_lost_comes_back_before_the_first_step() -> None:
+    below = Below(DRAM)
+    below.run("a", 100)
+    below.run("other", 1000, 100)
+    story = below.story
+    story.tell(assign(request("a again", 40, start=100, max_tokens=1), P0))
+    assert not story.steps
+    (submit,) = story.moves
+    assert submit.move.kind is MoveClass.ONBOARD
+    assert submit.move.request_id == "a again"
+    below.land()
+    assert story.steps[0].num_computed.tolist() == [32]
+    story.step()
+    below.move_all()
+    story.assert_empty()
+    assert below.load().num_hits == 2
+    assert below.load().exposed_ns > 0
+
+
+def returning(below: Below) -> Story:
+    """A request is waiting for two blocks that come up."""
+    below.run("a", 100)
+    below.run("other", 1000, 100)
+    below.story.tell(assign(request("a again", 40, start=100, max_tokens=1), P0))
+    assert len(below.story.moves) == 1
+    return below.story
+
+
+def test_a_wrong_block_is_dropped_and_computed_and_what_is_before_it_is_used() -> None:
+    below = Below(DRAM)
+    story = returning(below)
+    used = below.load().num_used
+    below.land(wrong=1)
+    assert story.steps[0].num_computed.tolist() == [16]
+    assert (below.load().num_corrupt, below.load().num_used) == (1, used - 1)
+    story.step()
+    below.move_all()
+    story.assert_empty()
+
+
+def test_a_tier_that_cannot_be_read_loses_the_blocks_and_the_request_computes() -> None:
+    below = Below(DRAM)
+    story = returning(below)
+    used = below.load().num_used
+    below.land(error="gone")
+    assert story.steps[0].num_computed.tolist() == [0]
+    assert (below.load().num_failed, below.load().num_used) == (2, used - 2)
+    story.step()
+    below.move_all()
+    story.assert_empty()
+
+
+def test_a_request_that_is_cancelled_meanwhile_leaves_nothing_but_the_blocks() -> None:
+    below = Below(DRAM)
+    story = returning(below)
+    story.tell(Cancel(request_id=RequestId("a again")))
+    below.land()
+    assert not story.steps
+    story.assert_empty()
+    assert below.run("a once more", 100) == 32
+
+
+def test_two_requests_wait_for_one_move() -> None:
+    below = Below(DRAM)
+    story = returning(below)
+    story.tell(assign(request("another", 40, start=100, max_tokens=1), P0))
+    below.land()
+    assert story.steps[0].num_computed.tolist() == [32, 32]
+    assert below.load().num_hits == 2
+
+
+def test_what_a_tier_gives_up_sinks_to_the_next_and_is_found_there() -> None:
+    below = Below(DRAM, DISK)
+    below.run("a", 100)
+    crowd_out(below)
+    assert (below.load(0).num_used, below.load(0).num_evicted) == (8, 0)
+    assert below.load(1).num_used == 3
+    # The end of the oldest prompt went first, and still comes in one step with the rest.
+    assert below.run("a again", 100) == 32
+    assert below.load(1).num_hits + below.load(0).num_hits == 2
+    assert below.load(1).num_hits > 0
+
+
+def test_out_of_the_last_tier_the_oldest_is_dropped() -> None:
+    below = Below(DRAM)
+    below.run("a", 100)
+    crowd_out(below)
+    assert (below.load().num_used, below.load().num_evicted) == (8, 3)
+
+
+def test_a_tier_that_cannot_be_written_is_left_alone_for_a_while() -> None:
+    below = Below(DISK)
+    story = below.story
+    story.tell(assign(request("a", 40, start=100, max_tokens=1), P0))
+    story.step()
+    below.land(error="No space left on device")
+    assert (below.load().num_failed, below.load().num_used) == (2, 0)
+    below.run("b", 1000)
+    assert below.load().num_failed == 2
+    story.now_ns += 11_000_000_000
+    below.run("c", 2000)
+    assert below.load().num_used == 2
+
+
+def test_a_block_that_was_overwritten_while_it_was_copied_does_not_count() -> None:
+    below = Below(DRAM)
+    story = below.story
+    story.tell(assign(request("a", 40, start=100, max_tokens=1), P0))
+    story.step()
+    assert len(story.moves) == 1
+    story.tell(assign(request("big", 110, start=1000, max_tokens=1), P0))
+    story.step()
+    below.land()
+    assert below.load().bytes_in == 0
+    assert story.worker.tiers.num_missed == 2
+
+
+def test_a_worker_finds_what_an_earlier_one_left() -> None:
+    first = Below(DISK)
+    story = first.story
+    story.tell(assign(request("a", 40, start=100, max_tokens=1), P0))
+    story.step()
+    move = first.land()
+    (spans,), ends = move.spans, move.tiers
+    assert ends is not None
+    to = [s.destination + i for s in spans for i in range(s.num_blocks)]
+    kept = tuple(
+        KeptBlock(slot, BlockHash(name), digest)
+        for slot, name, digest in zip(to, ends.names, move.digests[0], strict=True)
+    )
+    tier = TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000, kept=kept)
+    second = Below(tier)
+    second.slots = first.slots
+    assert second.run("a", 100) == 32
+
+
+def test_what_is_quicker_computed_is_not_waited_for() -> None:
+    slow = TierConfig(name="dram", num_slots=8, bytes_per_s=1, latency_ns=10_000_000_000)
+    below = Below(slow)
+    below.run("a", 100)
+    below.run("other", 1000, 100)
+    below.story.worker.tiers.note_step(100, 100_000)
+    assert below.run("a again", 100) == 0
