@@ -30,6 +30,7 @@ from load import percentile
 from recorded_run import Plan, Segment, record
 from report import Report
 
+from penstock.core.config import ControllerConfig
 from penstock.core.types import NS_PER_S, WorkerId
 from penstock.sim.calibrate import Calibration, calibrate
 from penstock.sim.recording import Recording, read_recording
@@ -37,10 +38,18 @@ from penstock.sim.serve import ModelledCluster, ServeSpec
 from penstock.sim.worker_log import Taken, read_worker_logs
 from penstock.sim.workload import Arrival
 
+POLICY = "predicted"
+BATCHED_TOKENS = 512
+CONTROLLER = ControllerConfig(policy=POLICY, is_switching_roles=True)
+COMMON = [
+    *("--threads", "1", "--policy", POLICY, "--role-switching"),
+    *("--max-num-batched-tokens", str(BATCHED_TOKENS)),
+]
 CLUSTERS = {
-    "pd": ["--prefill", "1", "--decode", "1", "--threads", "1"],
-    "mixed": ["--prefill", "0", "--decode", "0", "--mixed", "1", "--threads", "1"],
+    "pd": ["--prefill", "1", "--decode", "1", *COMMON],
+    "mixed": ["--prefill", "0", "--decode", "0", "--mixed", "1", *COMMON],
 }
+DRAIN_S = 600.0
 RATES = (0.4, 0.25, 0.55)
 """Shares of capacity; the first calibrates, the others are predicted."""
 TARGETS = {"p50": 0.10, "p99": 0.25}
@@ -92,35 +101,45 @@ def requests_of(segment: Segment, recording: Recording) -> list[Request]:
 
 
 def simulate(
-    calibration: Calibration, recording: Recording, requests: list[Request], inbound: list[int]
-) -> Figures:
-    """Return TTFT and TPOT of these requests on the calibrated cluster."""
+    calibration: Calibration, recording: Recording, turns: list[list[Request]], inbound: list[int]
+) -> list[Figures]:
+    """Return TTFT and TPOT of the requests of each turn on the calibrated cluster.
+
+    The whole run is simulated, warm-up included: the controller learns while it serves.
+    """
     rng = random.Random(0)
-    start_ns = requests[0].sent_ns - NS_PER_S // 10
-    coming = []
-    for request in requests:
-        sent_ns = request.sent_ns - start_ns
-        pieces = tuple((token_id, 1) for token_id in request.prompt)
-        at_ns = sent_ns + rng.choice(inbound)
-        coming.append((at_ns, sent_ns, Arrival(at_ns, pieces, request.output_tokens)))
+    start_ns = recording.requests[0][1].arrived_ns - NS_PER_S // 10
+    sent = {request.prompt: request for turn in turns for request in turn}
+    coming: list[tuple[int, Request | None, Arrival]] = []
+    for request, served in recording.requests:
+        known = sent.get(request.prompt_token_ids)
+        begins_ns = served.arrived_ns if known is None else known.sent_ns + rng.choice(inbound)
+        pieces = tuple((token_id, 1) for token_id in request.prompt_token_ids)
+        at_ns = begins_ns - start_ns
+        coming.append((at_ns, known, Arrival(at_ns, pieces, served.num_tokens)))
     coming.sort(key=lambda each: each[0])
     info = next(iter(recording.workers.values()))
     spec = ServeSpec(
         members=calibration.members,
+        controller=CONTROLLER,
         fabric=calibration.fabric,
         layout=info.layout,
         max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=512,
+        max_num_batched_tokens=BATCHED_TOKENS,
         max_model_len=info.max_model_len,
     )
     cluster = ModelledCluster(spec, [arrival for _, _, arrival in coming])
-    seen = cluster.run(limit_s=3600)
-    assert seen.unfinished == 0, seen.unfinished
-    ttft_ms = [
-        (served.first_token_ns - sent_ns) / 1e6
-        for served, (_, sent_ns, _) in zip(seen.served, coming, strict=True)
+    seen = cluster.run(limit_s=coming[-1][0] / NS_PER_S + DRAIN_S)
+    assert seen.unfinished == 0, f"{seen.unfinished} requests were not answered in simulation"
+    simulated: dict[tuple[int, ...], tuple[float, float]] = {}
+    for served, (_, known, _) in zip(seen.served, coming, strict=True):
+        if known is not None:
+            ttft_ms = (served.first_token_ns - (known.sent_ns - start_ns)) / 1e6
+            simulated[known.prompt] = ttft_ms, served.tpot_s * 1e3
+    return [
+        ([simulated[r.prompt][0] for r in turn], [simulated[r.prompt][1] for r in turn])
+        for turn in turns
     ]
-    return ttft_ms, [served.tpot_s * 1e3 for served in seen.served]
 
 
 def real(requests: list[Request]) -> Figures:
@@ -163,15 +182,18 @@ def evaluate(report: Report, name: str, segments: list[Segment], log: Path) -> N
     inbound = [request.inbound_ns for request in seen]
     calibration = calibrate(taken, recording.workers.values(), front_ns)
     show(calibration, taken)
+    rates = list(turns)
+    requests = [[requests_of(turn, recording) for turn in turns[rate]] for rate in rates]
+    flat = [turn for those in requests for turn in those]
+    simulated = iter(simulate(calibration, recording, flat, inbound))
     all_real: Figures = ([], [])
     all_simulated: Figures = ([], [])
-    for rate, those in turns.items():
+    for rate, those in zip(rates, requests, strict=True):
         was: Figures = ([], [])
         guess: Figures = ([], [])
-        for segment in those:
-            requests = requests_of(segment, recording)
-            extend(was, real(requests))
-            extend(guess, simulate(calibration, recording, requests, inbound))
+        for turn in those:
+            extend(was, real(turn))
+            extend(guess, next(simulated))
         if rate == own:
             compare(report, f"{name}_itself", was, guess)
             continue
@@ -207,12 +229,14 @@ def show(calibration: Calibration, taken: Taken) -> None:
             f" + {times.e:.4f} batch + {times.f:.2e} context ms"
         )
         assert member.hardware.spread is not None
-        for (has_prefill, is_crowded), ratios in member.hardware.spread.ratios.items():
-            if ratios:
-                kind = "prefill" if has_prefill else "decode"
-                where = "beside another" if is_crowded else "alone"
-                p99 = percentile(list(ratios), 0.99)
-                print(f"    {kind} {where}: median {statistics.median(ratios):.2f}, p99 {p99:.2f}")
+        for (has_prefill, is_crowded, size), ratios in member.hardware.spread.ratios.items():
+            kind = "prefill" if has_prefill else "decode"
+            where = "beside another" if is_crowded else "alone"
+            p99 = percentile(list(ratios), 0.99)
+            print(
+                f"    {kind} below {2**size / 1e6:.2g} ms {where}: {len(ratios)} ratios, median"
+                f" {statistics.median(ratios):.2f}, p99 {p99:.2f}"
+            )
     for kind, seen_ns in taken.messages_ns.items():
         print(f"    {kind}: {len(seen_ns)}, median {statistics.median(seen_ns) / 1e3:.0f} us")
 

@@ -19,7 +19,7 @@ from penstock.core.messages import WorkerInfo
 from penstock.core.types import NS_PER_MS, NS_PER_S, WorkerId
 from penstock.sim.fabric import FabricCost, MessageTimes
 from penstock.sim.fleet import Member
-from penstock.sim.profile import Hardware, Spread, StepTimes
+from penstock.sim.profile import Hardware, Kind, Spread, StepTimes, size_of
 from penstock.sim.recording import fit
 from penstock.sim.worker_log import Taken, TakenStep
 
@@ -68,11 +68,9 @@ def fit_times(steps: Sequence[TakenStep]) -> tuple[StepTimes, Spread]:
     rows = np.array([_row(step) for step in steps])
     durations = np.array([float(step.duration_ns) for step in steps])
     coefficients = fit(rows, durations)
-    ratios = durations / np.maximum(rows @ np.array(coefficients), 1.0)
-    seen: dict[tuple[bool, bool], list[float]] = {}
-    for step, ratio in zip(steps, ratios.tolist(), strict=True):
-        seen.setdefault((step.prefill_tokens > 0, step.is_crowded), []).append(ratio)
-    return StepTimes(*(value / NS_PER_MS for value in coefficients)), Spread(_filled(seen))
+    fitted = np.maximum(rows @ np.array(coefficients), 1.0)
+    times = StepTimes(*(value / NS_PER_MS for value in coefficients))
+    return times, _spread(steps, fitted.tolist())
 
 
 def _hardware(taken: Taken, info: WorkerInfo) -> Hardware:
@@ -99,17 +97,34 @@ def _row(step: TakenStep) -> tuple[float, ...]:
     )
 
 
-def _filled(
-    seen: dict[tuple[bool, bool], list[float]],
-) -> dict[tuple[bool, bool], tuple[float, ...]]:
-    """Return the ratios of all four kinds: those of kinds like it where one is rare."""
-    filled = {}
-    for has_prefill in (False, True):
-        both = seen.get((has_prefill, False), []) + seen.get((has_prefill, True), [])
+def _spread(steps: Sequence[TakenStep], fitted_ns: Sequence[float]) -> Spread:
+    """Return how far each step lay from its time, by kind.
+
+    A kind with few steps has those of its size beside them, crowded or not; a size that is rare in
+    both has none, and the nearest stands for it.
+    """
+    seen: dict[Kind, list[float]] = {}
+    of_size: dict[tuple[bool, int], list[float]] = {}
+    for step, time_ns in zip(steps, fitted_ns, strict=True):
+        ratio, has_prefill, size = (
+            step.duration_ns / time_ns,
+            step.prefill_tokens > 0,
+            size_of(time_ns),
+        )
+        seen.setdefault((has_prefill, step.is_crowded, size), []).append(ratio)
+        of_size.setdefault((has_prefill, size), []).append(ratio)
+    largest = {
+        has_prefill: max(len(all_) for (other, _), all_ in of_size.items() if other == has_prefill)
+        for has_prefill, _ in of_size
+    }
+    ratios: dict[Kind, tuple[float, ...]] = {}
+    for (has_prefill, size), both in of_size.items():
+        if len(both) < min(SEEN_MIN, largest[has_prefill]):
+            continue
         for is_crowded in (False, True):
-            own = seen.get((has_prefill, is_crowded), [])
-            filled[has_prefill, is_crowded] = tuple(own if len(own) >= SEEN_MIN else both)
-    return filled
+            own = seen.get((has_prefill, is_crowded, size), [])
+            ratios[has_prefill, is_crowded, size] = tuple(own if len(own) >= SEEN_MIN else both)
+    return Spread(ratios)
 
 
 def _fabric(taken: Taken, messages: MessageTimes, front_ns: tuple[int, ...]) -> FabricCost:

@@ -20,6 +20,7 @@ from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_S, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.sim.links import Link, SharedLinks
+from penstock.sim.stretches import Stretches
 
 Deliver = Callable[[Message], None]
 OWN_BYTES_PER_S: Final = 1e12
@@ -28,14 +29,9 @@ OWN_BYTES_PER_S: Final = 1e12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MessageTimes:
-    """How long messages were under way, by kind (the name of their class), to be drawn from."""
+    """How long messages were under way, by kind (the name of their class), in order of time."""
 
     seen_ns: Mapping[str, tuple[int, ...]]
-
-    def draw(self, rng: random.Random, message: Message) -> int | None:
-        """Return a time that was seen for such a message; None when there is none."""
-        seen_ns = self.seen_ns.get(type(message).__name__)
-        return rng.choice(seen_ns) if seen_ns else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +60,7 @@ class Fabric:
         self._host_of = host_of
         self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
         self._rng = random.Random(0)
+        self._draws: dict[tuple[WorkerId, WorkerId, str], Stretches[int]] = {}
         self._last_ns: dict[tuple[WorkerId, WorkerId], int] = {}
         self.links = SharedLinks(clock, _capacities(set(host_of.values()), cost))
 
@@ -92,15 +89,17 @@ class Fabric:
         self.clock.call_at(self._arrives_ns(sender, to, message), arrive)
 
     def _arrives_ns(self, sender: WorkerId, to: WorkerId, message: Message) -> int:
-        cost, rng = self.cost, self._rng
+        now_ns, cost = self.clock.now_ns(), self.cost
         if cost.messages is None:
-            return self.clock.now_ns() + cost.latency_ns
-        delay_ns: int | None = 0
-        if to != FRONT:
-            delay_ns = cost.messages.draw(rng, message)
-        elif cost.front_ns:
-            delay_ns = rng.choice(cost.front_ns)
-        at_ns = self.clock.now_ns() + (cost.latency_ns if delay_ns is None else delay_ns)
+            return now_ns + cost.latency_ns
+        kind = type(message).__name__
+        draws = self._draws.get((sender, to, kind))
+        if draws is None:
+            at_front = cost.front_ns or (0,)
+            usual = (cost.latency_ns,)
+            seen = at_front if to == FRONT else cost.messages.seen_ns.get(kind) or usual
+            draws = self._draws[sender, to, kind] = Stretches(seen, self._rng)
+        at_ns = now_ns + draws.draw()
         at_ns = self._last_ns[sender, to] = max(at_ns, self._last_ns.get((sender, to), 0))
         return at_ns
 

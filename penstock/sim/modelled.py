@@ -17,7 +17,8 @@ from penstock.core.events import StepDone
 from penstock.core.step import Sampled, Step
 from penstock.core.types import NS_PER_MS
 from penstock.sim.clock import SimClock
-from penstock.sim.profile import Draws, Spread, StepTimes
+from penstock.sim.profile import Kind, Spread, StepTimes, size_of
+from penstock.sim.stretches import Stretches
 
 TOKEN = 1
 """The token that every step draws; outputs end by their length."""
@@ -60,7 +61,9 @@ class ModelledExecutor:
         self._prefill_ns = 0
         self._clock = clock
         self._times = times
-        self._draws = Draws(spread, random.Random(0)) if spread is not None else None
+        self._spread = spread
+        self._draws: dict[Kind, Stretches[float]] = {}
+        self._rng = random.Random(0)
         self._is_crowded = is_crowded
         self._run: _Run | None = None
 
@@ -78,17 +81,22 @@ class ModelledExecutor:
                 new += num_new
                 quadratic += num_new * (num_new + 2 * num_computed)
         times, speed = self._times, self.speed
-        if self._draws is not None:
-            assert step.repeats == 1, f"step {step.step_id} is drawn, and may not be repeated"
-            is_crowded = self._is_crowded()
-            speed /= self._draws.draw(has_prefill=new > 0, is_crowded=is_crowded)
         first_ns = times.duration_ns(new, quadratic, batch, context) / speed
+        if self._spread is not None:
+            assert step.repeats == 1, f"step {step.step_id} is drawn, and may not be repeated"
+            first_ns *= self._draw(self._spread, (new > 0, self._is_crowded(), size_of(first_ns)))
         # Each repetition looks at one more token of every sequence.
         growth_ns = times.f * batch * NS_PER_MS / speed
         now_ns = self._clock.now_ns()
         run = _Run(step, done, now_ns, first_ns, growth_ns, new > 0, step.repeats)
         self._run = run
         self._end_after(run, step.repeats)
+
+    def _draw(self, spread: Spread, kind: Kind) -> float:
+        """Return a ratio of a step like this one."""
+        if kind not in self._draws:
+            self._draws[kind] = Stretches(spread.like(kind) or (1.0,), self._rng)
+        return self._draws[kind].draw()
 
     def stop(self) -> None:
         """End the step under way with the repetition under way."""

@@ -6,7 +6,6 @@ simulation the world is exactly as that table says, unless a worker is made slow
 Called by `penstock/sim/fleet.py`; it knows no cluster and no request.
 """
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -15,8 +14,6 @@ from penstock.control.profiles import KERNEL_TIMES
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.errors import BadRequest
 from penstock.core.types import NS_PER_MS
-
-STRETCH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +43,34 @@ class StepTimes:
         return (fixed + prompts + self.e * batch + self.f * context) * NS_PER_MS
 
 
+Kind = tuple[bool, bool, int]
+"""What a step is like: whether it computes prompts, whether a neighbour on its host was in a step
+when it began, and its size (`size_of`)."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Spread:
-    """How far real steps lay from their times, as ratios in the order in which they were seen.
+    """How far real steps lay from their times, as ratios by kind in the order they were seen.
 
-    A kind is whether the step computed prompts, and whether a neighbour on its host was in a step
-    when it began: workers that share processors and memory slow each other down.
+    Workers that share processors and memory slow each other down, and what takes a processor away
+    for some milliseconds is much for a short step and little for a long one.
     """
 
-    ratios: Mapping[tuple[bool, bool], tuple[float, ...]]
+    ratios: Mapping[Kind, tuple[float, ...]]
+
+    def like(self, kind: Kind) -> tuple[float, ...]:
+        """Return the ratios of a kind, or of the nearest size of it; nothing when there is none."""
+        has_prefill, is_crowded, size = kind
+        sizes = [at for a, b, at in self.ratios if (a, b) == (has_prefill, is_crowded)]
+        if not sizes:
+            return ()
+        nearest = min(sizes, key=lambda at: abs(at - size))
+        return self.ratios[has_prefill, is_crowded, nearest]
 
 
-class Draws:
-    """Ratios drawn from a `Spread`, in stretches of `STRETCH` as they followed each other: what
-    slows a step down is often still there at the next (a circular block bootstrap).
-    """
-
-    def __init__(self, spread: Spread, rng: random.Random) -> None:
-        self._spread = spread
-        self._rng = rng
-        self._places: dict[tuple[bool, bool], tuple[int, int]] = {}
-
-    def draw(self, *, has_prefill: bool, is_crowded: bool) -> float:
-        """Return the ratio of a step that has been seen; 1 when nothing like it has."""
-        kind = has_prefill, is_crowded
-        seen = self._spread.ratios.get(kind)
-        if not seen:
-            return 1.0
-        at, left = self._places.get(kind, (0, 0))
-        if not left:
-            at, left = self._rng.randrange(len(seen)), STRETCH
-        self._places[kind] = (at + 1) % len(seen), left - 1
-        return seen[at]
+def size_of(duration_ns: float) -> int:
+    """Return the power of two that a duration lies below."""
+    return int(duration_ns).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import pytest
 from penstock.control.profiles import KERNEL_TIMES
 from penstock.core.errors import BadRequest
 from penstock.core.types import NS_PER_MS
-from penstock.sim.profile import StepTimes, find_hardware, layout_of
+from penstock.sim.profile import Spread, StepTimes, find_hardware, layout_of, size_of
 
 
 def test_a_step_of_prompts_and_decodes_reads_the_weights_once() -> None:
@@ -38,3 +38,15 @@ def test_what_there_is_not_is_said() -> None:
         find_hardware("H300", "llama3.1-70b")
     with pytest.raises(BadRequest, match=r"models are llama3\.1-8b"):
         find_hardware("H100", "gpt-6")
+
+
+def test_steps_are_as_uneven_as_the_nearest_size_of_their_kind() -> None:
+    spread = Spread(
+        {(True, False, 20): (1.1,), (True, False, 24): (1.2,), (False, True, 20): (2.0,)}
+    )
+    assert spread.like((True, False, 21)) == (1.1,)
+    assert spread.like((True, False, 30)) == (1.2,)
+    assert spread.like((False, True, 1)) == (2.0,)
+    assert spread.like((True, True, 20)) == ()
+    assert size_of(1023.0) == 10
+    assert size_of(1024.0) == 11
