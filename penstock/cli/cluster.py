@@ -52,6 +52,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         pulse=pulse_settings(options),
         handoff=Handoff(options.handoff),
         control=controller_config(options),
+        tiers=tuple(options.kv_tier),
     )
 
 

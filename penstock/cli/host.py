@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
+from penstock.cli.tiers import check_tiers, open_tiers, tier_configs, with_tiers
 from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
@@ -82,6 +83,7 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
     else:
         find = _load_model if settings.num_workers else _describe_model
     facts, make_execute = find(settings, progress)
+    check_tiers(settings, facts.layout)
     return facts, partial(_work, settings, facts, make_execute)
 
 
@@ -107,6 +109,8 @@ def _work(
     execute, prepare = make_execute(regions, threads)
     ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
     mover = BlockMover(layout, regions, ways, place.time.now_ns)
+    stores = open_tiers(settings, spec, layout)
+    move = with_tiers(verified(mover.execute, regions), stores, regions, place.time.now_ns)
     config = WorkerConfig(
         worker_id=spec.worker_id,
         role=spec.role,
@@ -119,6 +123,7 @@ def _work(
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
+        tiers=tier_configs(stores),
     )
     core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
     parts = WorkerParts(
@@ -127,7 +132,7 @@ def _work(
         # What the instant executor leaves in its blocks means nothing: there is nothing to verify.
         digest=no_digests if is_instant else partial(digests_of, regions=regions),
         prepare=prepare,
-        move=verified(mover.execute, regions),
+        move=move,
         introduce=mover.add_peer,
         forget=mover.forget,
         regions=tuple(pool.descriptor for pool in shared),

@@ -2,6 +2,8 @@
 
 import argparse
 
+from penstock.runtime.settings import TierSettings
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
@@ -63,3 +65,17 @@ def milliseconds(text: str) -> float:
     if not 0 < number < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds")
     return number
+
+
+def kv_tier(text: str) -> TierSettings:
+    """Return a tier: `dram=8GiB`, `cxl=4GiB` or `disk=/path,100GiB`.
+
+    Raises: `argparse.ArgumentTypeError`.
+    """
+    name, _, rest = text.partition("=")
+    path, _, size = rest.rpartition(",")
+    if name not in ("dram", "cxl", "disk") or (name == "disk") != bool(path):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a tier such as dram=8GiB or disk=/path,100GiB"
+        )
+    return TierSettings(name=name, num_bytes=parse_bytes(size), path=path)

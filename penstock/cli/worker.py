@@ -124,6 +124,7 @@ class _Joining:
             ),
             pulse=self._settings.pulse,
             host=admitted.name,
+            tiers=tuple(options.kv_tier),
         )
 
     def _engine(self, theirs: EngineConfig) -> EngineConfig:

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from penstock.cli.values import parse_bytes, positive, seconds
+from penstock.cli.values import kv_tier, parse_bytes, positive, seconds
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -114,6 +114,15 @@ def add_limits(group: "Group") -> None:
         type=parse_bytes,
         metavar="SIZE",
         help="KV cache of each worker, such as 1GiB (default: a share of the free memory)",
+    )
+    add(
+        "--kv-tier",
+        type=kv_tier,
+        action="append",
+        default=[],
+        metavar="TIER",
+        help="keep what falls out of the KV caches in dram=SIZE, cxl=SIZE or disk=FOLDER,SIZE; may "
+        "be given for each, nearest first (default: nowhere)",
     )
     add(
         "--transport",

@@ -18,7 +18,8 @@ class KeptBlock(Struct, frozen=True, array_like=True):
 
 
 class TierConfig(Struct, frozen=True, kw_only=True):
-    """Slots below a worker's pool, one block each. `name` is a value of `kv.tiers.Tier`.
+    """Slots below a worker's pool, one block each. `name` is a value of `kv.tiers.Tier`, `label`
+    what to call it before people, if that is more.
 
     Rate and latency are what to expect until they have been measured; `kept` is what is there.
     """
@@ -28,6 +29,7 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     bytes_per_s: int
     latency_ns: int = 0
     kept: tuple[KeptBlock, ...] = ()
+    label: str = ""
 
 
 class TierLoad(Struct, frozen=True, array_like=True):

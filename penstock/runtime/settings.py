@@ -54,6 +54,14 @@ class PulseSettings(Struct, frozen=True, kw_only=True):
             )
 
 
+class TierSettings(Struct, frozen=True, kw_only=True):
+    """A tier below the workers' pools, for all of them together; `path` is a folder on disk."""
+
+    name: str
+    num_bytes: int
+    path: str = ""
+
+
 class ClusterSettings(Struct, frozen=True, kw_only=True):
     """One host's cluster: which model, how many workers of which role, and their limits.
 
@@ -62,7 +70,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     one host. `network` lets other hosts take part; without it nothing listens to them. `host` is
     what this one is called, "" for that of the controller. `decision_log` is a file for the
     decisions of the controller; each worker's go to that name with its own behind it.
-    `control` is for the controller, which decides for all hosts.
+    `control` is for the controller, which decides for all hosts. `tiers` are nearest first.
     `start_timeout_s` bounds each silence while the model loads, by default ten minutes, or a day
     where it has to be fetched.
     """
@@ -86,6 +94,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     host: str = ""
     handoff: Handoff = Handoff.STREAM
     control: ControllerConfig = ControllerConfig()
+    tiers: tuple[TierSettings, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the workers can serve. Raises: `StartupFailed` naming the flags."""
@@ -107,6 +116,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             if limit < 1:
                 raise StartupFailed(f"{flag}: {limit} is too small")
 
+        names = [tier.name for tier in self.tiers]
+        if len(set(names)) < len(names):
+            raise StartupFailed(f"--kv-tier: each tier once, not {', '.join(names)}")
+        if "disk" in names[:-1]:
+            raise StartupFailed("--kv-tier: disk comes last, nothing sinks out of it")
         if self.transport not in TRANSPORTS:
             raise StartupFailed(f"--transport: {self.transport!r} is none of {TRANSPORTS}")
 

@@ -28,6 +28,7 @@ from penstock.core.service import ClusterStatus, WorkerStatus
 from penstock.core.types import NS_PER_S
 from penstock.server.choice import Choice
 from penstock.server.errors import error_kind
+from penstock.server.tier_metrics import TIER_HELP, TIER_TOTALS
 
 REGIMES = ("normal", "imbalanced", "overloaded")
 _STEPS = (1.0, 2.5, 5.0)
@@ -247,6 +248,20 @@ class Metrics(Collector):
         for name, field in _WORKER_TOTALS.items():
             totals: Series = {key: getattr(load, field) for key, load in loads.items()}
             yield self._counter(name, totals, names)
+        yield from self._collect_tiers(loads)
+
+    def _collect_tiers(self, loads: Mapping[tuple[str, str], Load]) -> Iterator[Metric]:
+        names = ("worker", "role", "tier")
+        tiers = {(*key, tier.name): tier for key, load in loads.items() for tier in load.tiers}
+        if not tiers:
+            return
+        usage: Series = {key: tier.num_used / tier.num_slots for key, tier in tiers.items()}
+        yield self._gauge("kv_tier_usage_perc", usage, names)
+        for name, field in TIER_TOTALS.items():
+            totals: Series = {key: getattr(tier, field) for key, tier in tiers.items()}
+            yield self._counter(name, totals, names)
+        exposed: Series = {key: tier.exposed_ns / NS_PER_S for key, tier in tiers.items()}
+        yield self._counter("kv_tier_exposed_seconds", exposed, names)
 
     # --------------------------------------------------------------------------------------- forms
 
@@ -371,4 +386,5 @@ _HELP = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
     "num_preemptions": "Requests preempted for want of KV blocks.",
+    **TIER_HELP,
 }

@@ -24,6 +24,7 @@ class Shelf:
 
     def __init__(self, config: TierConfig, residency: Residency, block_bytes: int) -> None:
         self.name = config.name
+        self.label = config.label or config.name
         self.num_slots = config.num_slots
         self.resumes_ns = 0
         self.num_hits = self.bytes_in = self.bytes_out = 0
@@ -168,7 +169,7 @@ class Shelf:
     def load(self) -> TierLoad:
         """Return how full this is, and its totals."""
         return TierLoad(
-            name=self.name,
+            name=self.label,
             num_slots=self.num_slots,
             num_used=self.num_slots - self.num_free,
             num_hits=self.num_hits,

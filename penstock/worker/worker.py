@@ -88,7 +88,7 @@ class Worker:
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
         acts += self.tiers.due(now_ns, is_idle=self.is_idle)
         # Blocks that are being relocated are neither free nor cached: the last word comes after it.
-        is_idle = self.is_idle and not self.defragmenter.is_busy
+        is_idle = self.is_idle and not (self.defragmenter.is_busy or self.tiers.num_fetches)
         return acts + self._reporter.due(now_ns, is_idle=is_idle)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:

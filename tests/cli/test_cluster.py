@@ -101,3 +101,28 @@ def test_scheduling_and_hand_off():
 
 def test_the_policies_to_choose_from_are_those_there_are():
     assert tuple(POLICIES) == control_arguments.POLICIES
+
+
+def test_tiers_are_named_nearest_first():
+    settings = settings_for("--kv-tier", "dram=1GiB", "--kv-tier", "disk=/a,b,2MiB")
+    assert [(t.name, t.num_bytes, t.path) for t in settings.tiers] == [
+        ("dram", 1 << 30, ""),
+        ("disk", 2 << 20, "/a,b"),
+    ]
+    assert settings_for().tiers == ()
+
+
+@pytest.mark.parametrize("tier", ["dram", "disk=1GiB", "dram=/a,1GiB", "tape=1GiB", "dram=x"])
+def test_what_is_no_tier_is_refused(tier: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        settings_for("--kv-tier", tier)
+    assert "--kv-tier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tiers", "reason"),
+    [(["dram=1GiB", "dram=2GiB"], "each tier once"), (["disk=/a,1GiB", "dram=1GiB"], "comes last")],
+)
+def test_an_order_of_tiers_that_cannot_be_is_refused(tiers: list[str], reason: str):
+    with pytest.raises(StartupFailed, match=reason):
+        settings_for(*(part for tier in tiers for part in ("--kv-tier", tier)))

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.core.errors import CapacityExceeded
 from penstock.core.messages import Load
+from penstock.core.tiers import TierLoad
 from penstock.core.types import FinishReason, Role, WorkerId
 from penstock.server.metrics import Histogram, Metrics, kv_cache_usage
 from tests.server.asking import choice_of, output_of, query_of
@@ -220,3 +221,14 @@ def test_the_regime_the_loads_and_what_is_expected_of_each_worker():
     labels = {"worker": "decode-0", "role": "prefill"}
     assert _value(metrics, "worker_backlog_seconds", **labels) == 0.25
     assert _value(metrics, "worker_decodes", **labels) == 3
+
+
+def test_tiers_are_told_by_their_names_and_not_at_all_without_any():
+    tier = TierLoad("dram", 8, 2, 3, 4, 5, 6, 7, 8, exposed_ns=2_000_000_000)
+    metrics = _metrics(replace(LOAD, tiers=(tier,)))
+    labels = {"worker": "decode-0", "role": "decode", "tier": "dram"}
+    assert _value(metrics, "kv_tier_usage_perc", **labels) == 0.25
+    assert _value(metrics, "kv_tier_hits_total", **labels) == 3
+    assert _value(metrics, "kv_tier_onboarded_bytes_total", **labels) == 5
+    assert _value(metrics, "kv_tier_exposed_seconds_total", **labels) == 2
+    assert not [name for name, *_ in _samples(_metrics()) if "kv_tier" in name]

@@ -1,0 +1,104 @@
+"""The built-in model with tiers on a real cluster: conversations that outgrow the pool get the same
+tokens as without, and find their past in DRAM and on disk, also after a restart.
+"""
+
+import asyncio
+import os
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from penstock.cli.cluster import BUILTIN_MODEL
+from penstock.core.config import EngineConfig
+from penstock.core.request import SamplingParams
+from penstock.core.types import MIB
+from penstock.runtime.local import LocalCluster
+from penstock.runtime.settings import ClusterSettings, TierSettings
+from tests.cluster.client import balanced, generate
+
+pytestmark = pytest.mark.slow
+PARAMS = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+NUM_SESSIONS = 5
+NUM_TURNS = 3
+POOL_BYTES = 8 * MIB
+
+
+def settings(*tiers: TierSettings, **workers: int) -> ClusterSettings:
+    engine = EngineConfig(
+        model=str(BUILTIN_MODEL), dtype="float32", kv_cache_bytes=POOL_BYTES, max_model_len=1024
+    )
+    return ClusterSettings(engine=engine, tiers=tiers, max_num_seqs=2, **workers)
+
+
+def serve(settings: ClusterSettings, turns: range) -> tuple[list[list[int]], Counter[str]]:
+    """Return the tokens of some turns of all sessions, and hits and failures by tier."""
+
+    async def tell() -> tuple[list[list[int]], Counter[str]]:
+        with tempfile.TemporaryDirectory(prefix="pt-") as parent:
+            cluster = LocalCluster.launch(settings, parent=Path(parent))
+            async with asyncio.timeout(110), cluster:
+                prompts = [prompt(s, turn) for turn in turns for s in range(NUM_SESSIONS)]
+                answers = [await generate(cluster, tokens, PARAMS) for tokens in prompts]
+                await balanced(cluster)
+                return answers, counted(cluster)
+
+    return asyncio.run(tell())
+
+
+def prompt(session: int, turn: int) -> list[int]:
+    """All that was said up to a turn; a conversation that nobody's answers change."""
+    rng = random.Random(session)
+    return [rng.randrange(10, 4096) for _ in range(300 + 200 * turn)]
+
+
+def counted(cluster: LocalCluster) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for worker in cluster.status().workers:
+        for tier in worker.load.tiers if worker.load else ():
+            found[f"{tier.name} hits"] += tier.num_hits
+            found["wrong"] += tier.num_corrupt + tier.num_failed
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    answers, found = serve(settings(), range(NUM_TURNS))
+    assert not found
+    return answers
+
+
+@pytest.mark.parametrize("workers", [{}, {"prefill": 0, "decode": 0, "mixed": 1}])
+def test_conversations_find_their_past_in_dram_and_on_disk(
+    workers: dict[str, int], expected: list[list[int]], tmp_path: Path
+):
+    tiers = (
+        TierSettings(name="dram", num_bytes=POOL_BYTES),
+        TierSettings(name="disk", num_bytes=64 * MIB, path=str(tmp_path)),
+    )
+    answers, found = serve(settings(*tiers, **workers), range(NUM_TURNS))
+    assert answers == expected
+    assert found["disk hits"] > 0
+    assert found["dram hits"] > 0
+    assert found["wrong"] == 0
+
+
+def test_what_is_on_disk_survives_the_cluster_and_a_flipped_bit_is_computed_again(
+    expected: list[list[int]], tmp_path: Path
+):
+    disk = TierSettings(name="disk", num_bytes=64 * MIB, path=str(tmp_path))
+    first, _ = serve(settings(disk), range(1))
+    (path,) = tmp_path.iterdir()
+    # One bit in one place of every MiB: some blocks are wrong, most are right.
+    with path.open("r+b") as file:
+        for at in range(MIB, os.path.getsize(path), MIB):
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+    second, found = serve(settings(disk), range(1, 2))
+    assert first + second == expected[: 2 * NUM_SESSIONS]
+    assert found["disk hits"] > 0
+    assert found["wrong"] > 0
