@@ -100,11 +100,11 @@ void encode_keys(const Shape& shape, const Plane& plane, const T* rows, uint8_t*
         uint8_t* to = codes + start * width * BITS / 8;
         const int64_t first = start / group * width;
         int64_t c = 0;
-        for (; c + 2 * UNIT <= width; c += 2 * UNIT)
-            encode_strip<2, T, BITS>(from + c, width, group, lows + first + c, scales + first + c,
+        for (; c + 32 <= width; c += 32)
+            encode_strip<32 / UNIT, T, BITS>(from + c, width, group, lows + first + c, scales + first + c,
                                      to + c);
         if (c < width)
-            encode_strip<1, T, BITS>(from + c, width, group, lows + first + c, scales + first + c,
+            encode_strip<16 / UNIT, T, BITS>(from + c, width, group, lows + first + c, scales + first + c,
                                      to + c);
     }
 }
@@ -128,8 +128,12 @@ struct Parameters {
             const int64_t some = count - done < UNIT ? count - done : UNIT;
             alignas(LINE) float least[UNIT] = {}, most[UNIT] = {};
             for (int64_t i = 0; i < some; i++, values += group) {
-                const Float first = load(values), second = load(values + group - UNIT);
-                least[i] = smallest(min(first, second)), most[i] = largest(max(first, second));
+                Float low_of = load(values), high_of = low_of;
+                for (int64_t c = UNIT; c < group; c += UNIT) {
+                    low_of = min(low_of, load(values + c));
+                    high_of = max(high_of, load(values + c));
+                }
+                least[i] = smallest(low_of), most[i] = largest(high_of);
             }
             const Range range =
                 settle(load(least), load(most), levels, lows + done, scales + done, some);

@@ -113,7 +113,7 @@ inline uint16_t* encode_lanes(const uint8_t* symbols, const uint32_t* codings, u
     return end;
 }
 
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
 // The same for sixteen lanes at once.
 inline uint16_t* encode_vector(const uint8_t* symbols, const uint32_t* codings, __m512i& state,
                                uint16_t* end) {
@@ -148,7 +148,7 @@ uint16_t* encode_symbols(const uint8_t* symbols, int64_t n, const uint32_t* codi
                          uint32_t* states, uint16_t* end) {
     int64_t i = n / LANES * LANES;
     end = encode_lanes(symbols + i, codings, states, n - i, end);
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     __m512i low = _mm512_loadu_si512(states), high = _mm512_loadu_si512(states + 16);
     while ((i -= LANES) >= 0) {
         end = encode_vector(symbols + i + 16, codings, high, end);
@@ -173,7 +173,7 @@ inline uint32_t take(const uint32_t* table, uint32_t state, uint8_t* symbol) {
            (found & (TOTAL - 1));
 }
 
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
 // Decodes sixteen lanes, where at least sixteen words are left; returns the words that remain.
 inline const uint8_t* decode_vector(const uint32_t* table, __m512i& state, const uint8_t* words,
                                     uint8_t* symbols) {
@@ -196,7 +196,7 @@ inline const uint8_t* decode_vector(const uint32_t* table, __m512i& state, const
 // Decodes LANES symbols, where there are at least as many words; returns the words that remain.
 inline const uint8_t* decode_lanes(const uint32_t* table, uint32_t* states, const uint8_t* words,
                                    uint8_t* symbols) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     __m512i low = _mm512_loadu_si512(states), high = _mm512_loadu_si512(states + 16);
     words = decode_vector(table, low, words, symbols);
     words = decode_vector(table, high, words, symbols + 16);

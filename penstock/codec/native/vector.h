@@ -1,6 +1,6 @@
-// Sixteen floats at a time, and what turns the elements of KV blocks into them and back. GCC and
-// Clang vector extensions, which the compiler cuts to the machine's own width; intrinsics only
-// where an instruction set has something that they cannot say.
+// As many floats at a time as the machine's vectors hold, and what turns the elements of KV blocks
+// into them and back. GCC and Clang vector extensions; intrinsics where compilers make too little
+// of them.
 //
 // The numpy reference does the same sums in the same order, and a compiler that made one rounding
 // out of two would make another code of a number half way between two: hence no contraction.
@@ -19,7 +19,15 @@
 
 namespace penstock {
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define PENSTOCK_AVX512
 constexpr int64_t UNIT = 16;
+#elif defined(__AVX2__) && defined(__F16C__)
+#define PENSTOCK_AVX2
+constexpr int64_t UNIT = 8;
+#else
+constexpr int64_t UNIT = 4;
+#endif
 constexpr int64_t LINE = 64;
 
 typedef float Float __attribute__((vector_size(UNIT * 4), aligned(4)));
@@ -39,10 +47,18 @@ inline Float splat(float value) {
     return Float{} + value;
 }
 inline Float min(Float a, Float b) {
+#if defined(PENSTOCK_AVX2)
+    return (Float)_mm256_min_ps((__m256)a, (__m256)b);
+#else
     return a < b ? a : b;
+#endif
 }
 inline Float max(Float a, Float b) {
+#if defined(PENSTOCK_AVX2)
+    return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     return a > b ? a : b;
+#endif
 }
 inline int64_t min(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -55,15 +71,10 @@ inline Float load(const float* from) {
     return *(const Float*)from;
 }
 inline Word widen(Short value) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     return (Word)_mm512_cvtepu16_epi32((__m256i)value);
-#else
-    return __builtin_convertvector(value, Word);
-#endif
-}
-inline Word widen(Byte value) {
-#if defined(__AVX512F__)
-    return (Word)_mm512_cvtepu8_epi32((__m128i)value);
+#elif defined(PENSTOCK_AVX2)
+    return (Word)_mm256_cvtepu16_epi32((__m128i)value);
 #else
     return __builtin_convertvector(value, Word);
 #endif
@@ -72,15 +83,10 @@ inline Float load(const bfloat16* from) {
     return (Float)(widen(*(const Short*)from) << 16);
 }
 inline Float load(const float16* from) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__F16C__)
-    Float result;
-    for (int i = 0; i < 2; i++) {
-        const __m256 half = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from + i));
-        memcpy((char*)&result + 32 * i, &half, 32);
-    }
-    return result;
+#elif defined(PENSTOCK_AVX2)
+    return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
     Float result;
     const _Float16* halves = (const _Float16*)from;
@@ -88,6 +94,13 @@ inline Float load(const float16* from) {
     return result;
 #endif
 }
+
+#if defined(PENSTOCK_AVX2)
+inline __m128i narrow(Word value) {
+    const __m256i words = (__m256i)value;
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+#endif
 
 // Rounds to the nearest, ties to even. Not with the processor's bfloat16 instructions, which take
 // the smallest numbers for zero.
@@ -97,39 +110,46 @@ inline void store(float* to, Float value) {
 inline void store(bfloat16* to, Float value) {
     Word bits = (Word)value;
     bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits));
+#elif defined(PENSTOCK_AVX2)
+    _mm_storeu_si128((__m128i*)to, narrow(bits));
 #else
     *(Short*)to = __builtin_convertvector(bits, Short);
 #endif
 }
 inline void store(float16* to, Float value) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    for (int i = 0; i < 2; i++) {
-        __m256 half;
-        memcpy(&half, (char*)&value + 32 * i, 32);
-        _mm_storeu_si128((__m128i*)to + i, _mm256_cvtps_ph(half, _MM_FROUND_TO_NEAREST_INT));
-    }
+#elif defined(PENSTOCK_AVX2)
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #else
     _Float16* halves = (_Float16*)to;
     for (int i = 0; i < UNIT; i++) halves[i] = (_Float16)value[i];
 #endif
 }
 inline void store_bytes(uint8_t* to, Word value) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)value));
+#elif defined(PENSTOCK_AVX2)
+    const __m128i shorts = narrow(value);
+    _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(shorts, shorts));
 #else
     *(Byte*)to = __builtin_convertvector(value, Byte);
 #endif
 }
 inline Word load_bytes(const uint8_t* from) {
-    return widen(*(const Byte*)from);
+#if defined(PENSTOCK_AVX512)
+    return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(PENSTOCK_AVX2)
+    return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    return __builtin_convertvector(*(const Byte*)from, Word);
+#endif
 }
 
 inline float smallest(Float value) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     return _mm512_reduce_min_ps((__m512)value);
 #else
     float result = value[0];
@@ -138,7 +158,7 @@ inline float smallest(Float value) {
 #endif
 }
 inline float largest(Float value) {
-#if defined(__AVX512F__)
+#if defined(PENSTOCK_AVX512)
     return _mm512_reduce_max_ps((__m512)value);
 #else
     float result = value[0];
@@ -166,7 +186,7 @@ inline Float load_some(const float16* from, int64_t count) {
 struct Sink {
     bool is_streaming;
 
-#if defined(__AVX512BW__)
+#if defined(PENSTOCK_AVX512)
     void put(void* to, __m512i line) const {
         if (is_streaming)
             _mm512_stream_si512((__m512i*)to, line);
@@ -196,7 +216,7 @@ struct Sink {
 #else
     template <class T>
     void put(T* to, Float first, Float second) const {
-#if defined(__AVX__)
+#if defined(PENSTOCK_AVX2)
         if (is_streaming) {
             alignas(LINE) T line[2 * UNIT];
             store(line, first), store(line + UNIT, second);
