@@ -94,8 +94,7 @@ class Admission:
         has_turn = not num_before and bool(prompts[slots].any())
         if has_turn and self._router.has_seat(request, now_ns):
             return float(waits.min())
-        ns_per_token = 1 / float((1 / self._token_ns(request.num_tokens)[slots]).sum())
-        prompts_ns = float(waits.mean()) + num_before * ns_per_token
+        prompts_ns = float(waits.mean()) + self._queued_ns(num_before, slots)
         if self._router.has_seat(request, now_ns):
             return prompts_ns
         return max(prompts_ns, self._seat_wait_ns(len(queue)))
@@ -104,7 +103,16 @@ class Admission:
         """True for workers that are meant to compute prompts."""
         return not (self._fleet.has_pairs and self._fleet.alone_charge[slot])
 
-    def _token_ns(self, num_tokens: int) -> Float64:
+    def _queued_ns(self, num_tokens: int, slots: list[int]) -> float:
+        """Return how long these workers take together for so many tokens of those that wait, which
+        are prompts of the length usual in the queue, whatever the length of who asks.
+        """
+        if not num_tokens:
+            return 0.0
+        usual_tokens = self.queue.num_tokens / len(self.queue)
+        return num_tokens / float((1 / self._token_ns(usual_tokens)[slots]).sum())
+
+    def _token_ns(self, num_tokens: float) -> Float64:
         """Return the time per token of a prompt of this length, of each slot."""
         coefficients = self._fleet.coefficients
         each: Float64 = coefficients[A] / num_tokens + coefficients[B]

@@ -113,3 +113,13 @@ def test_waiting_for_room_ends_too() -> None:
     story.tell(Woken("queue"))
     assert story.controller.status().queued == 0
     assert {m.reason for _, m in story.heard(RequestFailed)} == {"no worker had room in time"}
+
+
+def test_those_that_wait_take_as_long_whoever_asks() -> None:
+    story = make("p0", "d0")
+    flood(story, 30)
+    admission = story.controller.admission
+    assert len(admission.queue) > 10
+    short = admission.wait_ns(request("x", 100), story.now_ns)
+    assert short == pytest.approx(admission.wait_ns(request("x", LONG), story.now_ns))
+    assert short >= len(admission.queue) * OWN_MS * 1e6 * 0.9
