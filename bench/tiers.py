@@ -1,0 +1,147 @@
+"""How soon does a conversation go on that has fallen out of the KV pool?
+
+`penstock serve` with one worker whose pool holds one and a half conversations of 2,048 tokens, and
+three of them that return in turn, 16 tokens longer: when one does, none of its blocks are in the
+pool any more. Time to first token, by the server's own ledger, with a tier in DRAM, on a CXL
+expander (emulated where the machine has none), on disk, and computed again without any tier. The
+servers are asked in turn, so that what changes meanwhile, changes for all of them. That the blocks
+really came from the tier, and none of them wrong, is read from /metrics. Twice: the built-in model,
+and with --large a decoder of Qwen3-0.6B's shape with random weights (four copies of it at once: 6
+GiB of memory, and some minutes).
+
+The disk is read past the page cache where the file system lets it (the server logs nothing of it
+otherwise: tmpfs does not). A conversation that returns finds its blocks written: it comes half a
+second after the others' answers, as a person would at the earliest.
+
+    python bench/tiers.py [--large] [--threads N] [--folder DISK] [--quick] [--output FILE]
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from handoff import ask, fresh, make_model
+from prometheus_client.parser import text_string_to_metric_families
+from report import Report
+from serve import server
+
+NUM_TOKENS = 2048
+NUM_NEW = 16
+NUM_CONVERSATIONS = 3
+BLOCK_SIZE = 32
+RUNS = 6
+PAUSE_S = 0.5
+TARGET_TIMES = 5.0
+TOKEN_BYTES = {"tiny": 2 * 5 * 4 * 32 * 2, "0.6b": 2 * 28 * 8 * 128 * 2}
+"""Keys and values, layers, heads, size of a head, bfloat16."""
+
+
+def counted(port: int, name: str) -> float:
+    """Return the sum of one metric over everything it is told of."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        samples = [sample for family in families for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == f"penstock:{name}_total")
+
+
+def bench(report: Report, name: str, flags: list[str], tiers: dict[str, list[str]]) -> None:
+    """Measure one model with each of the tiers, and without."""
+    pool = int(1.5 * NUM_TOKENS * TOKEN_BYTES[name])
+    common = ["--mixed", "1", "--dtype", "bfloat16", "--kv-cache-memory", str(pool), *flags]
+    common += ["--block-size", str(BLOCK_SIZE)]
+    with ExitStack() as stack:
+        ports = {way: stack.enter_context(server(*common, *more)) for way, more in tiers.items()}
+        rng = random.Random(0)
+        told = [fresh(rng, NUM_TOKENS) for _ in range(NUM_CONVERSATIONS)]
+        for conversation in told:
+            for port in ports.values():
+                ask(port, conversation)
+        before = {way: counted(port, "kv_tier_hits") for way, port in ports.items()}
+        ledgers: dict[str, list[dict[str, Any]]] = {way: [] for way in ports}
+        for run in range(RUNS):
+            time.sleep(PAUSE_S)
+            prompt = told[run % NUM_CONVERSATIONS] + fresh(rng, NUM_NEW)
+            for way, port in ports.items():
+                ledgers[way].append(ask(port, prompt))
+        time.sleep(2 * PAUSE_S)
+        for way, port in ports.items():
+            report_way(report, f"{name}_{way}", ledgers[way])
+            if way != "recompute":
+                check(port, before[way], f"{name}_{way}")
+    report_gain(report, name, list(tiers))
+
+
+def report_way(report: Report, of: str, ledgers: list[dict[str, Any]]) -> None:
+    """Add the figures of one tier."""
+    cached = [row["cached_tokens"] for row in ledgers]
+    note = f"{min(cached)} of {NUM_TOKENS + NUM_NEW} tokens not computed"
+    report.add(f"ttft_ms_{of}", [row["ttft"] * 1e3 for row in ledgers], "ms", note=note)
+    is_brought = not of.endswith("recompute")
+    assert all((tokens >= NUM_TOKENS) == is_brought for tokens in cached), f"{of}: {cached}"
+
+
+def check(port: int, hits_before: float, of: str) -> None:
+    """Make sure that it was the tier that had the blocks, and that all were right."""
+    hits = counted(port, "kv_tier_hits") - hits_before
+    wanted = RUNS * NUM_TOKENS // BLOCK_SIZE
+    wrong = counted(port, "kv_tier_corrupt") + counted(port, "kv_tier_failed")
+    assert hits >= 0.9 * wanted, f"{of}: {hits} of {wanted} blocks came from the tier"
+    assert not wrong, f"{of}: {wrong} blocks were wrong"
+
+
+def report_gain(report: Report, name: str, ways: list[str]) -> None:
+    """Say how many times sooner each tier is than computing."""
+    recompute_ms = report.figures[f"ttft_ms_{name}_recompute"]
+    for way in ways:
+        if way == "recompute":
+            continue
+        times = report.figures[f"times_{name}_{way}"] = (
+            recompute_ms / report.figures[f"ttft_ms_{name}_{way}"]
+        )
+        aim = f", target {TARGET_TIMES:g}x on the 0.6B shape" if way == "dram" else ""
+        print(f"  {name}, {way}: {times:.1f}x sooner than computed{aim}")
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--large", action="store_true", help="the shape of Qwen3-0.6B as well")
+    parser.add_argument("--quick", action="store_true", help="within 45 s: the built-in model")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each worker")
+    parser.add_argument("--folder", help="where the disk tier lies (default: for temporary files)")
+    parser.add_argument("--output", help="results file")
+    args = parser.parse_args()
+    report = Report("tiers", settings={"threads": args.threads, "tokens": NUM_TOKENS})
+    names = ["tiny", "0.6b"] if args.large and not args.quick else ["tiny"]
+    for name in names:
+        with tempfile.TemporaryDirectory(dir=args.folder) as disk, ExitStack() as stack:
+            flags = ["--threads", str(args.threads)]
+            if name != "tiny":
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                make_model(Path(folder))
+                flags = [folder, "--load-format", "dummy", *flags]
+            size = 2 * NUM_CONVERSATIONS * NUM_TOKENS * TOKEN_BYTES[name]
+            tiers = {
+                "recompute": [],
+                "dram": ["--kv-tier", f"dram={size}"],
+                "cxl": ["--kv-tier", f"cxl={size}"],
+                "disk": ["--kv-tier", f"disk={disk},{size}"],
+            }
+            bench(report, name, flags, tiers)
+    report.finish(args.output)
+
+
+if __name__ == "__main__":
+    main()
