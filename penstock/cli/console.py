@@ -68,6 +68,7 @@ class ServeConsole:
             ("model", f"{name}, up to {model.max_model_len} tokens{_limit_note(model)}"),
             ("engine", model.description),
             ("KV cache", _kv_line(model)),
+            *([("KV tiers", model.tiers)] if model.tiers else []),
             ("transport", _transport_line(workers, self._transport)),
             ("address", address),
         ]

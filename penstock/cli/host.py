@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-from penstock.cli.tiers import check_tiers, open_tiers, tier_configs, with_tiers
+from penstock.cli.tiers import check_tiers, describe_tiers, open_tiers, tier_configs, with_tiers
 from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
@@ -84,6 +84,7 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
         find = _load_model if settings.num_workers else _describe_model
     facts, make_execute = find(settings, progress)
     check_tiers(settings, facts.layout)
+    facts = msgspec.structs.replace(facts, tiers=describe_tiers(settings))
     return facts, partial(_work, settings, facts, make_execute)
 
 

@@ -19,7 +19,7 @@ from penstock.kv.tiers import Tier
 from penstock.runtime.link import WorkerSpec
 from penstock.runtime.settings import ClusterSettings, TierSettings
 from penstock.transfer.region import Region
-from penstock.transport.cxl import open_cxl
+from penstock.transport.cxl import cxl_kind, open_cxl
 from penstock.transport.disk import DiskTier
 from penstock.transport.tier import MemoryTier, TierStore
 from penstock.transport.tier_mover import TierMover
@@ -45,6 +45,17 @@ def check_tiers(settings: ClusterSettings, layout: KVLayout | None) -> None:
                 f"--kv-tier {tier.name}: {tier.num_bytes / MIB:.1f} MiB hold no block of "
                 f"{layout.block_bytes[0]} bytes for each worker"
             )
+
+
+def describe_tiers(settings: ClusterSettings) -> str:
+    """Return in a line what is below the KV caches; "" for nothing."""
+    names = {Tier.CXL.value: cxl_kind()}
+    parts = [
+        f"{tier.num_bytes / MIB:.0f} MiB {names.get(tier.name, tier.name)} {tier.path}".rstrip()
+        for tier in settings.tiers
+    ]
+    num_sharers = _num_sharers(settings)
+    return ", ".join(parts) + (f"; shared by {num_sharers} workers" if parts else "")
 
 
 def open_tiers(

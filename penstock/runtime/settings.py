@@ -144,7 +144,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     """What the front needs to know of the loaded model. `num_blocks` is per KV group of each
     worker. Where all workers are on other hosts nothing is loaded: no `layout`, no blocks.
 
-    `folder` is where its files are; `description` says in a line what runs it, for people.
+    `folder` is where its files are; `description` says in a line what runs it, and `tiers` what is
+    below the KV caches, for people.
     """
 
     folder: str
@@ -155,6 +156,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     description: str
+    tiers: str = ""
 
 
 def split_address(text: str, flag: str) -> tuple[str, int]:

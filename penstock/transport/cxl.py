@@ -35,11 +35,15 @@ def open_cxl(num_slots: int, block_bytes: int) -> MemoryTier:
     Raises: `StartupFailed` when the system does not give the memory.
     """
     node = find_node()
-    return (
-        EmulatedTier(num_slots, block_bytes)
-        if node is None
-        else NodeTier(num_slots, block_bytes, node)
-    )
+    if node is None:
+        return EmulatedTier(num_slots, block_bytes)
+    return NodeTier(num_slots, block_bytes, node)
+
+
+def cxl_kind() -> str:
+    """Return what the tier is on this machine."""
+    node = find_node()
+    return "cxl (emulated)" if node is None else f"cxl (node {node})"
 
 
 def find_node(nodes: Path = NODES) -> int | None:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cli.tiers import check_tiers, open_tiers, tier_configs
+from penstock.cli.tiers import check_tiers, describe_tiers, open_tiers, tier_configs
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.config import EngineConfig
 from penstock.core.errors import StartupFailed
 from penstock.core.types import MIB, Role, WorkerId
 from penstock.runtime.link import WorkerSpec
 from penstock.runtime.settings import ClusterSettings, TierSettings
+from penstock.transport.cxl import cxl_kind
 
 LAYOUT = KVLayout("m", (KVGroup((0, 1)),), 2, 32, 16, "float32")
 
@@ -50,3 +51,13 @@ def test_what_cannot_be_is_refused_before_anything_starts():
         check_tiers(settings(dram, is_prefix_caching=False), LAYOUT)
     with pytest.raises(StartupFailed, match="hold no block"):
         check_tiers(settings(TierSettings(name="dram", num_bytes=1)), LAYOUT)
+
+
+def test_people_are_told_what_there_is_and_what_is_emulated():
+    tiers = (
+        TierSettings(name="cxl", num_bytes=2 * MIB),
+        TierSettings(name="disk", num_bytes=4 * MIB, path="/x"),
+    )
+    told = describe_tiers(settings(*tiers, prefill=2))
+    assert told == f"2 MiB {cxl_kind()}, 4 MiB disk /x; shared by 2 workers"
+    assert describe_tiers(settings()) == ""

@@ -9,7 +9,14 @@ import pytest
 from penstock.core.errors import StartupFailed
 from penstock.transfer.plan import cut
 from penstock.transfer.region import Region
-from penstock.transport.cxl import EmulatedTier, NodeTier, find_node, open_cxl, parse_nodes
+from penstock.transport.cxl import (
+    EmulatedTier,
+    NodeTier,
+    cxl_kind,
+    find_node,
+    open_cxl,
+    parse_nodes,
+)
 
 
 def test_a_node_with_memory_and_no_core_is_found(tmp_path: Path):
@@ -51,4 +58,5 @@ def test_a_tier_on_a_node_is_bound_to_it_and_a_node_that_is_not_there_is_refused
 def test_what_this_machine_has_is_opened():
     tier = open_cxl(2, 4096)
     assert ("emulated" in tier.kind) == (find_node() is None)
+    assert tier.kind == cxl_kind()
     tier.close()
