@@ -75,18 +75,19 @@ async def _drive(port: int, plan: Plan) -> list[Segment]:
 
 
 async def _poisson(port: int, rate: float, seconds: float, rng: random.Random) -> Segment:
-    """Send requests at random times for a while, and wait for the last answer."""
+    """Send a request, and more at random times for a while, and wait for the last answer."""
     client = Client("127.0.0.1", port)
     segment = Segment(rate, time.monotonic_ns())
     used_before_s = _processor_seconds()
     tasks: list[tuple[tuple[int, ...], asyncio.Task[Answer]]] = []
     start_s = at_s = time.perf_counter()
-    while (at_s := at_s + rng.expovariate(rate)) < start_s + seconds:
+    while at_s < start_s + seconds:
         body = _body(rng)
         await asyncio.sleep(at_s - time.perf_counter())
         prompt = body["prompt"]
         assert isinstance(prompt, list)
         tasks.append((tuple(prompt[:KEY_TOKENS]), asyncio.create_task(client.complete(body))))
+        at_s += rng.expovariate(rate)
     segment.sent = [Sent(key, await task) for key, task in tasks]
     client.close()
     segment.end_ns = time.monotonic_ns()

@@ -10,7 +10,8 @@ error is the model's, and how much the difference between the turns.
 
 A machine that does something else meanwhile is another machine at every turn. The share of its
 processors that other programs used is measured; turns with more than 10 % are left out as long as
-half are left. Figures of a busy machine say little all the same.
+half are left. Figures of a busy machine say little all the same: how far the real turns are from
+each other is printed below, and no prediction can be expected to be nearer.
 
     python bench/sim_vs_real.py [--quick] [--only pd|mixed] [--keep FOLDER] [--output FILE]
 """
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from load import percentile
-from recorded_run import Plan, Segment, record
+from recorded_run import KEY_TOKENS, Plan, Segment, record
 from report import Report
 
 from penstock.core.config import ControllerConfig
@@ -78,7 +79,7 @@ Figures = tuple[list[float], list[float]]
 def requests_of(segment: Segment, recording: Recording) -> list[Request]:
     """Return what was sent in a segment, each beside what the controller saw of it."""
     known = {
-        tuple(request.prompt_token_ids[: len(segment.sent[0].key)]): (request, served)
+        tuple(request.prompt_token_ids[:KEY_TOKENS]): (request, served)
         for request, served in recording.requests
     }
     requests = []
@@ -201,6 +202,26 @@ def evaluate(report: Report, name: str, segments: list[Segment], log: Path) -> N
         extend(all_real, was)
         extend(all_simulated, guess)
     compare(report, name, all_real, all_simulated)
+    tell_floor(report, name, [[real(turn) for turn in those] for those in requests[1:]])
+
+
+def tell_floor(report: Report, name: str, turns: list[list[Figures]]) -> None:
+    """Print how far the machine is from itself: every other turn of a rate beside those between.
+
+    No prediction can be expected to be nearer.
+    """
+    if any(len(those) < 2 for those in turns):
+        return
+    halves: list[Figures] = [([], []), ([], [])]
+    for those in turns:
+        for number, turn in enumerate(those[: len(those) // 2 * 2]):
+            extend(halves[number % 2], turn)
+    for which, label in enumerate(("ttft", "tpot")):
+        for share, rank in ((0.5, "p50"), (0.99, "p99")):
+            one, other = (percentile(half[which], share) for half in halves)
+            apart = abs(one / other - 1)
+            report.figures[f"{name}_{label}_{rank}_between_turns"] = apart
+            print(f"  {name:<16} {label} {rank}  real, from turn to turn {apart:>7.1%}")
 
 
 def quiet(turns: list[Segment]) -> list[Segment]:
@@ -264,7 +285,7 @@ def main() -> None:
     parser.add_argument("--keep", help="folder for the decision logs; default: they are deleted")
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
-    rounds, seconds = (2, 2.0) if args.quick else (8, 4.0)
+    rounds, seconds = (1, 3.0) if args.quick else (8, 4.0)
     plan = Plan(RATES, rounds, seconds, args.seed)
     settings: dict[str, object] = {
         "calibrated at": f"{RATES[0]:g} of capacity",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final, Generic, TypeVar
 
 Value = TypeVar("Value")
-STRETCH: Final = 32
+STRETCH: Final = 128
 
 
 class Stretches(Generic[Value]):
