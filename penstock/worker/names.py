@@ -2,9 +2,10 @@
 
 Changes are collected where names are given and dropped (`kv/prefix_cache.py`) and sent in batches:
 at most once per interval while the worker is busy, and when it becomes idle. A name that came and
-went in between is sent once, as what it is now.
+went in between is sent once, as what it is now. What a tier below the pool has is there, too.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from penstock.core.config import WorkerConfig
@@ -20,9 +21,15 @@ NAMES_MAX: Final = 4096
 class NameReports:
     """What has changed since the controller was last told."""
 
-    def __init__(self, config: WorkerConfig, kv: KVCache) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        kv: KVCache,
+        is_below: Callable[[BlockHash], bool] = lambda _: False,
+    ) -> None:
         is_on = config.is_prefix_caching and config.names_interval_ns is not None
         self._config = config
+        self._is_below = is_below
         self._changes: dict[BlockHash, bool] = kv.watch_names() if is_on else {}
         self._interval_ns = config.names_interval_ns or 0
         self._sent_ns = -self._interval_ns
@@ -32,7 +39,8 @@ class NameReports:
         if not self._changes or not (is_idle or now_ns - self._sent_ns >= self._interval_ns):
             return []
         self._sent_ns = now_ns
-        changes = list(self._changes.items())
+        is_below = self._is_below
+        changes = [(name, is_there or is_below(name)) for name, is_there in self._changes.items()]
         self._changes.clear()
         return [
             self._message(changes[start : start + NAMES_MAX])

@@ -37,7 +37,7 @@ class Reporter:
         self._offers = offers
         self._pulls = pulls
         self._tiers = tiers
-        self._names = NameReports(config, kv)
+        self._names = NameReports(config, kv, tiers.has)
         self._samples = Samples()
         self._reported_ns = -config.load_interval_ns
         self._is_due = False

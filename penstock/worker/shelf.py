@@ -27,6 +27,8 @@ class Shelf:
         self.label = config.label or config.name
         self.num_slots = config.num_slots
         self.resumes_ns = 0
+        self.dropped: list[BlockHash] = []
+        """Names that are not here any more since this was last emptied."""
         self.num_hits = self.bytes_in = self.bytes_out = 0
         self.num_corrupt = self.num_failed = self.num_evicted = self.exposed_ns = 0
         self._tier = Tier(config.name)
@@ -99,6 +101,7 @@ class Shelf:
         self._slots.free([slot])
         self._order.remove(name, evicted=is_evicted)
         del self._digests[name]
+        self.dropped.append(name)
         self.num_evicted += is_evicted
 
     def hold(self, names: Iterable[BlockHash]) -> None:

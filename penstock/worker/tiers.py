@@ -66,6 +66,7 @@ class TierDesk:
         self._has_prompts = False
         self.residency = Residency(())
         self._parked: list[BlockHash] = []
+        self._news: list[BlockHash] = []
         if config.tiers and config.is_prefix_caching:
             self._open_tiers()
         self._onboards = OnboardDesk(config, kv, scheduler, self._shelves, move_ids)
@@ -79,6 +80,7 @@ class TierDesk:
         self.residency = Residency(specs)
         self._shelves = [Shelf(tier, self.residency, block_bytes) for tier in self._config.tiers]
         self._kv.groups[0].pool.prefix_cache.parked = self._parked
+        self._news = [kept.name for tier in self._config.tiers for kept in tier.kept]
 
     @property
     def num_fetches(self) -> int:
@@ -104,6 +106,7 @@ class TierDesk:
             return []
         commands = self._onboards.take_commands()
         self._note_parked()
+        self._tell_names()
         pool = self._kv.groups[0].pool
         is_short = 2 * pool.num_free < pool.num_blocks
         is_writing = any(write.out_of is None for write in self._writes.values())
@@ -138,6 +141,10 @@ class TierDesk:
                     write.out_of.drop(name, is_evicted=name not in write.into)
         return True
 
+    def has(self, name: BlockHash) -> bool:
+        """Tell whether a block can be brought back from a tier."""
+        return any(name in shelf for shelf in self._shelves)
+
     def load(self) -> tuple[TierLoad, ...]:
         """Return what each tier has and did, nearest first."""
         return tuple(shelf.load() for shelf in self._shelves)
@@ -160,6 +167,17 @@ class TierDesk:
                 if name in shelf:
                     shelf.touch(name)
         self._parked.clear()
+
+    def _tell_names(self) -> None:
+        """Have the router hear of names that were here at the start, and that have left a tier."""
+        for shelf in self._shelves:
+            self._news += shelf.dropped
+            shelf.dropped.clear()
+        cache = self._kv.groups[0].pool.prefix_cache
+        if self._news and cache.changes is not None:
+            for name in self._news:
+                cache.changes[name] = self.has(name) or cache.find(name) is not None
+        self._news.clear()
 
     def _offload(self, now_ns: int) -> list[Command]:
         """Write the blocks that have waited longest to the nearest tier that takes them."""

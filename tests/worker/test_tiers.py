@@ -1,7 +1,7 @@
 """Blocks go down to tiers when nobody holds them, and come up before a request that wants them."""
 
 from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
-from penstock.core.messages import Cancel, Tokens
+from penstock.core.messages import BlocksChanged, Cancel, Tokens
 from penstock.core.tiers import KeptBlock, TierConfig, TierLoad
 from penstock.core.types import BlockHash, Digest, RequestId
 from tests.worker.story import P0, Story, assign, request
@@ -247,3 +247,32 @@ def test_what_is_quicker_computed_is_not_waited_for() -> None:
     below.run("other", 1000, 100)
     below.story.worker.tiers.note_step(100, 100_000)
     assert below.run("a again", 100) == 0
+
+
+def told(below: Below, known: set[BlockHash]) -> set[BlockHash]:
+    """Return what the controller takes to be here, by what it was told."""
+    for message in below.story.heard(BlocksChanged):
+        assert isinstance(message, BlocksChanged)
+        known = (known | set(message.stored)) - set(message.removed)
+    return known
+
+
+def test_the_controller_hears_of_what_is_in_the_pool_or_in_a_tier_and_of_nothing_else() -> None:
+    below = Below(DRAM, TierConfig(name="disk", num_slots=2, bytes_per_s=1_000_000_000))
+    below.run("a", 100)
+    known = told(below, set())
+    assert len(known) == 2
+    for number in range(6):
+        below.run(f"other{number}", 1000 * (number + 1), 60)
+        known = told(below, known)
+    desk, cache = below.story.worker.tiers, below.story.worker.kv.groups[0].pool.prefix_cache
+    assert known == {name for name in known if desk.has(name) or cache.find(name) is not None}
+    assert len(known) > cache.num_indexed
+    assert below.load(1).num_evicted > 0
+
+
+def test_the_controller_hears_of_what_was_there_at_the_start() -> None:
+    kept = (KeptBlock(3, BlockHash(b"k" * 16), Digest(7)),)
+    below = Below(TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000, kept=kept))
+    below.run("a", 100)
+    assert kept[0].name in told(below, set())
