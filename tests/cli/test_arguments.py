@@ -32,7 +32,7 @@ def test_what_is_no_size(text: str):
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["chat"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["explain"]])
 def test_help_has_examples_or_says_what_to_type(command: list[str], capsys):
     with pytest.raises(SystemExit) as end:
         make_parser().parse_args([*command, "--help"])

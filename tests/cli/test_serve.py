@@ -69,7 +69,9 @@ def test_while_it_loads_it_listens_and_says_so(free_port: int, folder: Path):
 
 
 def test_requests_are_logged_when_asked_for(free_port: int, folder: Path):
-    with serving("--log-requests", port=free_port, folder=folder) as server:
+    # So short a prompt would otherwise be computed where it is decoded.
+    flags = ["--log-requests", "--policy", "least_loaded"]
+    with serving(*flags, port=free_port, folder=folder) as server:
         server.wait_until_up()
         server.complete(3)
         server.wait_for(lambda: "output=3" in server.text)
@@ -80,7 +82,8 @@ def test_the_transport_that_was_asked_for_is_used_and_proven(
     free_port: int, folder: Path, monkeypatch
 ):
     monkeypatch.setenv("PENSTOCK_CLUSTER_KEY", "a key for this test alone")
-    with serving("--transport", "tcp", port=free_port, folder=folder) as server:
+    flags = ["--transport", "tcp", "--policy", "least_loaded"]
+    with serving(*flags, port=free_port, folder=folder) as server:
         server.wait_until_up()
         headers = {"x-penstock-ledger": "1"}
         body = {"prompt": "Once upon a time", "max_tokens": 2}
