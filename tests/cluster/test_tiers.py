@@ -5,6 +5,7 @@ tokens as without, and find their past in DRAM and on disk, also after a restart
 import asyncio
 import os
 import random
+import signal
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -102,3 +103,29 @@ def test_what_is_on_disk_survives_the_cluster_and_a_flipped_bit_is_computed_agai
     assert first + second == expected[: 2 * NUM_SESSIONS]
     assert found["disk hits"] > 0
     assert found["wrong"] > 0
+
+
+def test_the_successor_of_a_killed_worker_finds_what_it_had_on_disk(
+    expected: list[list[int]], tmp_path: Path
+):
+    disk = TierSettings(name="disk", num_bytes=64 * MIB, path=str(tmp_path))
+
+    async def story() -> Counter[str]:
+        with tempfile.TemporaryDirectory(prefix="pt-") as parent:
+            wanted = settings(disk, prefill=0, decode=0, mixed=1)
+            cluster = LocalCluster.launch(wanted, parent=Path(parent))
+            async with asyncio.timeout(110), cluster:
+                for session in range(NUM_SESSIONS):
+                    tokens = await generate(cluster, prompt(session, 0), PARAMS)
+                    assert tokens == expected[session]
+                await balanced(cluster)
+                os.kill(cluster.status().workers[0].info.pid, signal.SIGKILL)
+                for session in range(NUM_SESSIONS):
+                    tokens = await generate(cluster, prompt(session, 1), PARAMS)
+                    assert tokens == expected[NUM_SESSIONS + session]
+                await balanced(cluster)
+                return counted(cluster)
+
+    found = asyncio.run(story())
+    assert found["disk hits"] > 0
+    assert found["wrong"] == 0
