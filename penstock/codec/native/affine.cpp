@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t GROUP = 32;
 constexpr int64_t CHUNK = 1024;  // groups whose parameters are kept as floats
+constexpr int64_t AHEAD = 256;  // bytes of codes
 constexpr float LARGEST = 65504.f;
 
 inline int64_t group_of(int64_t size) {
@@ -199,7 +200,11 @@ inline void decode_row(const Parameters& parameters, int64_t first, int64_t grou
         return parameters.decode<IS_KEY>(word, first + (c >> shift));
     };
     int64_t c = 0;
-    for (; c + 2 * UNIT <= size; c += 2 * UNIT) sink.put(to + c, unit(c), unit(c + UNIT));
+    for (; c + 2 * UNIT <= size; c += 2 * UNIT) {
+        // Measured: this far, and past the cache, for the codes are read once.
+        __builtin_prefetch(codes + c + AHEAD, 0, 0);
+        sink.put(to + c, unit(c), unit(c + UNIT));
+    }
     if (c < size) store(to + c, unit(c));
 }
 
