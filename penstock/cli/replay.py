@@ -15,14 +15,18 @@ import msgspec
 from penstock.cli.sim import write_page
 from penstock.cli.sim_progress import Progress
 from penstock.cli.sim_tables import print_columns
+from penstock.core.config import ControllerConfig
 from penstock.core.errors import BadRequest
 from penstock.core.types import NS_PER_S, Role
+from penstock.sim.calibrate import calibrate
+from penstock.sim.fabric import FabricCost
 from penstock.sim.fleet import Member
 from penstock.sim.observe import Observation
 from penstock.sim.recording import Recording, read_recording
 from penstock.sim.report import render_report
 from penstock.sim.serve import ModelledCluster, ServeSpec
 from penstock.sim.summary import Slo, Summary, summarise
+from penstock.sim.worker_log import read_worker_logs, worker_logs
 
 _GROUP: Final = re.compile(r"(\d+)x(prefill|decode|mixed)")
 _DRAIN_S: Final = 600.0
@@ -35,13 +39,14 @@ def replay(options: argparse.Namespace) -> int:
     """
     recording = read_recording(options.log)
     slo = Slo(ttft_ms=options.slo_ttft_ms, tpot_ms=options.slo_tpot_ms)
-    recorded = recording.members()
+    recorded, fabric = _learn(options.log, recording)
     changed = _members(options.cluster, recorded) if options.cluster else recorded
     runs = {"recorded": summarise(_seen(recording), slo)}
-    seen = _simulate(recording, recorded, 1.0, options.max_num_batched_tokens)
+    spec = _spec(recording, fabric, options)
+    seen = _simulate(recording, replace(spec, members=recorded), 1.0)
     runs["simulated"] = summarise(seen, slo)
     if changed != recorded or options.speed != 1.0:
-        seen = _simulate(recording, changed, options.speed, options.max_num_batched_tokens)
+        seen = _simulate(recording, replace(spec, members=changed), options.speed)
         runs["changed"] = summarise(seen, slo)
     last = list(runs)[-1]
     if options.report:
@@ -54,18 +59,31 @@ def replay(options: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(
-    recording: Recording, members: tuple[Member, ...], speed: float, budget_tokens: int
-) -> Observation:
+def _learn(log: str, recording: Recording) -> tuple[tuple[Member, ...], FabricCost]:
+    """Return workers and links as the logs of all of them say, or the controller's log alone."""
+    if not worker_logs(log):
+        return recording.members(), recording.fabric()
+    calibration = calibrate(read_worker_logs(log), recording.workers.values())
+    return calibration.members, calibration.fabric
+
+
+def _spec(recording: Recording, fabric: FabricCost, options: argparse.Namespace) -> ServeSpec:
+    """Return the recorded cluster without its workers."""
     info = next(iter(recording.workers.values()))
-    spec = ServeSpec(
-        members=members,
-        fabric=recording.fabric(),
+    return ServeSpec(
+        members=(),
+        controller=ControllerConfig(
+            policy=options.policy, is_switching_roles=options.role_switching
+        ),
+        fabric=fabric,
         layout=info.layout,
         max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=budget_tokens,
+        max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=info.max_model_len,
     )
+
+
+def _simulate(recording: Recording, spec: ServeSpec, speed: float) -> Observation:
     arrivals = [replace(a, at_ns=int(a.at_ns / speed)) for a in recording.arrivals()]
     last_s = arrivals[-1].at_ns / NS_PER_S
     with Progress(last_s) as progress:

@@ -61,8 +61,8 @@ examples:
   penstock replay run.log --cluster 2xprefill,1xdecode   the same load on other workers
   penstock replay run.log --speed 1.5 --slo-ttft-ms 300  half as many requests again, other limits
 
-Workers are like the recorded ones: step times, links and pauses are fitted to the log. What a
-simulation cannot know is what else the machine did.
+Workers are like the recorded ones: step times, links and messages are taken from the log and those
+of the workers beside it. What a simulation cannot know is what else the machine did.
 """
 
 
@@ -87,6 +87,20 @@ def add_replay(commands: "Commands") -> None:
         default=512,
         metavar="N",
         help="what the recorded workers were started with (default 512)",
+    )
+    add(
+        "--policy",
+        choices=POLICIES,
+        default="predicted",
+        metavar="NAME",
+        help="what the recorded controller was started with, or another: "
+        f"{', '.join(POLICIES)} (default predicted)",
+    )
+    add(
+        "--role-switching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether workers changed sides as the load asked for (default: they did)",
     )
     add("--report", metavar="FILE", help="write a page with pictures of the simulated run (HTML)")
     add("--json", action="store_true", help="one JSON object on standard output")

@@ -13,6 +13,7 @@ step when it began. Called by `penstock/sim/calibrate.py`.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,17 +83,19 @@ def read_worker_logs(path: str, between: Between | None = None) -> Taken:
     Raises: `BadRequest` when a log cannot be read, or there is none of a worker.
     """
     reader = _Reader(between)
-    logs = {"": Path(path)}
-    logs |= {p.name.rsplit(".", 2)[1]: p for p in sorted(Path(path).parent.glob(_beside(path)))}
-    if len(logs) < 2:
+    logs = worker_logs(path)
+    if not logs:
         raise BadRequest(f"{path} has no worker's log beside it, such as {path}.prefill-0.1")
-    for name, log in logs.items():
-        reader.read(WorkerId(name), log)
+    reader.read(WorkerId(""), Path(path))
+    for log in logs:
+        name_and_epoch = log.name.removeprefix(Path(path).name + ".")
+        reader.read(WorkerId(name_and_epoch.rpartition(".")[0]), log)
     return reader.taken()
 
 
-def _beside(path: str) -> str:
-    return Path(path).name + ".*.*"
+def worker_logs(path: str) -> list[Path]:
+    """Return the logs of workers beside the controller's at `path`, by name and incarnation."""
+    return sorted(Path(path).parent.glob(escape(Path(path).name) + ".*.*"))
 
 
 class _Reader:

@@ -19,7 +19,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_recorded_and_simulated_stand_beside_each_other(
     log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["replay", log, "--max-num-batched-tokens", "8192"]) == 0
+    assert (
+        main(["replay", log, "--max-num-batched-tokens", "8192", "--policy", "least_loaded"]) == 0
+    )
     head, row = capsys.readouterr().out.splitlines()[2:4]
     assert head.split() == ["recorded", "simulated"]
     recorded, simulated = map(float, row.split()[-2:])

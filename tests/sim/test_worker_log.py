@@ -99,3 +99,14 @@ def test_a_log_that_is_none_or_alone_is_named(tmp_path: Path) -> None:
         read_worker_logs(str(path))
     (tmp_path / "log.mixed-0.1").write_text(entry(1, DONE) + '{"now_ns"')
     assert read_worker_logs(str(path)).steps == {}
+
+
+def test_a_worker_s_lives_are_one_and_its_name_may_have_dots(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.write_text("")
+    for epoch in (1, 2):
+        life = entry(1000 * epoch, {"type": "Woken"}, run([1], [5])) + entry(1000 * epoch + 9, DONE)
+        (tmp_path / f"run.log.mixed-a.example-0.{epoch}").write_text(life)
+    taken = read_worker_logs(str(path))
+    assert list(taken.steps) == ["mixed-a.example-0"]
+    assert [step.duration_ns for step in taken.steps[WorkerId("mixed-a.example-0")]] == [9, 9]
