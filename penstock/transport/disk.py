@@ -14,6 +14,7 @@ Blocks of whole pages bypass the page cache where the file system lets them, so 
 here does not drive out what is in memory. Opened by the composition root, used by `tier_mover.py`.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -158,8 +159,23 @@ class DiskTier:
             os.ftruncate(self._fd, 0)
         elif os.fstat(self._fd).st_size != self._end:
             log.warning("the KV on disk was cut short: what is missing is computed again")
-        os.posix_fallocate(self._fd, 0, self._end)
+        self._allocate()
         os.pwrite(self._fd, wanted, 0)
+
+    def _allocate(self) -> None:
+        """Take the room of the whole file. Raises: `OSError`; then it is given back.
+
+        What is clearly too much is not even tried: the disk would be full for others meanwhile.
+        """
+        before = os.fstat(self._fd)
+        disk = os.fstatvfs(self._fd)
+        if self._end - before.st_blocks * 512 > disk.f_bavail * disk.f_frsize:
+            raise OSError(errno.ENOSPC, f"{disk.f_bavail * disk.f_frsize / MIB:.0f} MiB are free")
+        try:
+            os.posix_fallocate(self._fd, 0, self._end)
+        except OSError:
+            os.ftruncate(self._fd, before.st_size)
+            raise
 
     def _load(self) -> Iterator[KeptBlock]:
         """Yield the slots whose records are whole; of two with one name the first."""

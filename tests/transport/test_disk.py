@@ -136,6 +136,15 @@ def test_what_the_disk_cannot_hold_is_refused_at_the_start(tmp_path: Path):
             open_tier(tmp_path / "kv")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "kv").stat().st_size == 0
+
+
+def test_what_is_more_than_is_free_takes_nothing_meanwhile(tmp_path: Path):
+    free = os.statvfs(tmp_path)
+    num_slots = free.f_blocks * free.f_frsize // 4096
+    with pytest.raises(StartupFailed, match="are free"):
+        open_tier(tmp_path / "kv", num_slots=num_slots)
+    assert (tmp_path / "kv").stat().st_blocks == 0
 
 
 def test_a_file_has_one_user(tmp_path: Path):
