@@ -11,7 +11,12 @@ is told beside the wall's, as other work on the machine slows down the latter al
 
 import argparse
 import gc
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from report import Report
 
