@@ -105,7 +105,7 @@ class TierDesk:
         if not self._shelves:
             return []
         commands = self._onboards.take_commands()
-        self._note_parked()
+        self._note_parked(now_ns)
         self._tell_names()
         pool = self._kv.groups[0].pool
         is_short = 2 * pool.num_free < pool.num_blocks
@@ -157,13 +157,17 @@ class TierDesk:
 
     # ------------------------------------------------------------------------------ going down
 
-    def _note_parked(self) -> None:
-        """Queue the blocks that were let go and are in no tier yet."""
+    def _note_parked(self, now_ns: int) -> None:
+        """Queue the blocks that were let go and are not in the nearest tier.
+
+        What was brought from a farther one was of use, and goes to the nearest as well.
+        """
         for name in self._parked:
-            known = [shelf for shelf in self._shelves if shelf.knows(name)]
-            if not known and self._has_prompts:
+            if self._has_prompts and not self._shelves[0].knows(name):
                 self._pending[name] = None
-            for shelf in known:
+            if name in self.residency:
+                self.residency.touch(name, now_ns)
+            for shelf in self._shelves:
                 if name in shelf:
                     shelf.touch(name)
         self._parked.clear()
@@ -186,7 +190,7 @@ class TierDesk:
             self._pending.clear()
             return []
         commands = self._make_room(shelves, min(BLOCKS_MAX, len(self._pending)))
-        names = self._take_pending(shelves[0].num_free)
+        names = self._take_pending(shelves[0])
         if not names:
             return commands
         # Kept in the order of being let go, so that a tier, too, gives a prefix up from its end.
@@ -202,14 +206,16 @@ class TierDesk:
         )
         return [*commands, self._submit(write, block_ids)]
 
-    def _take_pending(self, count: int) -> list[BlockHash]:
+    def _take_pending(self, into: Shelf) -> list[BlockHash]:
         """Take blocks that are still in the pool, with a digest to be known by, out of the line."""
         pool = self._kv.groups[0].pool
         names: list[BlockHash] = []
         for name in list(self._pending):
-            if len(names) == min(count, BLOCKS_MAX):
+            if len(names) == min(into.num_free, BLOCKS_MAX):
                 break
             del self._pending[name]
+            if into.knows(name):
+                continue  # the nearest could not be written for a while
             block_id = pool.prefix_cache.find(name)
             if block_id is None:
                 self.num_missed += 1

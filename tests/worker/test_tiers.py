@@ -187,6 +187,23 @@ def test_what_a_tier_gives_up_sinks_to_the_next_and_is_found_there() -> None:
     assert below.load(1).num_hits > 0
 
 
+def test_what_came_from_a_farther_tier_is_in_the_nearest_afterwards() -> None:
+    below = Below(TierConfig(name="dram", num_slots=9, bytes_per_s=10_000_000_000), DISK)
+    below.run("a", 100)
+    crowd_out(below)
+    assert below.load(1).num_used == 2
+    assert below.run("a again", 100) == 32
+    crowd_out_once(below)
+    hits = below.load(0).num_hits, below.load(1).num_hits
+    assert below.run("a once more", 100) == 32
+    assert (below.load(0).num_hits, below.load(1).num_hits) == (hits[0] + 2, hits[1])
+
+
+def crowd_out_once(below: Below) -> None:
+    """Fill the pool with one other."""
+    below.run("one other", 5000, 100)
+
+
 def test_out_of_the_last_tier_the_oldest_is_dropped() -> None:
     below = Below(DRAM)
     below.run("a", 100)
