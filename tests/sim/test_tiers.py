@@ -97,7 +97,8 @@ def test_tokens_are_right_and_bytes_conserved_whatever_a_tier_does(seed: int) ->
 
 
 def test_returning_conversations_hit_dram_and_what_sank_from_there_to_disk() -> None:
-    found = loads(run(make_spec(DRAM, DISK), 1))
+    # Larger than the pool, of which it has a copy, and smaller than all conversations.
+    found = loads(run(make_spec(replace(DRAM, num_slots=56), DISK), 1))
     assert sum(load.num_hits for load in found["dram"]) > 0
     assert sum(load.num_hits for load in found["disk"]) > 0
     for load in [*found["dram"], *found["disk"]]:
