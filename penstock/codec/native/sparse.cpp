@@ -9,49 +9,78 @@ namespace {
 
 constexpr int64_t HEAD_DIM_MAX = 1024;
 
-// The bits of `count` numbers without their signs, as many as a number has.
-template <class Bits>
-inline Bits size_of(Bits bits) {
-    return bits & (Bits)~((Bits)1 << (8 * sizeof(Bits) - 1));
+// The size of a number: its bits without the sign, in a type that is signed all the same,
+// since most machines compare nothing else.
+template <class T>
+struct Number;
+template <>
+struct Number<uint16_t> {
+    using Size = int16_t;
+};
+template <>
+struct Number<uint32_t> {
+    using Size = int32_t;
+};
+
+// How many sizes reach a limit; `count` is a multiple of 16.
+template <class Size>
+inline int64_t count_from(const Size* sizes, int64_t count, Size limit) {
+    typedef Size Some __attribute__((vector_size(32)));
+    Some reached{};
+    for (int64_t i = 0; i < count; i += 32 / (int64_t)sizeof(Size)) {
+        Some some;
+        memcpy(&some, sizes + i, sizeof some);
+        reached -= some >= limit;  // a true comparison is -1
+    }
+    // Lanes are small, so that they can be added four or two at a time.
+    uint64_t lanes[sizeof reached / 8], sum = 0;
+    memcpy(lanes, &reached, sizeof reached);
+    for (uint64_t some : lanes) sum += some;
+    return sizeof(Size) == 2 ? sum * 0x0001000100010001ull >> 48 : (sum + (sum >> 32)) & 0xffffffff;
 }
 
 // The keep-th largest of the sizes.
-template <class Bits>
-Bits threshold(const Bits* sizes, int64_t count, int64_t keep) {
-    Bits found = 0;
-    for (int bit = 8 * sizeof(Bits) - 2; bit >= 0; bit--) {
-        const Bits next = found | (Bits)1 << bit;
-        Bits larger = 0;
-        for (int64_t i = 0; i < count; i++) larger += sizes[i] >= next;
-        if (larger >= keep) found = next;
+template <class Size>
+Size threshold(const Size* sizes, int64_t count, int64_t keep) {
+    Size found = 0;
+    for (int bit = 8 * sizeof(Size) - 2; bit >= 0; bit--) {
+        const Size next = found | (Size)1 << bit;
+        if (count_from(sizes, count, next) >= keep) found = next;
     }
     return found;
 }
 
+// Eight bytes of 0 or 1 as the bits of one, the first the lowest.
+inline uint8_t gather_bits(const uint8_t* marks) {
+    uint64_t bytes = 0;
+    for (int i = 0; i < 8; i++) bytes |= (uint64_t)marks[i] << (8 * i);
+    return bytes * 0x0102040810204080ull >> 56;
+}
+
 template <class Bits>
 void encode_head(const uint8_t* head, int64_t size, uint8_t* encoded) {
+    using Size = typename Number<Bits>::Size;
     const int64_t keep = size / 2;
-    Bits bits[HEAD_DIM_MAX], sizes[HEAD_DIM_MAX], kept[HEAD_DIM_MAX + 1];
+    Bits bits[HEAD_DIM_MAX], kept[HEAD_DIM_MAX + 1];
+    Size sizes[HEAD_DIM_MAX];
     uint8_t marks[HEAD_DIM_MAX];
     memcpy(bits, head, size * sizeof(Bits));
-    for (int64_t i = 0; i < size; i++) sizes[i] = size_of(bits[i]);
-    const Bits limit = threshold(sizes, size, keep);
-    Bits larger = 0;
-    for (int64_t i = 0; i < size; i++) larger += sizes[i] > limit;
+    for (int64_t i = 0; i < size; i++) sizes[i] = bits[i] & ((Bits)-1 >> 1);
+    const Size limit = threshold(sizes, size, keep);
+    for (int64_t i = 0; i < size; i++) marks[i] = sizes[i] >= limit;
     // Of those at the limit the first are kept, as many as there is room for.
-    int64_t equal = keep - larger, num_kept = 0;
+    int64_t surplus = count_from(sizes, size, limit) - keep;
+    for (int64_t i = size - 1; surplus; i--) {
+        const bool is_dropped = sizes[i] == limit;
+        marks[i] &= !is_dropped;
+        surplus -= is_dropped;
+    }
+    int64_t num_kept = 0;
     for (int64_t i = 0; i < size; i++) {
-        const bool is_equal = sizes[i] == limit && equal > 0;
-        equal -= is_equal;
-        marks[i] = sizes[i] > limit || is_equal;
         kept[num_kept] = bits[i];
         num_kept += marks[i];
     }
-    for (int64_t i = 0; i < size; i += 8) {
-        uint8_t byte = 0;
-        for (int64_t j = 0; j < 8; j++) byte |= marks[i + j] << j;
-        encoded[i / 8] = byte;
-    }
+    for (int64_t i = 0; i < size; i += 8) encoded[i / 8] = gather_bits(marks + i);
     memcpy(encoded + size / 8, kept, keep * sizeof(Bits));
 }
 
@@ -61,12 +90,15 @@ void decode_head(const uint8_t* encoded, int64_t size, uint8_t* head) {
     const int64_t keep = size / 2;
     Bits kept[HEAD_DIM_MAX], bits[HEAD_DIM_MAX];
     memcpy(kept, encoded + size / 8, keep * sizeof(Bits));
+    kept[keep] = 0;
     int64_t taken = 0;
     for (int64_t i = 0; i < size; i += 8) {
-        const uint8_t byte = encoded[i / 8];
+        uint8_t byte = encoded[i / 8];
+        while (__builtin_popcount(byte) > keep - taken)
+            byte &= ~(1u << (31 - __builtin_clz(byte)));
         for (int64_t j = 0; j < 8; j++) {
-            const bool is_kept = byte >> j & 1 && taken < keep;
-            bits[i + j] = kept[taken < keep ? taken : 0] & (Bits)-(Bits)is_kept;
+            const Bits is_kept = byte >> j & 1;
+            bits[i + j] = kept[taken] & (Bits)-is_kept;
             taken += is_kept;
         }
     }
