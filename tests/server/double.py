@@ -194,6 +194,7 @@ def timeline_of(request: Request) -> Timeline:
         transport="shm",
         pull_bytes=4096,
         pull_spans=2,
+        pull_moves=1,
         prompt_tokens=len(request.prompt_token_ids),
         cached_tokens=3,
     )
