@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t GROUP = 32;
 constexpr int64_t CHUNK = 1024;  // groups whose parameters are kept as floats
-constexpr int64_t AHEAD = 256;  // bytes of codes
+constexpr int64_t AHEAD = 256;   // bytes of codes
 constexpr float LARGEST = 65504.f;
 
 inline int64_t group_of(int64_t size) {
@@ -34,7 +34,8 @@ struct Range {
 };
 
 // Stores low and scale of UNIT groups as float16, `count` of them, and returns what to encode with.
-inline Range settle(Float low, Float high, float levels, float16* lows, float16* scales, int64_t count) {
+inline Range settle(Float low, Float high, float levels, float16* lows, float16* scales,
+                    int64_t count) {
     alignas(LINE) float16 rounded[UNIT];
     // Adding zero makes one of the two zeros.
     store(rounded, min(max(low, splat(-LARGEST)), splat(LARGEST)) + 0.f);
@@ -48,7 +49,7 @@ inline Range settle(Float low, Float high, float levels, float16* lows, float16*
 
 inline Word code(Float value, Float low, Float inverse, float levels) {
     const Float place = min(max((value - low) * inverse, splat(0.f)), splat(levels));
-    return (Word)__builtin_convertvector(place + 0.5f, Int);
+    return (Word) __builtin_convertvector(place + 0.5f, Int);
 }
 
 // Codes of one unit of channels over all tokens of the group, from `values` [tokens, UNIT].
@@ -102,11 +103,11 @@ void encode_keys(const Shape& shape, const Plane& plane, const T* rows, uint8_t*
         const int64_t first = start / group * width;
         int64_t c = 0;
         for (; c + 32 <= width; c += 32)
-            encode_strip<32 / UNIT, T, BITS>(from + c, width, group, lows + first + c, scales + first + c,
-                                     to + c);
+            encode_strip<32 / UNIT, T, BITS>(from + c, width, group, lows + first + c,
+                                             scales + first + c, to + c);
         if (c < width)
-            encode_strip<16 / UNIT, T, BITS>(from + c, width, group, lows + first + c, scales + first + c,
-                                     to + c);
+            encode_strip<16 / UNIT, T, BITS>(from + c, width, group, lows + first + c,
+                                             scales + first + c, to + c);
     }
 }
 
@@ -193,7 +194,8 @@ void encode_values(const Shape& shape, const Plane& plane, const T* rows, uint8_
 // One row of codes, of int4 one of its two, whose parameters begin at `first`.
 template <class T, bool IS_KEY>
 inline void decode_row(const Parameters& parameters, int64_t first, int64_t group,
-                       const uint8_t* codes, int lower, uint32_t mask, T* to, int64_t size, Sink sink) {
+                       const uint8_t* codes, int lower, uint32_t mask, T* to, int64_t size,
+                       Sink sink) {
     const int shift = IS_KEY ? 0 : group == 32 ? 5 : 4;
     const auto unit = [&](int64_t c) {
         const Word word = load_bytes(codes + c) >> lower & mask;
@@ -209,7 +211,8 @@ inline void decode_row(const Parameters& parameters, int64_t first, int64_t grou
 }
 
 template <class T, int BITS>
-void decode_keys(const Shape& shape, const Plane& plane, const uint8_t* encoded, T* rows, Sink sink) {
+void decode_keys(const Shape& shape, const Plane& plane, const uint8_t* encoded, T* rows,
+                 Sink sink) {
     const int64_t width = shape.width, group = plane.group;
     const float16* lows = (const float16*)encoded;
     const float16* scales = lows + plane.num_groups;
@@ -221,13 +224,15 @@ void decode_keys(const Shape& shape, const Plane& plane, const uint8_t* encoded,
             parameters.read(lows + first, scales + first, size);
             for (int64_t t = start; t < start + group; t++)
                 decode_row<T, true>(parameters, 0, group, codes + t * BITS / 8 * width + c,
-                                    t * BITS % 8, (1 << BITS) - 1, rows + t * width + c, size, sink);
+                                    t * BITS % 8, (1 << BITS) - 1, rows + t * width + c, size,
+                                    sink);
         }
     }
 }
 
 template <class T, int BITS>
-void decode_values(const Shape& shape, const Plane& plane, const uint8_t* encoded, T* rows, Sink sink) {
+void decode_values(const Shape& shape, const Plane& plane, const uint8_t* encoded, T* rows,
+                   Sink sink) {
     const int64_t width = shape.width, row_groups = width / plane.group;
     const float16* lows = (const float16*)encoded;
     const float16* scales = lows + plane.num_groups;
@@ -268,15 +273,16 @@ int64_t encode(const Shape& shape, const uint8_t* block, uint8_t* encoded, Scrat
 }
 
 template <int BITS>
-bool decode(const Shape& shape, const uint8_t* encoded, int64_t, uint8_t* block, Sink sink, Scratch&) {
+bool decode(const Shape& shape, const uint8_t* encoded, int64_t, uint8_t* block, Sink sink,
+            Scratch&) {
     const int64_t elements = shape.block_size * shape.width;
     with_type(shape, [&](auto* type) {
         auto* rows = (decltype(type))block;
         for (int64_t i = 0; i < shape.num_planes; i++, rows += elements) {
             const Plane plane(shape, BITS, i % 2 == 0);
             using T = std::remove_pointer_t<decltype(type)>;
-            (plane.is_key ? decode_keys<T, BITS> : decode_values<T, BITS>)(
-                shape, plane, encoded, rows, sink);
+            (plane.is_key ? decode_keys<T, BITS> : decode_values<T, BITS>)(shape, plane, encoded,
+                                                                           rows, sink);
             encoded += plane.bytes;
         }
     });

@@ -18,8 +18,8 @@ extern "C" {
 // Bytes that a block of this shape takes at most, by the method's number in `library.METHODS`.
 int64_t penstock_encoded_bytes(int64_t method, const penstock_shape* shape);
 
-// Encodes block ids[i] of a pool to encoded + i * stride, and says in lengths[i] how many bytes that
-// are.
+// Encodes block ids[i] of a pool to encoded + i * stride, and says in lengths[i] how many bytes
+// that are.
 void penstock_encode(int64_t method, const penstock_shape* shape, const uint8_t* pool,
                      const int64_t* ids, int64_t num_blocks, uint8_t* encoded, int64_t stride,
                      int64_t* lengths);

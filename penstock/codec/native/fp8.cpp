@@ -96,7 +96,8 @@ int64_t encode(const Shape& shape, const uint8_t* block, uint8_t* encoded, Scrat
     return encoded_bytes(shape);
 }
 
-bool decode(const Shape& shape, const uint8_t* encoded, int64_t, uint8_t* block, Sink sink, Scratch&) {
+bool decode(const Shape& shape, const uint8_t* encoded, int64_t, uint8_t* block, Sink sink,
+            Scratch&) {
     with_type(shape, [&](auto* type) {
         auto* rows = (decltype(type))block;
         for (int64_t i = 0; i < shape.num_planes; i++)

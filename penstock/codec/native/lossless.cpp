@@ -3,7 +3,8 @@
 //
 // An entropy coder, rANS (arXiv 1311.2540), with 12 bits of probability, 32 lanes of 32-bit states
 // and a stream of 16-bit words: symbol i belongs to lane i % 32, so that many independent chains of
-// dependencies are under way, and vectors of them where the machine can gather. Encoding runs backwards, so that decoding reads forwards.
+// dependencies are under way, and vectors of them where the machine can gather. Encoding runs
+// backwards, so that decoding reads forwards.
 //
 //   uint32 length   of all of it, in bytes
 //   uint32 S        symbols that occur; 0: the block follows as it is
@@ -215,8 +216,8 @@ inline const uint8_t* decode_lanes(const uint32_t* table, uint32_t* states, cons
 }
 
 // False when the words do not lead back to where encoding began.
-bool decode_symbols(const uint32_t* table, uint32_t* states, const uint8_t* words, int64_t num_words,
-                    uint8_t* symbols, int64_t n) {
+bool decode_symbols(const uint32_t* table, uint32_t* states, const uint8_t* words,
+                    int64_t num_words, uint8_t* symbols, int64_t n) {
     const uint8_t* const end = words + 2 * num_words;
     int64_t i = 0;
     for (; i + LANES <= n && end - words >= 2 * LANES; i += LANES)

@@ -31,7 +31,8 @@ struct Method {
     // Returns the bytes written.
     int64_t (*encode)(const Shape&, const uint8_t* block, uint8_t* encoded, Scratch&);
     // Reads no more than `size` bytes; false when they cannot have been encoded.
-    bool (*decode)(const Shape&, const uint8_t* encoded, int64_t size, uint8_t* block, Sink, Scratch&);
+    bool (*decode)(const Shape&, const uint8_t* encoded, int64_t size, uint8_t* block, Sink,
+                   Scratch&);
 };
 
 extern const Method kInt8, kInt4, kFp8, kSparse, kLossless;

@@ -94,8 +94,7 @@ void decode_head(const uint8_t* encoded, int64_t size, uint8_t* head) {
     int64_t taken = 0;
     for (int64_t i = 0; i < size; i += 8) {
         uint8_t byte = encoded[i / 8];
-        while (__builtin_popcount(byte) > keep - taken)
-            byte &= ~(1u << (31 - __builtin_clz(byte)));
+        while (__builtin_popcount(byte) > keep - taken) byte &= ~(1u << (31 - __builtin_clz(byte)));
         for (int64_t j = 0; j < 8; j++) {
             const Bits is_kept = byte >> j & 1;
             bits[i + j] = kept[taken] & (Bits)-is_kept;
