@@ -263,6 +263,7 @@ class Controller:
         """Note the first token of an attempt; it may overtake the word that it was offered."""
         record.is_decoding = True
         self.router.note_prefilled(record, now_ns)
+        self.router.note_landed(record)
         self._has_room = bool(self.admission.queue)
         if record.state is RequestState.PREFILLING:
             record.move_to(RequestState.HANDING_OFF)

@@ -32,6 +32,7 @@ PREFILLS_MIN: Final = 4
 """Prefills that a worker is given however long they are expected to take."""
 
 _COLUMNS: Final = (
+    "arriving",
     "backlog",
     "backlog_least",
     "free_at",
@@ -55,9 +56,10 @@ class Fleet:
     `step` is the time of a decode step with one sequence more, without its context. The closed
     columns are 0 or `CLOSED`, each for one part a worker can have in a request; `prefill_barred` is
     so for those that prompts are not meant for, however busy the others are. `alone_charge` is 1
-    where a prompt is not meant to be computed.
+    where a prompt is not meant to be computed. `arriving` are bytes on their way to it.
     """
 
+    arriving: Float64
     backlog: Float64
     backlog_least: Float64
     free_at: Float64
@@ -154,6 +156,7 @@ class Fleet:
         slot = worker.slot
         if self._by_slot[slot] is not worker:
             return  # what a dead worker had is taken off its books, which nobody reads any more
+        self.arriving[slot] = worker.arriving_tokens * self.token_bytes
         self.backlog[slot] = worker.backlog_ns
         self.backlog_least[slot] = worker.backlog_ns / 2
         self.free_at[slot] = worker.free_at_ns
@@ -259,5 +262,15 @@ class Fleet:
             columns = (self.backlog[slot], self.seats[slot], self.prefill_tokens[slot])
             books = (worker.backlog_ns, worker.num_decodes, worker.prefill_tokens)
             assert columns == books, (worker.info.worker_id, columns, books)
-            assert min(*books, worker.kv_tokens, worker.context_tokens, worker.num_requests) >= 0
+            assert self.arriving[slot] == worker.arriving_tokens * self.token_bytes
+            assert (
+                min(
+                    *books,
+                    worker.arriving_tokens,
+                    worker.kv_tokens,
+                    worker.context_tokens,
+                    worker.num_requests,
+                )
+                >= 0
+            )
         assert sum(w is not None for w in self._by_slot) == len(self.workers)

@@ -26,11 +26,13 @@ class WorkerRecord:
     `prefill_tokens` are tokens assigned to it whose prefill is not known to be done, `backlog_ns`
     the time expected for them, `free_at_ns` when it should be through. `decode_tokens` are the KV
     slots that the requests decoding there, or on their way, take at most, `kv_tokens` what they are
-    expected to, `context_tokens` what they look at; `num_decodes` counts them. `num_requests`
-    counts all.
+    expected to, `context_tokens` what they look at; `num_decodes` counts them. `arriving_tokens`
+    are those of prompts whose KV is to come from another worker and is not known to be there.
+    `num_requests` counts all.
     """
 
     __slots__ = (
+        "arriving_tokens",
         "backlog_ns",
         "capacity_tokens",
         "context_tokens",
@@ -70,6 +72,7 @@ class WorkerRecord:
         self.num_prefills = 0
         self.backlog_ns = 0.0
         self.free_at_ns = 0.0
+        self.arriving_tokens = 0
         self.decode_tokens = 0
         self.num_decodes = 0
         self.context_tokens = 0
@@ -80,7 +83,14 @@ class WorkerRecord:
 class Booking:
     """What one attempt of a request has put on its workers' books; taken off as it was put on."""
 
-    __slots__ = ("context_tokens", "decode_tokens", "is_prefilling", "kv_tokens", "prefill_ns")
+    __slots__ = (
+        "arriving_tokens",
+        "context_tokens",
+        "decode_tokens",
+        "is_prefilling",
+        "kv_tokens",
+        "prefill_ns",
+    )
 
     def __init__(self, prefill_ns: float, decode_tokens: int, kv_tokens: int, context: int) -> None:
         self.prefill_ns = prefill_ns
@@ -88,6 +98,7 @@ class Booking:
         self.kv_tokens = kv_tokens
         self.context_tokens = context
         self.is_prefilling = True
+        self.arriving_tokens = 0
 
 
 class RequestRecord:

@@ -5,6 +5,9 @@ Both loads are ratios to what the SLOs allow, 1 is full:
     prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
     decode    sequences on the decode workers, over those that could run within the TPOT
 
+What waits at the controller counts on the side that it waits for: where a prefill worker would take
+the next one, all of them wait for seats or room to decode.
+
 regime      means
 normal      neither side is full
 imbalanced  one side is full, the other half empty at most
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from penstock.control.fleet import Fleet
+from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.queue import FairQueue
 from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
@@ -94,6 +97,7 @@ class Roles:
         self._work_ns = 0.0
         self._looked_ns = 0
         self._use = 0.0
+        self._wants_decode = 0.0
         self._favours: Role | None = None
         self._num_looks = 0
         self._flipped_ns: int | None = None
@@ -144,6 +148,7 @@ class Roles:
         # After a pause the past says nothing.
         weight = 1.0 if elapsed_ns > 10 * NS_PER_S else SMOOTHING
         self._use += (use - self._use) * weight
+        self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
         self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
         self.loads = Loads(
             max(self._use, self._lateness(prefill)),
@@ -152,12 +157,18 @@ class Roles:
             len(decode),
         )
 
+    def _waits_for_decode(self, prefill: list[WorkerRecord]) -> float:
+        """Return 1 if requests wait although a prefill worker has a turn, else 0."""
+        has_turn = any(self._fleet.prefill_closed[w.slot] < CLOSED for w in prefill)
+        return float(has_turn and len(self._queue) > 0)
+
     def _lateness(self, workers: list[WorkerRecord]) -> float:
         """Return the time until a new prompt would begin, over the TTFT that is asked for."""
         if not workers:
             return 0.0
         per_token_ns = [float(self._fleet.coefficients[1, w.slot]) for w in workers]
-        queued_ns = self._queue.num_tokens * sum(per_token_ns) / len(workers)
+        num_tokens = self._queue.num_tokens * (1 - self._wants_decode)
+        queued_ns = num_tokens * sum(per_token_ns) / len(workers)
         waiting_ns = sum(w.backlog_ns for w in workers) + queued_ns
         slo_ms = self._config.slo_ttft_ms or self._config.usual_ttft_ms
         return waiting_ns / len(workers) / (slo_ms * NS_PER_MS)
@@ -166,7 +177,8 @@ class Roles:
         """Return the sequences that decode, or are to, over the seats within the TPOT."""
         slo_ms = self._config.slo_tpot_ms or self._config.usual_tpot_ms
         seats = sum(_seats(worker, slo_ms * NS_PER_MS) for worker in workers)
-        return sum(w.num_decodes for w in workers) / seats if seats else 0.0
+        num_decodes = sum(w.num_decodes for w in workers) + self._wants_decode * len(self._queue)
+        return num_decodes / seats if seats else 0.0
 
     def _better(self) -> Role | None:
         """Return the side to which one more worker would clearly help, if any."""

@@ -110,12 +110,22 @@ class Router:
         worker.free_at_ns = now_ns + worker.backlog_ns
         self._fleet.refresh(worker)
 
+    def note_landed(self, record: RequestRecord) -> None:
+        """Take a prompt whose KV has arrived off the books of what is on its way."""
+        booking, decode = record.booking, record.decode
+        if booking is None or decode is None or not booking.arriving_tokens:
+            return
+        decode.arriving_tokens -= booking.arriving_tokens
+        booking.arriving_tokens = 0
+        self._fleet.refresh(decode)
+
     def release(self, record: RequestRecord, now_ns: int) -> None:
         """Take all that a request has booked off again: it is over, or begins anew."""
         booking, prefill, decode = record.booking, record.prefill, record.decode
         if booking is None or prefill is None or decode is None:
             return
         self.note_prefilled(record, now_ns)
+        self.note_landed(record)
         record.booking = None
         decode.num_decodes -= 1
         decode.decode_tokens -= booking.decode_tokens
@@ -139,7 +149,10 @@ class Router:
         prefill.prefill_tokens += record.request.num_tokens
         prefill.backlog_ns += booking.prefill_ns
         prefill.free_at_ns = max(prefill.free_at_ns, now_ns) + booking.prefill_ns
-        prefill.num_requests += prefill is not decode
+        if prefill is not decode:
+            prefill.num_requests += 1
+            booking.arriving_tokens = record.num_tokens
+            decode.arriving_tokens += record.num_tokens
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
         decode.kv_tokens += booking.kv_tokens

@@ -10,9 +10,13 @@ from tests.control.story import Story
 LONG = 3000
 
 
-def make(*names: str, **settings: object) -> Story:
+def make(*names: str, max_num_seqs: int = 1024, **settings: object) -> Story:
     more = {"is_switching_roles": True, "usual_ttft_ms": 500.0, "admit_backlog_ms": 1e6}
-    return Story(*names, num_blocks=4096, policy="predicted", **(more | settings))
+    story = Story(num_blocks=1 << 18, policy="predicted", **(more | settings))
+    for name in names:
+        story.join(name, max_num_seqs=max_num_seqs)
+    story.said.clear()
+    return story
 
 
 def roles(story: Story) -> str:
@@ -57,6 +61,20 @@ def test_no_side_becomes_empty() -> None:
     story = make("p0", "d0", "d1", role_cooldown_ms=0.0)
     press(story, 40, 15)
     assert roles(story).count("d") == 1
+
+
+def test_prompts_that_wait_for_room_to_decode_do_not_call_for_more_prefill_workers() -> None:
+    story = make("p0", "p1", "d0", max_num_seqs=8)
+    for second in range(8):
+        press(story, 1, 15)
+        for name, record in list(story.controller.requests.items()):
+            if record.prefill is not None and record.prefill is not record.decode:
+                story.offered(record.prefill.info.worker_id, name)
+        if second < LOOKS_MIN - 1:
+            assert roles(story) == "ppd"
+    assert len(story.controller.admission.queue) > 0
+    assert roles(story).count("d") == 2
+    assert story.controller.roles.loads.decode > 1
 
 
 def test_a_wave_is_over_before_anybody_moves() -> None:

@@ -57,7 +57,9 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
         land += no_room
         land += fleet.decode_closed
         costs |= {"prefill": begin, "decode": land}
-        pair, pair_cost = _pair(fleet, begin, land, fresh)
+        # A part of the TPOT's SLO is worth the same part of the TTFT's.
+        slow = step * (ask.slo_ttft_ns / ask.slo_tpot_ns)
+        pair, pair_cost = _pair(fleet, begin, land, fresh, slow)
         if pair_cost <= cost:
             choice, cost = pair, pair_cost
         elif pair_cost >= CLOSED and cost > soonest + float(land.min()):
@@ -77,17 +79,24 @@ def _alone(fleet: Fleet, ask: Ask, compute: Float64, no_room: Float64) -> Float6
 
 
 def _pair(
-    fleet: Fleet, begin: Float64, land: Float64, fresh: Float64 | float
+    fleet: Fleet, begin: Float64, land: Float64, fresh: Float64 | float, slow: Float64
 ) -> tuple[tuple[int, int], float]:
-    """Return the best pair and its cost: TTFT, of which the transfer is per pair."""
+    """Return the best pair and its cost: TTFT, of which the transfer is per pair.
+
+    Which decode worker is best is also a matter of how full it is: by `slow` and what is on its way
+    there. The estimates of transfers would else keep requests away for long from a worker that was
+    crowded once, or send all to one that is new.
+    """
     transfers = fleet.transfers
     fixed, per_span, per_byte = transfers.others
     num_bytes = np.multiply(fresh, fleet.token_bytes)
     # Where nothing is cached the bytes are the same for all.
+    fullness = slow + fleet.arriving * per_byte
+    land = land + fullness
     land_all = land + (fixed + per_span + per_byte * num_bytes)
     if not transfers.num_known:
         prefill, decode = int(begin.argmin()), int(land_all.argmin())
-        return (prefill, decode), float(begin[prefill] + land_all[decode])
+        return (prefill, decode), float(begin[prefill] + land_all[decode] - fullness[decode])
     names = fleet.names
     best, best_cost = (0, 0), 4 * CLOSED
     first = [(slot, float(begin[slot])) for slot in _least(begin)]
@@ -99,7 +108,7 @@ def _pair(
             cost = begin_ns + base + took_ns
             if cost < best_cost:
                 best, best_cost = (prefill, decode), cost
-    return best, best_cost
+    return best, best_cost - float(fullness[best[1]])
 
 
 def _least(costs: Float64) -> list[int]:

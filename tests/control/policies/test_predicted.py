@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from penstock.core.messages import Assign, Load, PullSample, StepSample
-from penstock.core.types import NS_PER_MS, WorkerId
+from penstock.core.messages import Assign, Cancel, Load, PullSample, StepSample
+from penstock.core.types import NS_PER_MS, RequestId, WorkerId
 from tests.control.story import Story
 
 LONG = 3000
@@ -193,3 +193,45 @@ def test_layouts_with_other_block_sizes_find_their_prefixes_too() -> None:
     assert story.controller.fleet.cached_tokens(tokens, "").tolist() == [0, 0, 0]
     story.has_blocks("p0", 160)
     assert story.controller.fleet.cached_tokens(tokens, "").tolist() == [160, 0, 0]
+
+
+def learn_links(story: Story, **ns_per_byte: int) -> None:
+    """Let decode workers report pulls of p0's blocks that took so long."""
+    for size in range(1, 30):
+        for name, each_ns in ns_per_byte.items():
+            sample = PullSample(WorkerId("p0"), size << 10, 1, 10**5 + (size << 10) * each_ns)
+            story.tell(load(name, pull_samples=(sample,)))
+
+
+def test_a_decode_worker_whose_link_was_slow_once_is_not_left_empty() -> None:
+    story = make("p0", "d0", "d1", usual_ttft_ms=2000.0, usual_tpot_ms=40.0)
+    learn_links(story, d0=10, d1=150)
+    chosen = []
+    for number in range(8):
+        name = f"r{number}"
+        story.submit(name, LONG)
+        ((prefill, decode),) = story.pairs()
+        story.offered(prefill, name)
+        story.tokens(decode, name, 1)
+        chosen.append(decode)
+    assert chosen[0] == "d0"
+    assert 2 <= chosen.count("d1") <= 4
+
+
+def test_what_is_on_its_way_goes_through_the_same_link_first() -> None:
+    story = make("p0", "d0", "d1")
+    learn_links(story, d0=1000, d1=1000)
+    story.submit("a", LONG)
+    story.submit("b", 2 * LONG)
+    assert [decode for _, decode in story.pairs()] == ["d0", "d1"]
+    fleet = story.controller.fleet
+    assert [w.arriving_tokens for w in fleet] == [0, LONG, 2 * LONG]
+    story.offered("p0", "a")
+    story.tokens("d0", "a", 1)
+    story.tell(Cancel(request_id=RequestId("b")))
+    assert not fleet.arriving.any()
+    crowded = fleet.workers[WorkerId("d1")]
+    crowded.arriving_tokens = 10 * LONG
+    fleet.refresh(crowded)
+    story.submit("c", LONG)  # d1 decodes nothing, yet
+    assert story.pairs() == [("p0", "d0")]
