@@ -116,7 +116,9 @@ def test_a_worker_joins_takes_traffic_drains_and_leaves(free_port: int, folder: 
 def test_workers_that_keep_their_kv_in_another_shape_hand_off_all_the_same(
     ours: str, theirs: str, transport: str, free_port: int, folder: Path
 ):
-    local = f"--executor model --prefill 1 --decode 0 --transport {transport} {ours}".split()
+    # So short a prompt would otherwise be computed where it is decoded.
+    rule = "--policy least_loaded"
+    local = f"--executor model --prefill 1 --decode 0 --transport {transport} {rule} {ours}".split()
     options = f"--role decode --name there --transport {transport} {theirs}".split()
     with listening(*local, port=free_port, folder=folder) as server:
         alone = text_of(server)
