@@ -44,12 +44,16 @@ class Lane(Generic[Result]):
         """Queue `job`; its result goes to `done`."""
         self._jobs.put((job, done))
 
+    def finish(self) -> None:
+        """Take no more jobs, and end when those that are queued are done. Does not wait."""
+        self._jobs.put(None)
+
     def close(self, timeout_s: float) -> bool:
         """Finish what is queued and end; return False when that takes longer than `timeout_s`.
 
         Results of jobs that were still queued are delivered only if the loop goes on running.
         """
-        self._jobs.put(None)
+        self.finish()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

@@ -15,17 +15,14 @@ class LaneTransport:
     """Copies run beside model steps: a copy is memory traffic and needs no interpreter.
 
     Those from different peers run beside one another, so that one whose link is silent, which
-    takes seconds to find out, holds up nobody else; so do those between two tiers. `move` is called
-    from several threads.
+    takes seconds to find out, holds up nobody else; so do those between two tiers. A thread comes
+    with the first move of its kind. `move` is called from several threads.
     """
 
     def __init__(self, messenger: Messenger, move: Callable[[Move], MoveDone]) -> None:
         self._messenger = messenger
         self._move = move
         self._lanes: dict[tuple[str, ...], Lane[MoveDone]] = {}
-
-    def start(self) -> None:
-        """Start nothing yet: a thread comes with the first move from a peer."""
 
     def send(self, to: WorkerId, message: Message) -> None:
         """Queue a message."""
@@ -39,6 +36,12 @@ class LaneTransport:
             lane = self._lanes[way] = Lane[MoveDone]("moves", on_crash=_fail)
             lane.start()
         self._lanes[way].do(lambda: self._move(move), done)
+
+    def forget(self, peer: WorkerId) -> None:
+        """Let the thread of a peer that is gone end, when it has done what it was asked."""
+        lane = self._lanes.pop((peer,), None)
+        if lane is not None:
+            lane.finish()
 
 
 def _fail(error: BaseException) -> None:

@@ -119,19 +119,18 @@ class _WorkerProcess:
             prepare=self._parts.prepare,
             now=place.time.now_ns,
         )
-        transport = LaneTransport(self._messenger, self._parts.move)
+        self._moves = LaneTransport(self._messenger, self._parts.move)
         log = open_journal(self._place.decision_log, f".{config.worker_id}.{config.epoch}")
         self._node = Node(
             self._parts.core,
             clock=LoopClock(loop, place.time.now_ns),
-            transport=transport,
+            transport=self._moves,
             executor=executor,
             log=log,
         )
         self._messenger.open()
         self._messenger.connect(CONTROLLER, CONTROLLER_EPOCH, self._place.controller_address)
         executor.start()
-        transport.start()
         self._heart = Heart(
             self._messenger,
             place.pulse,
@@ -200,6 +199,7 @@ class _WorkerProcess:
                 self._peers.pop(worker_id, None)
                 self._messenger.forget(worker_id, epoch)
                 self._parts.forget(worker_id, epoch)
+                self._moves.forget(worker_id)
         self._node.deliver(message)
 
     def _fail(self, _loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:

@@ -129,7 +129,6 @@ class RealWorker:
         self.messenger.open()
         self.messenger.connect(CONTROLLER, 0, controller_address)
         self.executor.start()
-        self.transport.start()
         info = WorkerInfo(
             worker_id=config.worker_id,
             role=config.role,

@@ -44,7 +44,6 @@ def test_a_peer_that_says_nothing_holds_up_its_own_moves_alone():
 
     async def story(messenger: Messenger) -> None:
         transport = LaneTransport(messenger, carry_out)
-        transport.start()
         for number in range(6):
             transport.submit(
                 move(number, SILENT if number % 2 else GOOD),
@@ -56,8 +55,19 @@ def test_a_peer_that_says_nothing_holds_up_its_own_moves_alone():
         released.set()
         await until(lambda: len(ended) == 6)
         assert ended[3:] == [1, 3, 5]
+        assert len(move_threads()) == 2
+        transport.forget(SILENT)
+        await until(lambda: len(move_threads()) == 1)
+        transport.submit(move(6, GOOD), lambda done: ended.append(done.move_id))
+        await until(lambda: len(ended) == 7)
+        transport.forget(GOOD)
+        await until(lambda: not move_threads())
 
     run(story)
+
+
+def move_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "moves"]
 
 
 async def until(condition: Callable[[], object]) -> None:
