@@ -74,11 +74,10 @@ PUSH_SOURCE: Final[Table] = {
     _S.LANDED: frozenset({_S.RELEASED, _S.ABORTED, _S.EXPIRED}),
     _S.ABORTED: frozenset({_S.RELEASED, _S.EXPIRED}),
 }
-PUSH_SINK: Final[Table] = {**SINK}
 
 
 class Session:
-    """One side of one crossing. `table` is one of the four; `peer` is the other side."""
+    """One side of one crossing. `table` is one of the three; `peer` is the other side."""
 
     __slots__ = ("expires_ns", "peer", "request_id", "state", "table")
 

@@ -30,7 +30,7 @@ from penstock.kv.cache import KVCache
 from penstock.kv.group import Pull
 from penstock.transfer.plan import align
 from penstock.transfer.reshape import whole_blocks
-from penstock.transfer.session import PUSH_SINK, SINK, Session, SessionState
+from penstock.transfer.session import SINK, Session, SessionState
 from penstock.worker.arrival import Arrival
 from penstock.worker.numbers import Numbers
 from penstock.worker.reshaping import Reshaping
@@ -87,7 +87,7 @@ class PullDesk:
             return [self._release(offer.source, request_id)]
         if request_id in self.arrivals:
             return []
-        session = Session(request_id, offer.source, PUSH_SINK if offer.is_push else SINK)
+        session = Session(request_id, offer.source, SINK)
         arrival = Arrival(offer, session, now_ns, offer.num_ready, [offer.groups])
         self.arrivals[request_id] = arrival
         self.pending.append(arrival)

@@ -38,7 +38,7 @@ from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, Role, WorkerId
 from penstock.sim.executor import chain_layout
-from penstock.transfer.session import PUSH_SINK, PUSH_SOURCE, SINK, SOURCE, Session, SessionState
+from penstock.transfer.session import PUSH_SOURCE, SINK, SOURCE, Session, SessionState
 from penstock.worker.worker import Worker
 
 NAMES = ("p0", "d0")
@@ -273,7 +273,7 @@ def test_a_state_that_does_not_follow_is_a_bug() -> None:
     session = Session(RID, WorkerId("p"), SOURCE)
     with pytest.raises(AssertionError):
         session.move_to(SessionState.VERIFIED)
-    for table in (SOURCE, SINK, PUSH_SOURCE, PUSH_SINK):
+    for table in (SOURCE, SINK, PUSH_SOURCE):
         reachable, todo = set(), [Session(RID, WorkerId("p"), table).state]
         while todo:
             state = todo.pop()
