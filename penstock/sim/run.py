@@ -22,13 +22,13 @@ from penstock.core.messages import (
     Submit,
     TokenOutput,
     Tokens,
-    WorkerInfo,
 )
 from penstock.core.node import DecisionLog, Node
 from penstock.core.request import Request
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestId, Role, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.sim.executor import MakeModel, SimExecutor, StepCost, chain_layout, chain_model
+from penstock.sim.life import MortalClock, introduction
 from penstock.sim.network import LinkCost, SimMemory, SimNetwork, SimTransport
 from penstock.sim.tiers import SimTier, SimTiers, Slots, make_slots
 from penstock.transfer.region import Bytes2D
@@ -103,45 +103,18 @@ class SimWorker:
         model = spec.model(layout, self.pools)
         digested = self.pools if spec.has_digests else ()
         executor = SimExecutor(network.clock, spec.step_cost, model, digested)
-        self._clock = network.clock
+        clock = MortalClock(network.clock, lambda: self.is_alive)
         self._node = Node(
-            self.core, clock=self, transport=transport, executor=executor, log=self.log
+            self.core, clock=clock, transport=transport, executor=executor, log=self.log
         )
         network.join(self.config.worker_id, self.deliver)
         network.register(self.config.worker_id, epoch, memory)
-        transport.send(CONTROLLER, Hello(info=self._info()))
+        transport.send(CONTROLLER, Hello(info=introduction(self.config)))
 
     def deliver(self, event: Event) -> None:
         """Take an event in, unless dead."""
         if self.is_alive:
             self._node.deliver(event)
-
-    def now_ns(self) -> int:
-        """Return the simulated time."""
-        return self._clock.now_ns()
-
-    def call_at(self, at_ns: int, callback: Callable[[], None]) -> None:
-        """Call back, unless dead by then: a process takes its timers with it."""
-
-        def ring() -> None:
-            if self.is_alive:
-                callback()
-
-        self._clock.call_at(at_ns, ring)
-
-    def _info(self) -> WorkerInfo:
-        config = self.config
-        return WorkerInfo(
-            worker_id=config.worker_id,
-            role=config.role,
-            epoch=config.epoch,
-            address="sim",
-            pid=0,
-            layout=config.layout,
-            num_blocks=config.num_blocks,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-        )
 
 
 @dataclass(slots=True)

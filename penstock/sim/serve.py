@@ -21,7 +21,6 @@ from penstock.core.messages import (
     Submit,
     TokenOutput,
     Tokens,
-    WorkerInfo,
 )
 from penstock.core.node import DecisionLog, Node
 from penstock.core.request import Request, SamplingParams
@@ -29,6 +28,7 @@ from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestI
 from penstock.sim.clock import SimClock
 from penstock.sim.fabric import ControllerPort, Fabric, FabricCost
 from penstock.sim.fleet import Member
+from penstock.sim.life import MortalClock, introduction
 from penstock.sim.modelled import ModelledExecutor
 from penstock.sim.observe import Observation, Sample, Served, WorkerSample
 from penstock.sim.profile import layout_of
@@ -112,14 +112,14 @@ class ModelledWorker:
         self.core = Worker(self.config)
         self.executor = ModelledExecutor(fabric.clock, hardware.times, hardware.spread, is_crowded)
         self.is_alive = True
-        self._clock = fabric.clock
         self._fabric = fabric
-        self._node = Node(self.core, clock=self, transport=self, executor=self.executor)
+        clock = MortalClock(fabric.clock, lambda: self.is_alive)
+        self._node = Node(self.core, clock=clock, transport=self, executor=self.executor)
 
     def start(self) -> None:
         """Join the cluster."""
         self._fabric.join(self.config.worker_id, self.config.epoch, self.deliver)
-        self.send(CONTROLLER, Hello(info=self._info()))
+        self.send(CONTROLLER, Hello(info=introduction(self.config, self.member.hardware.profile)))
 
     def deliver(self, event: Event) -> None:
         """Take an event in, unless dead. Repeated steps stop for it."""
@@ -137,14 +137,6 @@ class ModelledWorker:
         block_bytes = self.config.layout.block_bytes
         self._fabric.submit(self.config.worker_id, block_bytes, move, self.deliver)
 
-    def now_ns(self) -> int:
-        """Return the simulated time."""
-        return self._clock.now_ns()
-
-    def call_at(self, at_ns: int, callback: Callable[[], None]) -> None:
-        """Call back, unless dead by then."""
-        self._clock.call_at(at_ns, lambda: callback() if self.is_alive else None)
-
     def sample(self) -> WorkerSample:
         """Return how busy this worker is and has been."""
         executor, load = self.executor, self.core.load()
@@ -156,21 +148,6 @@ class ModelledWorker:
             waiting=load.waiting,
             running=load.running,
             held_share=held / total,
-        )
-
-    def _info(self) -> WorkerInfo:
-        config = self.config
-        return WorkerInfo(
-            worker_id=config.worker_id,
-            role=config.role,
-            epoch=config.epoch,
-            address="sim",
-            pid=0,
-            layout=config.layout,
-            num_blocks=config.num_blocks,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            profile=self.member.hardware.profile,
         )
 
 
