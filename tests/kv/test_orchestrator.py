@@ -212,16 +212,22 @@ def test_a_failed_read_is_retried_elsewhere_and_then_given_back_to_compute():
     assert orchestrator.need("a", 9, 9) is Outcome.MISSING
 
 
-def test_a_retained_block_goes_last_and_still_goes():
+def with_a_retained(keys):
+    """Make room for two of the blocks, in which a and b have been used; a is to be kept to 100."""
     orchestrator, _ = make(hbm=2)
     carrier = Carrier(orchestrator)
-    for key in "abcd":
+    for key in keys:
         orchestrator.store(key, Tier.DRAM, RAW)
     for key in "ab":
         orchestrator.need(key, 0, 0)
         carrier.settle()
         orchestrator.use(key, 0)
     orchestrator.retain("a", 100)
+    return orchestrator, carrier
+
+
+def test_a_retained_block_goes_last_and_still_goes():
+    orchestrator, carrier = with_a_retained("abcd")
     orchestrator.need("c", 10, 10)
     carrier.settle(10)
     assert [orchestrator.is_ready(key) for key in "abc"] == [True, False, True]
@@ -231,15 +237,7 @@ def test_a_retained_block_goes_last_and_still_goes():
 
 
 def test_retention_ends():
-    orchestrator, _ = make(hbm=2)
-    carrier = Carrier(orchestrator)
-    for key in "abc":
-        orchestrator.store(key, Tier.DRAM, RAW)
-    for key in "ab":
-        orchestrator.need(key, 0, 0)
-        carrier.settle()
-        orchestrator.use(key, 0)
-    orchestrator.retain("a", 100)
+    orchestrator, carrier = with_a_retained("abc")
     orchestrator.need("c", 101, 101)
     carrier.settle(101)
     assert [orchestrator.is_ready(key) for key in "abc"] == [False, True, True]
