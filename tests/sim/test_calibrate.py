@@ -13,6 +13,7 @@ from penstock.core.types import NS_PER_S
 from penstock.sim.calibrate import Calibration, calibrate, fit_times
 from penstock.sim.fabric import FabricCost, MessageTimes
 from penstock.sim.fleet import Member, parse_fleet
+from penstock.sim.life import introduction
 from penstock.sim.observe import Observation
 from penstock.sim.profile import Spread, StepTimes, size_of
 from penstock.sim.serve import ModelledCluster, ModelledWorker, ServeSpec
@@ -78,7 +79,7 @@ def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
 
     def start_with_log(worker: ModelledWorker) -> None:
         worker._node.log = journal(f"log.{worker.member.name}.1")
-        infos.append(worker._info())
+        infos.append(introduction(worker.config, worker.member.hardware.profile))
         start(worker)
 
     monkeypatch.setattr(ModelledWorker, "start", start_with_log)
