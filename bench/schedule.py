@@ -32,7 +32,8 @@ from penstock.control.record import RequestRecord
 from penstock.control.router import Router
 from penstock.core.block import KVGroup, KVLayout, extend_hashes
 from penstock.core.config import ControllerConfig
-from penstock.core.messages import Load, PullSample, StepSample, WorkerInfo
+from penstock.core.descriptors import WorkerInfo
+from penstock.core.messages import Load, PullSample, StepSample
 from penstock.core.request import Request, SamplingParams
 from penstock.core.types import BlockHash, RequestId, Role, WorkerId
 

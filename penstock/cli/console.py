@@ -8,7 +8,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from penstock.core.messages import WorkerInfo
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.types import MIB, Role
 from penstock.runtime.instant import DESCRIPTION as NO_MODEL
 from penstock.runtime.settings import ModelFacts

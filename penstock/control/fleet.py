@@ -22,7 +22,8 @@ from penstock.control.fit import Float64
 from penstock.control.prefix_index import Int64, PrefixIndex
 from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
-from penstock.core.messages import BlocksChanged, Load, WorkerInfo
+from penstock.core.descriptors import WorkerInfo
+from penstock.core.messages import BlocksChanged, Load
 from penstock.core.step import StepSample
 from penstock.core.types import NS_PER_MS, Role, WorkerId
 

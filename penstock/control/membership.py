@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from penstock.control.fleet import Fleet
 from penstock.control.record import RequestRecord, WorkerRecord
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Command, Retire, Send, SetRole, WorkerLost, WorkerSuspected
-from penstock.core.messages import PeerDown, PeerUp, Stop, WorkerInfo
+from penstock.core.messages import PeerDown, PeerUp, Stop
 from penstock.core.types import WorkerId
 
 

@@ -7,7 +7,8 @@ from typing import Final
 from msgspec import structs
 
 from penstock.control.cost import WorkerCost
-from penstock.core.messages import Load, TokenOutput, WorkerInfo
+from penstock.core.descriptors import WorkerInfo
+from penstock.core.messages import Load, TokenOutput
 from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState
 from penstock.core.types import RequestId, Role, WorkerId
 

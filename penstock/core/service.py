@@ -9,13 +9,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.explain import Accuracy, Explanation
-from penstock.core.messages import (
-    Load,
-    RequestFailed,
-    TokenOutput,
-    WorkerInfo,
-)
+from penstock.core.messages import Load, RequestFailed, TokenOutput
 from penstock.core.request import Request
 from penstock.core.types import RequestId, Role, WorkerId
 

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from penstock.control.controller import Controller
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest, StartupFailed, UnknownWorker, WorkersUnavailable
 from penstock.core.events import (
     Configured,
@@ -22,16 +23,7 @@ from penstock.core.events import (
     SetRole,
 )
 from penstock.core.explain import Accuracy, Explanation
-from penstock.core.messages import (
-    Cancel,
-    Hello,
-    Message,
-    RequestFailed,
-    Stop,
-    Submit,
-    Tokens,
-    WorkerInfo,
-)
+from penstock.core.messages import Cancel, Hello, Message, RequestFailed, Stop, Submit, Tokens
 from penstock.core.node import Node
 from penstock.core.request import Request
 from penstock.core.service import ClusterStatus, Sink

@@ -15,20 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.core.config import WorkerConfig
+from penstock.core.descriptors import Endpoint, RegionDescriptor, WorkerInfo
 from penstock.core.errors import StartupFailed
 from penstock.core.events import Move, MoveDone
 from penstock.core.membership import Ping
-from penstock.core.messages import (
-    Cancel,
-    Endpoint,
-    Hello,
-    Message,
-    PeerDown,
-    PeerUp,
-    RegionDescriptor,
-    Stop,
-    WorkerInfo,
-)
+from penstock.core.messages import Cancel, Hello, Message, PeerDown, PeerUp, Stop
 from penstock.core.node import Node
 from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step

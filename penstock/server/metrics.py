@@ -20,9 +20,10 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import PenstockError
 from penstock.core.explain import Accuracy
-from penstock.core.messages import Load, WorkerInfo
+from penstock.core.messages import Load
 from penstock.core.request import Timeline
 from penstock.core.service import ClusterStatus, WorkerStatus
 from penstock.core.types import NS_PER_S

@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest
-from penstock.core.messages import WorkerInfo
 from penstock.core.types import NS_PER_MS, NS_PER_S, WorkerId
 from penstock.sim.fabric import FabricCost, MessageTimes
 from penstock.sim.fleet import Member

@@ -5,7 +5,7 @@ says of itself when it joins.
 from collections.abc import Callable
 
 from penstock.core.config import WorkerConfig
-from penstock.core.messages import WorkerInfo
+from penstock.core.descriptors import WorkerInfo
 from penstock.sim.clock import SimClock
 
 

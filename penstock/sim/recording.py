@@ -18,18 +18,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest
 from penstock.core.events import Event
-from penstock.core.messages import (
-    Cancel,
-    Hello,
-    Load,
-    RequestFailed,
-    Submit,
-    TokenOutput,
-    Tokens,
-    WorkerInfo,
-)
+from penstock.core.messages import Cancel, Hello, Load, RequestFailed, Submit, TokenOutput, Tokens
 from penstock.core.node import LogEntry
 from penstock.core.request import Request
 from penstock.core.step import PullSample, StepSample

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from penstock.core.block import KVLayout
+from penstock.core.descriptors import Endpoint, RegionDescriptor
 from penstock.core.events import Span
-from penstock.core.messages import Endpoint, RegionDescriptor
 from penstock.core.types import BlockId
 from penstock.transfer.plan import SpanArray
 

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.block import KVLayout
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import BadRequest
 from penstock.core.events import Reshape
-from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import BlockIds, cut
 from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transfer.reshape import plan_reshape

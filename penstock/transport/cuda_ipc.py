@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import DeadlineExceeded, PeerLost
-from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import PeerMemory, Region, described_blocks
 from penstock.transport.cuda_driver import HANDLE_BYTES, UUID_BYTES, Copy, Driver

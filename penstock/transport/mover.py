@@ -16,9 +16,9 @@ import numpy as np
 from msgspec import structs
 
 from penstock.core.block import KVLayout
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest, BlocksCorrupt, DeadlineExceeded, PeerLost
 from penstock.core.events import Move, MoveClass, MoveDone, Reshape
-from penstock.core.messages import WorkerInfo
 from penstock.core.types import BlockId, Digest, WorkerId
 from penstock.transfer.digest import take_digests
 from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters, is_stale

@@ -14,8 +14,8 @@ from typing import Annotated, Final
 import msgspec
 import numpy as np
 
+from penstock.core.descriptors import Endpoint
 from penstock.core.errors import PeerLost
-from penstock.core.messages import Endpoint
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.nixl_agent import NIXL, NixlAgent
 

@@ -29,8 +29,8 @@ from typing import Final
 
 import numpy as np
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import PeerLost, StartupFailed
-from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import PeerMemory, Region, address_of, described_blocks
 from penstock.transport.native.library import load_library

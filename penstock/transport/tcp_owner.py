@@ -18,8 +18,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from penstock.core.descriptors import Endpoint
 from penstock.core.errors import DeadlineExceeded, PeerLost, StartupFailed
-from penstock.core.messages import Endpoint
 from penstock.transfer.region import Region
 from penstock.transport import wire
 from penstock.transport.handshake import admit

@@ -13,16 +13,8 @@ from pathlib import Path
 from penstock.control.controller import Controller
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
-from penstock.core.messages import (
-    Cancel,
-    Hello,
-    Message,
-    PeerUp,
-    RequestFailed,
-    Submit,
-    Tokens,
-    WorkerInfo,
-)
+from penstock.core.descriptors import WorkerInfo
+from penstock.core.messages import Cancel, Hello, Message, PeerUp, RequestFailed, Submit, Tokens
 from penstock.core.node import DecisionLog, Node
 from penstock.core.request import Request, SamplingParams
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_S, RequestId, Role, WorkerId

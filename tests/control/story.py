@@ -5,6 +5,7 @@ from msgspec.structs import replace
 from penstock.control.controller import Controller
 from penstock.core.block import extend_hashes
 from penstock.core.config import ControllerConfig
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Command, Event, Send, WakeAt, Woken, WorkerLost
 from penstock.core.messages import (
     Assign,
@@ -15,7 +16,6 @@ from penstock.core.messages import (
     Submit,
     TokenOutput,
     Tokens,
-    WorkerInfo,
 )
 from penstock.core.request import Request, SamplingParams
 from penstock.core.types import NS_PER_MS, BlockHash, FinishReason, RequestId, Role, WorkerId

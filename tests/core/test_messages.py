@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.block import KVGroup, KVLayout
+from penstock.core.descriptors import RegionDescriptor, WorkerInfo
 from penstock.core.messages import (
     WIRE_ERRORS,
     Assign,
@@ -12,11 +13,9 @@ from penstock.core.messages import (
     Hello,
     Message,
     Offer,
-    RegionDescriptor,
     RequestFailed,
     TokenOutput,
     Tokens,
-    WorkerInfo,
     decode_message,
     encode_message,
 )

@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 from penstock.cli.cluster import BUILTIN_MODEL
 from penstock.core.config import EngineConfig
-from penstock.core.messages import Endpoint, Hello, Load, Message, WorkerInfo
+from penstock.core.descriptors import Endpoint, WorkerInfo
+from penstock.core.messages import Hello, Load, Message
 from penstock.core.request import SamplingParams
 from penstock.core.types import MIB
 from penstock.runtime.local import LocalCluster

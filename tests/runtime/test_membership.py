@@ -9,9 +9,10 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from penstock.core.config import EngineConfig
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Event, Retire, WorkerLost, WorkerSuspected
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
-from penstock.core.messages import Hello, Message, PeerUp, WorkerInfo
+from penstock.core.messages import Hello, Message, PeerUp
 from penstock.core.types import CONTROLLER, Role, WorkerId
 from penstock.core.version import VERSION
 from penstock.runtime.instant import instant_layout

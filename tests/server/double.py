@@ -14,14 +14,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from penstock.core.block import KVGroup, KVLayout
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import PenstockError
 from penstock.core.explain import Accuracy, Candidate, Explanation, Parts
-from penstock.core.messages import (
-    Load,
-    RequestFailed,
-    TokenOutput,
-    WorkerInfo,
-)
+from penstock.core.messages import Load, RequestFailed, TokenOutput
 from penstock.core.request import Request, Timeline
 from penstock.core.service import ClusterStatus, Sink, WorkerStatus
 from penstock.core.step import TokenLogprobs

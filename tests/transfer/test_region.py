@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.events import Span
-from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import span_array
 from penstock.transfer.region import Region, bounds_error, described_blocks
 

@@ -13,6 +13,7 @@ from copy import deepcopy
 import pytest
 
 from penstock.core.config import Handoff, WorkerConfig
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import (
     Command,
     Event,
@@ -24,16 +25,7 @@ from penstock.core.events import (
     WakeAt,
     Woken,
 )
-from penstock.core.messages import (
-    Assign,
-    Cancel,
-    Expired,
-    Message,
-    PeerUp,
-    RequestFailed,
-    Tokens,
-    WorkerInfo,
-)
+from penstock.core.messages import Assign, Cancel, Expired, Message, PeerUp, RequestFailed, Tokens
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, Role, WorkerId

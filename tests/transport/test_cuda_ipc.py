@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import BackendUnavailable, DeadlineExceeded, PeerLost
-from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.cuda_driver import CudaDriver

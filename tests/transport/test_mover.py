@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from penstock.core.block import KVGroup, KVLayout
+from penstock.core.descriptors import RegionDescriptor, WorkerInfo
 from penstock.core.events import Move, MoveClass, Reshape, Span
-from penstock.core.messages import GroupBlocks, RegionDescriptor, WorkerInfo
+from penstock.core.messages import GroupBlocks
 from penstock.core.types import Role, WorkerId
 from penstock.transfer.digest import take_digests
 from penstock.transfer.region import Region

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from penstock.core.descriptors import Endpoint, RegionDescriptor
 from penstock.core.errors import DeadlineExceeded, PeerLost
-from penstock.core.messages import Endpoint, RegionDescriptor
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.nixl import Nixl

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import PeerLost, StartupFailed
 from penstock.core.events import Span
-from penstock.core.messages import RegionDescriptor
 from penstock.transfer.plan import cut, span_array
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.native.library import load_library

@@ -1,6 +1,7 @@
 """A worker core, told events and asked for what it did: what the tests beside this are made of."""
 
 from penstock.core.config import WorkerConfig
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import (
     Command,
     Event,
@@ -11,14 +12,7 @@ from penstock.core.events import (
     SubmitMove,
     WakeAt,
 )
-from penstock.core.messages import (
-    Assign,
-    Message,
-    Offer,
-    PeerUp,
-    Progress,
-    WorkerInfo,
-)
+from penstock.core.messages import Assign, Message, Offer, PeerUp, Progress
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.step import Sampled, Step
 from penstock.core.types import Digest, RequestId, Role, WorkerId
