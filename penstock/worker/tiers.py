@@ -11,6 +11,7 @@ assigned a prompt would never look anything up, so nothing is written there. Wit
 method returns at once. Called by the worker core.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Final
@@ -144,6 +145,11 @@ class TierDesk:
     def has(self, name: BlockHash) -> bool:
         """Tell whether a block can be brought back from a tier."""
         return any(name in shelf for shelf in self._shelves)
+
+    def names(self) -> Iterator[BlockHash]:
+        """Yield every block that can be brought back; twice if it is in two tiers."""
+        for shelf in self._shelves:
+            yield from shelf.names()
 
     def load(self) -> tuple[TierLoad, ...]:
         """Return what each tier has and did, nearest first."""
