@@ -76,3 +76,17 @@ def test_keys_and_values_come_16_bytes_at_a_time_and_ahead(codes):
         # The narrow ones fetch block numbers.
         assert code["wide_async_copies"] > code["narrow_async_copies"], (name, code)
         assert code["wide_stores"] > 0, (name, code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "narrow_loads_max"),
+    # The two narrow ones of heads fetch positions and slots.
+    [("heads of many rows", 2), ("heads of few rows", 2), ("norm", 0), ("activation", 0)],
+)
+def test_rows_are_read_and_written_16_bytes_at_a_time(codes, name, narrow_loads_max):
+    code = _of(codes, name)
+    assert code["wide_loads"] > 0, code
+    assert code["narrow_loads"] <= narrow_loads_max, code
+    assert code["wide_stores"] > 0, code
+    assert code["narrow_stores"] == 0, code

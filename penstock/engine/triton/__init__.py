@@ -12,8 +12,13 @@ is in the environment before Triton is first imported.
 """
 
 try:
-    import triton  # noqa: F401
+    import triton
 except ImportError as error:
     raise ImportError(
         "the CUDA kernels need Triton, which is not installed here: pip install 'penstock[cuda]'"
     ) from error
+
+if triton.knobs.runtime.interpret:
+    from penstock.engine.triton.interpreter import repair
+
+    repair()

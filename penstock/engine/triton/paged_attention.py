@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SPLITS_MAX: Final = 32
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -293,7 +292,7 @@ def _visit(
     else:
         is_key, is_value = is_dim[:, None], is_dim[None, :]
     k = tl.load(keys + places[None, :] + dim[:, None], mask=is_key, other=0.0)
-    scores = _product(q, k)
+    scores = tl.dot(q, k, input_precision="ieee")
     if HAS_SOFTCAP:
         scores = softcap - 2.0 * softcap / (1.0 + tl.exp(scores * (2.0 * scale / softcap)))
         scores = scores * _LOG2_E
@@ -311,16 +310,8 @@ def _visit(
     fade = tl.exp2(largest - shift)
     total = total * fade + tl.sum(weights, 1)
     v = tl.load(values + places[:, None] + dim[None, :], mask=is_value, other=0.0)
-    summed = summed * fade[:, None] + _product(weights.to(v.dtype), v)
+    summed = tl.dot(weights.to(v.dtype), v, summed * fade[:, None], input_precision="ieee")
     return summed, higher, total
-
-
-@triton.jit
-def _product(a: Tile, b: Tile) -> Tile:
-    """Return the product in float32. The interpreter takes bfloat16 for integers, so made wide."""
-    if _IS_INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit

@@ -10,6 +10,10 @@ import sys
 import torch
 
 from penstock.engine.attention import AttentionSpec
+from penstock.engine.kernels import Activation, HeadsSpec, Norm, NormKind, Rotary
+from penstock.engine.triton.activate import activate
+from penstock.engine.triton.heads import store_heads
+from penstock.engine.triton.norm import add_norm
 from penstock.engine.triton.paged_attention import Sequences, SplitSpace, paged_attention
 from tests.engine.triton.compiling import Compiler
 
@@ -32,6 +36,31 @@ def attention(
     paged_attention(spec, query, cache, sequences, torch.empty_like(query), splits=space)
 
 
+def heads(num_rows: int, head_dim: int, rotary_dim: int, *, has_norm: bool) -> None:
+    spec = AttentionSpec(0, 1, 32, 8, head_dim, 1.0)
+    table = torch.empty(4096, rotary_dim // 2)
+    norm = Norm(NormKind.RMS_LLAMA, torch.empty(head_dim), 1e-6) if has_norm else None
+    pool = torch.empty(2, 3, 2, 32, 8, head_dim, dtype=torch.bfloat16)
+    numbers = torch.empty(num_rows, dtype=torch.int64)
+    store_heads(
+        HeadsSpec(spec, Rotary(table, table), norm, norm),
+        torch.empty(num_rows, 48 * head_dim, dtype=torch.bfloat16), (pool[:, 1, 0], pool[:, 1, 1]),
+        numbers, numbers, torch.empty(num_rows, 32, head_dim, dtype=torch.bfloat16),
+    )  # fmt: skip
+
+
+def norm(width: int) -> None:
+    x = torch.empty(2, width, dtype=torch.bfloat16)
+    add_norm(
+        x, x, 1.0, Norm(NormKind.RMS_LLAMA, torch.empty(width), 1e-6), total=x, normed=x
+    )  # fmt: skip
+
+
+def activation(width: int) -> None:
+    x = torch.empty(2, 2 * width, dtype=torch.bfloat16)
+    activate(x, Activation.SILU, torch.empty(2, width, dtype=torch.bfloat16), gated=True)
+
+
 LAUNCHES = {
     "prefill": lambda: attention(2048, 32, 8, 128),
     "prefill, heads of 80": lambda: attention(2048, 32, 32, 80),
@@ -41,6 +70,12 @@ LAUNCHES = {
     "decode": lambda: attention(1, 32, 8, 128),
     "decode, 8 splits": lambda: attention(1, 32, 8, 128, splits=8),
     "decode, float32": lambda: attention(1, 32, 8, 128, dtype=torch.float32, splits=2),
+    "heads of many rows": lambda: heads(2048, 128, 128, has_norm=True),
+    "heads of few rows": lambda: heads(8, 128, 128, has_norm=False),
+    "heads turned in part": lambda: heads(2048, 80, 32, has_norm=False),
+    "norm": lambda: norm(4096),
+    "norm of an odd width": lambda: norm(2880),
+    "activation": lambda: activation(12288),
 }
 
 
