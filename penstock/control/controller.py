@@ -146,8 +146,8 @@ class Controller:
                 self.fleet.note_load(event)
             case BlocksChanged():
                 self.fleet.note_blocks(event)
-            case Hello(info=info):
-                commands = membership.welcome(self.fleet, info)
+            case Hello():
+                commands = membership.welcome(self.fleet, event)
             case WorkerLost():
                 commands = self._lose(event, now_ns)
             case WorkerSuspected():

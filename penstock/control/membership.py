@@ -9,14 +9,17 @@ from collections.abc import Iterable
 
 from penstock.control.fleet import Fleet
 from penstock.control.record import RequestRecord, WorkerRecord
-from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Command, Retire, Send, SetRole, WorkerLost, WorkerSuspected
-from penstock.core.messages import PeerDown, PeerUp, Stop
+from penstock.core.messages import Hello, PeerDown, PeerUp, Stop, TellNames
 from penstock.core.types import WorkerId
 
 
-def welcome(fleet: Fleet, info: WorkerInfo) -> list[Command]:
-    """Introduce a new worker and the others to each other, or turn it away."""
+def welcome(fleet: Fleet, hello: Hello) -> list[Command]:
+    """Introduce a new worker and the others to each other, or turn it away.
+
+    One that has had another controller before has a cache, of which this one must hear.
+    """
+    info = hello.info
     peers = list(fleet)
     refusal = info.layout.incompatibility(peers[0].info.layout) if peers else None
     if refusal is not None:
@@ -26,6 +29,8 @@ def welcome(fleet: Fleet, info: WorkerInfo) -> list[Command]:
     for peer in peers:
         commands.append(Send(peer.info.worker_id, PeerUp(info=info)))
         commands.append(Send(info.worker_id, PeerUp(info=peer.info)))
+    if hello.num_returns:
+        commands.append(Send(info.worker_id, TellNames()))
     return commands
 
 

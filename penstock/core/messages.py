@@ -4,7 +4,8 @@ Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code
 
 who                     says                                              to
 front                   Submit, Cancel                                    controller
-controller              Assign, Cancel, Migrate, PeerUp, PeerDown, Stop, Ping      worker
+controller              Assign, Cancel, Migrate, PeerUp, PeerDown, TellNames,   worker
+                        Stop, Ping
 controller              Tokens, RequestFailed                             front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
                         Expired, RequestFailed, Ping
@@ -112,6 +113,12 @@ class PeerDown(Tagged, frozen=True):
 
     worker_id: WorkerId
     epoch: int
+
+
+class TellNames(Tagged, frozen=True):
+    """Say anew which named blocks you have: whoever asks knows nothing of them. Answered by
+    `BlocksChanged`, in as many messages as it takes.
+    """
 
 
 class Stop(Tagged, frozen=True):
@@ -303,6 +310,7 @@ Message = (
     | Migrate
     | PeerUp
     | PeerDown
+    | TellNames
     | Stop
     | Hello
     | Join

@@ -18,6 +18,8 @@ from penstock.core.messages import (
     Cancel,
     Hello,
     Message,
+    PeerDown,
+    PeerUp,
     RequestFailed,
     Submit,
     TokenOutput,
@@ -33,6 +35,8 @@ from penstock.sim.network import LinkCost, SimMemory, SimNetwork, SimTransport
 from penstock.sim.tiers import SimTier, SimTiers, Slots, make_slots
 from penstock.transfer.region import Bytes2D
 from penstock.worker.worker import Worker
+
+RESTARTED = "the controller was started anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +113,28 @@ class SimWorker:
         )
         network.join(self.config.worker_id, self.deliver)
         network.register(self.config.worker_id, epoch, memory)
-        transport.send(CONTROLLER, Hello(info=introduction(self.config)))
+        self._peers: dict[WorkerId, int] = {}
+        self._transport = transport
+        transport.send(CONTROLLER, self._hello())
+
+    def find_controller(self, num_returns: int) -> None:
+        """Let go of what a controller wanted that is gone, and greet the one in its place."""
+        pending = [entry.session.request_id for entry in self.core.pulls.pending]
+        for request_id in (*self.core.sequences, *pending):
+            self.deliver(Cancel(request_id=request_id))
+        for worker_id, epoch in list(self._peers.items()):
+            self.deliver(PeerDown(worker_id=worker_id, epoch=epoch))
+        self._transport.send(CONTROLLER, self._hello(num_returns))
+
+    def _hello(self, num_returns: int = 0) -> Hello:
+        return Hello(info=introduction(self.config), num_returns=num_returns)
 
     def deliver(self, event: Event) -> None:
         """Take an event in, unless dead."""
+        if isinstance(event, PeerUp):
+            self._peers[event.info.worker_id] = event.info.epoch
+        elif isinstance(event, PeerDown):
+            self._peers.pop(event.worker_id, None)
         if self.is_alive:
             self._node.deliver(event)
 
@@ -126,6 +148,7 @@ class Outcome:
     error: str | None = None
     first_token_ns: int = 0
     finished_ns: int = 0
+    has_arrived: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -152,22 +175,38 @@ class SimCluster:
         self.spec = spec
         self.clock = SimClock()
         self.network = SimNetwork(self.clock, spec.link_cost, random.Random(seed))
-        self.controller = Controller(spec.controller)
         self.outcomes: dict[RequestId, Outcome] = {}
         self.log = DecisionLog()
         self._cancelled: set[RequestId] = set()
-        transport = SimTransport(self.network, CONTROLLER)
-        self._node = Node(
-            _Guarded(self.controller), clock=self.clock, transport=transport, log=self.log
-        )
-        self.network.join(CONTROLLER, self._node.deliver)
+        self._num_restarts = 0
+        self._start_controller()
         self.network.join(FRONT, self._take)
         self.workers = {name: SimWorker(spec, self.network, name, 1) for name in spec.roles}
 
+    def _start_controller(self) -> None:
+        life = self._num_restarts
+
+        def is_alive() -> bool:
+            return life == self._num_restarts
+
+        self.controller = Controller(self.spec.controller)
+        self._node = Node(
+            _Guarded(self.controller),
+            clock=MortalClock(self.clock, is_alive),
+            transport=SimTransport(self.network, CONTROLLER, is_alive=is_alive),
+            log=self.log,
+        )
+        self.network.join(CONTROLLER, self._node.deliver)
+
     def submit(self, request: Request, at_ns: int) -> None:
         """Schedule a request's arrival."""
-        self.outcomes[request.request_id] = Outcome()
-        self.clock.call_at(at_ns, lambda: self._node.deliver(Submit(request=request)))
+        outcome = self.outcomes[request.request_id] = Outcome()
+
+        def arrive() -> None:
+            outcome.has_arrived = True
+            self._node.deliver(Submit(request=request))
+
+        self.clock.call_at(at_ns, arrive)
 
     def cancel(self, request_id: RequestId, at_ns: int) -> None:
         """Schedule a client's leaving."""
@@ -181,6 +220,12 @@ class SimCluster:
     def kill(self, name: str, at_ns: int) -> None:
         """Schedule a worker's death; its successor joins with the next epoch some time later."""
         self.clock.call_at(at_ns, lambda: self._kill(name))
+
+    def restart_controller(self, at_ns: int) -> None:
+        """Schedule the controller's death: another takes its place, and the workers find it with
+        their blocks. What was under way is lost with it, and its clients know.
+        """
+        self.clock.call_at(at_ns, self._restart_controller)
 
     def run(self, *, limit_s: float = 600.0) -> None:
         """Run until nothing is left to do.
@@ -219,6 +264,16 @@ class SimCluster:
         self.clock.call_at(now_ns + self.spec.detection_ns, lambda: self._node.deliver(lost))
         self.clock.call_at(now_ns + self.spec.respawn_ns, lambda: self._respawn(name, epoch + 1))
 
+    def _restart_controller(self) -> None:
+        self._num_restarts += 1
+        self._start_controller()
+        for outcome in self.outcomes.values():
+            if outcome.has_arrived and not outcome.is_over:
+                outcome.error = RESTARTED
+        for worker in self.workers.values():
+            if worker.is_alive:
+                worker.find_controller(self._num_restarts)
+
     def _respawn(self, name: str, epoch: int) -> None:
         self.workers[name] = SimWorker(self.spec, self.network, name, epoch, self.workers[name])
 
@@ -226,9 +281,12 @@ class SimCluster:
         match message:
             case Tokens(outputs=outputs):
                 for output in outputs:
-                    self._take_output(output)
+                    if self.outcomes[output.request_id].error != RESTARTED:
+                        self._take_output(output)
             case RequestFailed(request_id=request_id, reason=reason):
                 outcome = self.outcomes[request_id]
+                if outcome.error == RESTARTED:
+                    return  # it was on its way from the one that is gone
                 assert not outcome.is_over, f"{request_id} ended twice"
                 outcome.error = reason
             case _:

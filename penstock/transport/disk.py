@@ -212,6 +212,7 @@ class DiskReader:
     def __init__(self, path: Path, num_slots: int, block_bytes: int, fingerprint: str) -> None:
         self.kind = "disk"
         self.num_slots = num_slots
+        self.block_bytes = block_bytes
         self._lock = threading.Lock()
         self._num_reads = 0
         self._is_closed = False

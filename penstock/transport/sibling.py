@@ -9,28 +9,20 @@ and `forget` come from the event loop.
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from penstock.core.descriptors import RegionDescriptor, WorkerInfo
 from penstock.core.errors import PeerLost
 from penstock.core.types import WorkerId
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Region, described_blocks
+from penstock.transport.coded import CodedTier
 from penstock.transport.cxl import EMULATED, keep_pace
 from penstock.transport.disk import DISK_KIND, DiskReader
 from penstock.transport.shm import copy_spans, open_peer
-
-
-class Readable(Protocol):
-    """Slots that may be read. `kind` is how moves are to call them."""
-
-    kind: str
-    num_slots: int
-
-    def read(self, destination: Region, spans: SpanArray) -> None:
-        """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
+from penstock.transport.tier import Readable
 
 
 class MappedSlots:
@@ -39,6 +31,7 @@ class MappedSlots:
     def __init__(self, label: str, region: Region) -> None:
         self.kind = label
         self.num_slots = region.num_blocks
+        self.block_bytes = region.block_bytes
         self._region = region
 
     def read(self, destination: Region, spans: SpanArray) -> None:
@@ -52,17 +45,26 @@ class MappedSlots:
 @dataclass(slots=True)
 class _Sibling:
     info: WorkerInfo
-    tiers: dict[str, Readable] = field(default_factory=dict)
+    tiers: dict[str, Readable | CodedTier] = field(default_factory=dict)
+    files: list[DiskReader] = field(default_factory=list)
     is_gone: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class SiblingTiers:
-    """Who they are. `fingerprint` is that of the layout of our blocks."""
+    """Who they are. `fingerprint` is that of the layout of our blocks; `wrap` puts what decodes a
+    tier's slots, by its name, around them.
+    """
 
-    def __init__(self, worker_id: WorkerId, fingerprint: str) -> None:
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        fingerprint: str,
+        wrap: Callable[[str, Readable], Readable | CodedTier] = lambda _, slots: slots,
+    ) -> None:
         self.worker_id = worker_id
         self._fingerprint = fingerprint
+        self._wrap = wrap
         self._siblings: dict[WorkerId, _Sibling] = {}
 
     def add_peer(self, info: WorkerInfo) -> None:
@@ -79,7 +81,7 @@ class SiblingTiers:
             return
         self._give_up(self._siblings.pop(worker_id))
 
-    def find(self, worker_id: WorkerId, epoch: int, tier: str) -> Readable:
+    def find(self, worker_id: WorkerId, epoch: int, tier: str) -> Readable | CodedTier:
         """Return a sibling's tier, opened now if it was not yet.
 
         Raises: `PeerLost` when that incarnation is not known, or its tier cannot be opened.
@@ -91,15 +93,17 @@ class SiblingTiers:
             if sibling.is_gone:
                 raise PeerLost(f"{worker_id} is gone")
             if tier not in sibling.tiers:
-                sibling.tiers[tier] = self._open(sibling.info, tier)
+                slots = self._open(sibling.info, tier)
+                if isinstance(slots, DiskReader):
+                    sibling.files.append(slots)
+                sibling.tiers[tier] = self._wrap(tier, slots)
             return sibling.tiers[tier]
 
     def _give_up(self, sibling: _Sibling) -> None:
         with sibling.lock:
             sibling.is_gone = True
-            for tier in sibling.tiers.values():
-                if isinstance(tier, DiskReader):
-                    tier.close()
+            for file in sibling.files:
+                file.close()
 
     def _open(self, info: WorkerInfo, name: str) -> Readable:
         for tier in info.tiers:

@@ -16,12 +16,19 @@ from penstock.transfer.region import Region
 from penstock.transport.shm import SharedPool, copy_spans
 
 
-class TierStore(Protocol):
+class Readable(Protocol):
     """Slots of `block_bytes` each. `kind` is how moves are to call it, emulation included."""
 
     kind: str
     num_slots: int
     block_bytes: int
+
+    def read(self, destination: Region, spans: SpanArray) -> None:
+        """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
+
+
+class TierStore(Readable, Protocol):
+    """Slots that this worker alone writes."""
 
     def write(
         self,
@@ -34,9 +41,6 @@ class TierStore(Protocol):
 
         Raises: `OSError`; then none of the slots holds anything.
         """
-
-    def read(self, destination: Region, spans: SpanArray) -> None:
-        """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
 
     def contents(self) -> list[KeptBlock]:
         """Return what was there when the tier was opened."""
@@ -84,6 +88,9 @@ class MemoryTier:
     def read(self, destination: Region, spans: SpanArray) -> None:
         """Copy slots into blocks."""
         copy_spans(self.region, destination, spans)
+
+    def pace(self, spans: SpanArray, started_ns: int) -> None:
+        """Take as long as this memory would have, for who works in `region` itself."""
 
     def contents(self) -> list[KeptBlock]:
         """Return nothing: memory begins empty."""

@@ -6,16 +6,22 @@ moves that name a tier, on a thread for each pair of tiers.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from penstock.core.errors import PeerLost
-from penstock.core.events import Move, MoveDone
+from penstock.core.events import Move, MoveDone, TierEnds
 from penstock.core.types import BlockId, Digest
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import SpanArray, span_array
 from penstock.transfer.region import Region, bounds_error
-from penstock.transport.sibling import Readable, SiblingTiers
-from penstock.transport.tier import MemoryTier, TierStore
+from penstock.transport.coded import CodedTier, Copied, transcode
+from penstock.transport.sibling import SiblingTiers
+from penstock.transport.tier import MemoryTier, Readable, TierStore
+
+OpenTier = TierStore | CodedTier
+"""What a mover has for a tier: slots as they are, or by way of a codec."""
+Reads = Readable | CodedTier
+"""The same of a tier that may be another worker's."""
 
 
 class TierMover:
@@ -26,7 +32,7 @@ class TierMover:
     def __init__(
         self,
         pool: Region,
-        tiers: Mapping[str, TierStore],
+        tiers: Mapping[str, OpenTier],
         clock: Callable[[], int] = time.monotonic_ns,
         siblings: SiblingTiers | None = None,
     ) -> None:
@@ -43,65 +49,80 @@ class TierMover:
         (listed,), ends = move.spans, move.tiers
         assert ends is not None, f"move {move.move_id} is for the block mover"
         spans = span_array(listed)
-        error, kind = None, "none"
-        digests: tuple[tuple[Digest, ...], ...] = ()
+        error, copied = None, Copied(())
+        tier: Reads | None = None
         try:
-            if ends.destination:
-                kind = self._write(move, spans)
-            else:
-                kind = self._read(move, spans)
-                landed = [BlockId(to + i) for _, to, count in spans.tolist() for i in range(count)]
-                digests = (take_digests(self._pool.blocks, landed),)
+            tier = self._tier(move)
+            copied = self._copy(move, tier, spans)
         except (OSError, PeerLost) as failure:
             error = str(failure)
+        block_bytes = tier.block_bytes if tier else self._pool.block_bytes
         return MoveDone(
             move_id=move.move_id,
-            num_bytes=int(spans[:, 2].sum()) * self._pool.block_bytes,
+            num_bytes=int(spans[:, 2].sum()) * block_bytes,
             num_spans=len(spans),
-            transport=kind,
+            transport=tier.kind if tier else "none",
             started_ns=started_ns,
             finished_ns=self._clock(),
             error=error,
-            digests=digests,
+            digests=() if error else (copied.digests,),
+            codec_ns=copied.codec_ns,
         )
 
-    def _write(self, move: Move, spans: SpanArray) -> str:
-        """Copy into a tier of ours. Raises: `OSError`."""
+    def _tier(self, move: Move) -> Reads:
+        """Return the tier that is read, or written out of the pool. Raises: `PeerLost`."""
         ends = move.tiers
         assert ends is not None, move.move_id
-        source, tier = self._memory(ends.source), self._tiers[ends.destination]
-        wrong = bounds_error(
-            spans, source_blocks=source.num_blocks, destination_blocks=tier.num_slots
-        )
-        assert wrong is None, f"move {move.move_id}: {wrong}"
-        tier.write(source, spans, ends.names, *move.digests)
-        return tier.kind
+        if ends.destination or self._siblings is None or move.source == self._siblings.worker_id:
+            return self._tiers[ends.source or ends.destination]
+        return self._siblings.find(move.source, move.epoch, ends.source)
 
-    def _read(self, move: Move, spans: SpanArray) -> str:
-        """Copy out of a tier, ours or a sibling's. Raises: `OSError`, `PeerLost`."""
-        tier = self._tier(move)
+    def _copy(self, move: Move, tier: Reads, spans: SpanArray) -> Copied:
+        """Copy, and say what is where it was to go to now. Raises: `OSError`, `PeerLost`."""
+        ends = move.tiers
+        assert ends is not None, move.move_id
+        (digests,) = move.digests or ((),)
         wrong = bounds_error(
-            spans, source_blocks=tier.num_slots, destination_blocks=self._pool.num_blocks
+            spans,
+            source_blocks=tier.num_slots if ends.source else self._pool.num_blocks,
+            destination_blocks=self._num_blocks(ends.destination),
         )
         if wrong is not None:
-            assert not self._is_ours(move), f"move {move.move_id}: {wrong}"
+            assert tier not in self._tiers.values(), f"move {move.move_id}: {wrong}"
             raise PeerLost(f"{tier.kind} of {move.source}: {wrong}")
+        if ends.destination:
+            return self._write(ends, digests, spans)
+        if isinstance(tier, CodedTier):
+            return tier.read(self._pool, spans, digests)
         tier.read(self._pool, spans)
-        return tier.kind
+        landed = [BlockId(to + i) for _, to, count in spans.tolist() for i in range(count)]
+        return Copied(take_digests(self._pool.blocks, landed))
 
-    def _tier(self, move: Move) -> Readable:
-        assert move.tiers is not None, move.move_id
-        if self._siblings is None or self._is_ours(move):
-            return self._tiers[move.tiers.source]
-        return self._siblings.find(move.source, move.epoch, move.tiers.source)
+    def _write(self, ends: TierEnds, digests: Sequence[Digest], spans: SpanArray) -> Copied:
+        """Write out of the pool, or let sink from one tier into another. Raises: `OSError`."""
+        into = self._tiers[ends.destination]
+        out_of = self._tiers[ends.source] if ends.source else None
+        if isinstance(out_of, CodedTier):
+            if not isinstance(into, CodedTier) or not _are_alike(out_of, into):
+                return transcode(out_of, into, spans, ends.names, digests)
+            # What is encoded already sinks as it is.
+            into, out_of = into.store, out_of.store
+        source = self._pool if out_of is None else _memory(out_of)
+        if isinstance(into, CodedTier):
+            return into.write(source, spans, ends.names, digests)
+        into.write(source, spans, ends.names, digests)
+        return Copied(tuple(digests))
 
-    def _is_ours(self, move: Move) -> bool:
-        return self._siblings is None or move.source == self._siblings.worker_id
+    def _num_blocks(self, tier: str) -> int:
+        return self._tiers[tier].num_slots if tier else self._pool.num_blocks
 
-    def _memory(self, tier: str) -> Region:
-        """Return what can be written from: the pool, or a tier that is memory itself."""
-        if not tier:
-            return self._pool
-        store = self._tiers[tier]
-        assert isinstance(store, MemoryTier), f"nothing sinks out of {store.kind}"
-        return store.region
+
+def _are_alike(one: CodedTier, other: CodedTier) -> bool:
+    """Tell whether the slots of two tiers hold the same bytes for a block."""
+    return one.codec.name == other.codec.name and one.block_bytes == other.block_bytes
+
+
+def _memory(tier: OpenTier) -> Region:
+    """Return the slots of a tier that is memory itself."""
+    assert isinstance(tier, MemoryTier), f"nothing sinks out of {tier.kind}"
+    return tier.region

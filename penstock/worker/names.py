@@ -2,10 +2,11 @@
 
 Changes are collected where names are given and dropped (`kv/prefix_cache.py`) and sent in batches:
 at most once per interval while the worker is busy, and when it becomes idle. A name that came and
-went in between is sent once, as what it is now. What a tier below the pool has is there, too.
+went in between is sent once, as what it is now. What a tier below the pool has is there, too. A
+controller that was started anew knows nothing and asks for all there is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from penstock.core.config import WorkerConfig
@@ -29,10 +30,22 @@ class NameReports:
     ) -> None:
         is_on = config.is_prefix_caching and config.names_interval_ns is not None
         self._config = config
+        self._kv = kv
         self._is_below = is_below
+        self._is_on = is_on
         self._changes: dict[BlockHash, bool] = kv.watch_names() if is_on else {}
         self._interval_ns = config.names_interval_ns or 0
         self._sent_ns = -self._interval_ns
+
+    def begin_anew(self, below: Iterable[BlockHash] = ()) -> None:
+        """Have everything there is told once more, next time: what the pool has, and `below`.
+
+        O(names).
+        """
+        if self._is_on:
+            self._changes = self._kv.watch_names()
+            self._changes.update(dict.fromkeys(below, True))
+            self._sent_ns = -self._interval_ns
 
     def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Return the messages that are due, and forget what is in them. O(1) when none is."""

@@ -51,6 +51,10 @@ class Reporter:
         """Remember what a pull took."""
         self._samples.note_pull(source, done)
 
+    def tell_names_anew(self) -> None:
+        """Have the controller told of all named blocks: it knows of none."""
+        self._names.begin_anew(self._tiers.names())
+
     def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Return what is due to be said."""
         names = self._names.due(now_ns, is_idle=is_idle)

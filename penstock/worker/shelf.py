@@ -57,6 +57,10 @@ class Shelf:
         """Tell whether a block is here or arriving."""
         return self._residency.copy(name, self._tier) is not None
 
+    def names(self) -> list[BlockHash]:
+        """Return the blocks that can be read here."""
+        return [name for name in self._digests if name in self]
+
     @property
     def books(self) -> "Shelf":
         """Where it is counted what is read from here: a sibling's tier has others."""

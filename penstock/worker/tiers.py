@@ -12,6 +12,7 @@ Reading back is `worker/onboard.py`'s, slots are `worker/shelf.py`'s, what other
 nobody, and does not. Without tiers every method returns at once. Called by the worker core.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Final
@@ -169,6 +170,11 @@ class TierDesk:
     def contents(self, tier: str) -> list[KeptBlock]:
         """Return all that is in a tier of ours. O(blocks)."""
         return [kept for shelf in self._shelves if shelf.name == tier for kept in shelf.contents()]
+
+    def names(self) -> Iterator[BlockHash]:
+        """Yield every block that can be brought back; twice if it is in two tiers."""
+        for shelf in self._shelves:
+            yield from shelf.names()
 
     def load(self) -> tuple[TierLoad, ...]:
         """Return what each tier has and did, nearest first."""

@@ -26,6 +26,7 @@ from penstock.core.messages import (
     Release,
     Renew,
     RequestFailed,
+    TellNames,
     Tokens,
     Withdraw,
 )
@@ -121,6 +122,9 @@ class Worker:
                 return []
             case Withdraw():
                 return self._answer_withdraw(event, now_ns)
+            case TellNames():
+                self._reporter.tell_names_anew()
+                return []
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)

@@ -21,6 +21,7 @@ from tests.cli.server import Server, serving
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 LONG = 3000
+LONG_PROMPT = "Once upon a time, there was a worker. " * 80
 
 
 @pytest.fixture
@@ -44,6 +45,14 @@ def text_of(server: Server, num_tokens: int = 20) -> str:
     status, answer = server.complete(num_tokens)
     assert status == 200, answer
     return answer["choices"][0]["text"]
+
+
+def ledger_of(server: Server, prompt: str) -> dict[str, object]:
+    body = {"prompt": prompt, "max_tokens": 4, "seed": 1}
+    headers = {"x-penstock-ledger": "1", "x-request-id": "mine"}
+    status, answer = server.post("/v1/completions", body, **headers)
+    assert status == 200, answer
+    return answer["penstock_ledger"]
 
 
 class Streams:
@@ -108,7 +117,6 @@ def test_a_worker_joins_takes_traffic_drains_and_leaves(free_port: int, folder: 
 @pytest.mark.parametrize(
     ("ours", "theirs", "transport"),
     [
-        ("--dtype float32 --block-size 16", "--block-size 64", "shm"),
         ("--dtype float32 --block-size 64", "--block-size 16", "tcp"),
         ("--dtype bfloat16", "--dtype float32 --block-size 16", "shm"),
     ],
@@ -204,6 +212,8 @@ def test_the_controller_is_started_anew_and_workers_find_it(free_port: int, fold
             joined.wait_until_in()
             (host,) = psutil.Process(joined.process.pid).children()
             (worker,) = host.children()
+            first = ledger_of(server, LONG_PROMPT)
+            assert (first["decode_worker"], first["cached_tokens"]) == ("decode-there-0", 0)
             streams = Streams(server, 2)
             server.wait_for(lambda: running(server))
             server.process.kill()
@@ -214,6 +224,17 @@ def test_the_controller_is_started_anew_and_workers_find_it(free_port: int, fold
                 again.wait_for(lambda: "decode-there-0" in workers_of(again))
                 assert worker.is_running()  # the very process, with its blocks
                 assert text_of(again) == before
+                # It has told what it holds before it said anything else, and is asked for that.
+                second = ledger_of(again, LONG_PROMPT)
+                assert second["prefill_worker"] == second["decode_worker"] == "decode-there-0"
+                assert second["cached_tokens"] >= 512
+                _, why = again.get("/cluster/requests/mine/explanation")
+                (candidate,) = {
+                    (c["worker_id"], c["cached_tokens"])
+                    for c in why["requests"][0]["candidates"]
+                    if c["worker_id"] == "decode-there-0"
+                }
+                assert candidate[1] >= 512
                 joined.interrupt()
                 assert joined.end() == 0, joined.text
                 assert workers_of(again) == {"prefill-0": "prefill"}

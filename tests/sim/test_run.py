@@ -12,7 +12,7 @@ from penstock.core.request import Request, SamplingParams
 from penstock.core.types import NS_PER_MS, RequestId, Role
 from penstock.sim.executor import VOCAB_SIZE, StepCost, chain_layout, expected_tokens
 from penstock.sim.network import LinkCost
-from penstock.sim.run import ClusterSpec, SimCluster
+from penstock.sim.run import RESTARTED, ClusterSpec, SimCluster
 from penstock.worker.worker import Worker
 
 EOS = 7
@@ -214,3 +214,66 @@ def test_a_corrupted_block_is_noticed() -> None:
     cluster.run()
     expected = expected_tokens(request, request.params.max_tokens, ())
     assert cluster.outcomes[request.request_id].token_ids != expected
+
+
+def restarted(seed: int) -> tuple[SimCluster, list[Request], list[Request]]:
+    """Run requests, start the controller anew in their midst, and ask the same once more."""
+    rng = random.Random(seed)
+    cluster = SimCluster(make_spec(rng), seed)
+    requests = make_requests(rng, rng.randint(5, 15))
+    for request in requests:
+        cluster.submit(request, rng.randint(0, 150) * NS_PER_MS)
+    if rng.random() < 0.3:
+        cluster.kill(rng.choice(list(cluster.spec.roles)), rng.randint(5, 300) * NS_PER_MS)
+    cluster.restart_controller(rng.randint(20, 200) * NS_PER_MS)
+    later = [
+        msgspec.structs.replace(request, request_id=RequestId(f"{request.request_id}-again"))
+        for request in requests
+    ]
+    for request in later:
+        cluster.submit(request, 60_000 * NS_PER_MS + rng.randint(0, 100) * NS_PER_MS)
+    cluster.run()
+    return cluster, requests, later
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_controller_that_is_started_anew_finds_its_workers_and_what_they_hold(seed: int) -> None:
+    cluster, requests, later = restarted(seed)
+    for request in requests:
+        if cluster.outcomes[request.request_id].error != RESTARTED:
+            check_outcome(cluster, request)
+    for request in later:
+        check_outcome(cluster, request)
+    fleet = cluster.controller.fleet
+    assert {str(name) for name in fleet.workers} == set(cluster.spec.roles)
+    for name, worker in cluster.workers.items():
+        assert worker.core.is_idle, (seed, name)
+        slot = fleet.workers[worker.config.worker_id].slot
+        group = next(g for g in worker.core.kv.groups if g.window == 0)
+        held = group.pool.prefix_cache._block_of
+        known = {*fleet.index._young, *fleet.index._old}
+        assert {n for n in known if fleet.index._young.get(n, 0) >> slot & 1} == held.keys()
+
+
+def test_a_repeated_prompt_goes_where_it_was_before_the_controller_was_started_anew() -> None:
+    roles = {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE}
+    policy = ControllerConfig(policy="predicted")
+    prompts = [tuple(range(n, n + 100)) for n in range(5)]
+    where: dict[bool, list[object]] = {}
+    for is_restarted in (False, True):
+        cluster = SimCluster(ClusterSpec(roles=roles, controller=policy, max_model_len=200))
+        for turn in (0, 1):
+            for number, prompt in enumerate(prompts):
+                request = Request(
+                    request_id=RequestId(f"r{turn}-{number}"),
+                    prompt_token_ids=tuple(token % VOCAB_SIZE for token in prompt),
+                    params=SamplingParams(max_tokens=4, seed=0, ignore_eos=True),
+                )
+                cluster.submit(request, (turn * 1000 + number * 100) * NS_PER_MS)
+        if is_restarted:
+            cluster.restart_controller(900 * NS_PER_MS)
+        cluster.run()
+        hits = [w.core.load().prefix_hits for w in cluster.workers.values()]
+        where[is_restarted] = [hits, [o.token_ids for o in cluster.outcomes.values()]]
+        assert sum(hits) >= 5 * 96
+    assert where[True] == where[False]

@@ -88,6 +88,30 @@ def test_it_can_be_off() -> None:
     assert kv.groups[0].pool.prefix_cache.changes is None
 
 
+def test_everything_is_told_once_more_to_who_knows_nothing() -> None:
+    kv, reports = make(num_blocks=2 * NAMES_MAX + 1)
+    fill(kv, "a", names(NAMES_MAX + 1, "a"))
+    reports.due(0, is_idle=True)
+    fill(kv, "b", names(3, "b"))
+    reports.begin_anew(names(2, "below"))
+    messages = said(reports.due(1, is_idle=False))  # at once, however busy
+    assert [len(m.stored) for m in messages] == [NAMES_MAX, 6]
+    told = [name for message in messages for name in message.stored]
+    assert sorted(told) == sorted(names(NAMES_MAX + 1, "a") + names(3, "b") + names(2, "below"))
+    assert {m.epoch for m in messages} == {3}
+    assert reports.due(INTERVAL_NS + 1, is_idle=True) == []
+    fill(kv, "c", names(1, "c"))
+    (message,) = said(reports.due(INTERVAL_NS + 2, is_idle=True))
+    assert [*message.stored] == names(1, "c")
+
+
+def test_who_tells_no_names_tells_none_when_asked() -> None:
+    kv, reports = make(interval_ns=None)
+    fill(kv, "a", names(4))
+    reports.begin_anew()
+    assert reports.due(10**9, is_idle=True) == []
+
+
 def test_a_worker_that_has_names_already_begins_with_them() -> None:
     kv, _ = make(interval_ns=None)
     fill(kv, "a", names(3))
