@@ -11,6 +11,7 @@ worker                  Hello, Load, BlocksChanged, Tokens, Offered,          co
                         Expired, RequestFailed, Ping
 prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release, Grant                             prefill worker
+worker                  ShelfChanged, ShelfUsed                           worker of its host
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
 """
@@ -24,7 +25,7 @@ from penstock.core.descriptors import WorkerInfo
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
-from penstock.core.tiers import TierLoad
+from penstock.core.tiers import ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import (
     BlockHash,
     BlockId,
@@ -343,6 +344,8 @@ Message = (
     | Renew
     | Withdraw
     | Release
+    | ShelfChanged
+    | ShelfUsed
 )
 
 # ------------------------------------------------------------------------------------------ wire
