@@ -76,6 +76,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """How often the controller is told, at most, which blocks came and went; None: never."""
     tiers: tuple[TierConfig, ...] = ()
     """What is below the pool, nearest first; only where there is one KV group without a window."""
+    host: str = ""
+    """Workers of one host read each other's tiers."""
     max_repeats: int = 1
     """Decode steps that the executor may run in a row while nobody waits. Whoever asks for more
     than one has an executor that stops when something else comes: the simulator.
@@ -96,6 +98,9 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
 
     With `is_switching_roles` workers change sides as the load asks for: it is looked at every
     `role_interval_ms`, and a change is left alone for `role_cooldown_ms`.
+
+    With `workers_max` above 0 the runtime is asked for workers of its own host as the load wants
+    them (`control/sizing.py`), and to retire those that have been of no use for `retire_after_ms`.
     """
 
     max_queued: int = 4096
@@ -112,6 +117,10 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
     is_switching_roles: bool = False
     role_interval_ms: float = 1000.0
     role_cooldown_ms: float = 5000.0
+    workers_min: int = 0
+    workers_max: int = 0
+    resize_pause_ms: float = 5000.0
+    retire_after_ms: float = 30_000.0
 
 
 def _require(is_valid: bool, flag: str, value: object) -> None:

@@ -6,11 +6,12 @@ who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, Migrate, PeerUp, PeerDown, TellNames,   worker
                         Stop, Ping
-controller              Tokens, RequestFailed                             front
+controller              Tokens, RequestFailed, Resize                     front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
                         Expired, RequestFailed, Ping
 prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release, Grant                             prefill worker
+worker                  ShelfChanged, ShelfUsed                           worker of its host
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
 """
@@ -24,13 +25,14 @@ from penstock.core.descriptors import WorkerInfo
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
-from penstock.core.tiers import TierLoad
+from penstock.core.tiers import ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import (
     BlockHash,
     BlockId,
     Digest,
     FinishReason,
     RequestId,
+    Role,
     WorkerId,
 )
 
@@ -179,6 +181,16 @@ class BlocksChanged(Tagged, frozen=True):
     removed: tuple[BlockHash, ...] = ()
 
 
+class Resize(Tagged, frozen=True):
+    """Start one worker of each role in `start`, and let `retire` finish what it has and go;
+    `reason` is for people.
+    """
+
+    start: tuple[Role, ...] = ()
+    retire: WorkerId | None = None
+    reason: str = ""
+
+
 class Tokens(Tagged, frozen=True):
     """What one step produced."""
 
@@ -321,6 +333,7 @@ Message = (
     | Leave
     | Load
     | BlocksChanged
+    | Resize
     | Tokens
     | Offered
     | Expired
@@ -331,6 +344,8 @@ Message = (
     | Renew
     | Withdraw
     | Release
+    | ShelfChanged
+    | ShelfUsed
 )
 
 # ------------------------------------------------------------------------------------------ wire

@@ -23,7 +23,16 @@ from penstock.core.events import (
     SetRole,
 )
 from penstock.core.explain import Accuracy, Explanation
-from penstock.core.messages import Cancel, Hello, Message, RequestFailed, Stop, Submit, Tokens
+from penstock.core.messages import (
+    Cancel,
+    Hello,
+    Message,
+    RequestFailed,
+    Resize,
+    Stop,
+    Submit,
+    Tokens,
+)
 from penstock.core.node import Node
 from penstock.core.request import Request
 from penstock.core.service import ClusterStatus, Sink
@@ -295,8 +304,21 @@ class LocalCluster:
                 sink = self._sinks.pop(request_id, None)
                 if sink is not None:
                     sink(message)
+            case Resize():
+                self._resize(message)
             case _:
                 raise AssertionError(f"a {type(message).__name__} is not for the front")
+
+    def _resize(self, change: Resize) -> None:
+        """Start and retire workers as the controller asks, as far as there is room."""
+        slots, most = self._supervisor.slots, self.settings.control.workers_max
+        for role in change.start[: max(0, most - len(slots))]:
+            name = self._supervisor.add(role)
+            _log.info("worker %s is started (%s): %s", name, _of(len(slots), most), change.reason)
+        if change.retire in slots:
+            left = _of(len(slots) - 1, most)
+            _log.info("worker %s is retired (%s): %s", change.retire, left, change.reason)
+            self.retire_worker(change.retire)
 
     def _progress(self, stage: str, fraction: float) -> None:
         self.stage = (stage, fraction)
@@ -318,6 +340,10 @@ class LocalCluster:
         if not self.broken.done():
             self.broken.set_result(error)
         self.abandon(str(error))
+
+
+def _of(num_workers: int, most: int) -> str:
+    return f"{num_workers} of at most {most} here"
 
 
 class _FrontTransport:

@@ -30,6 +30,7 @@ from penstock.core.messages import (
     Tokens,
     Withdraw,
 )
+from penstock.core.tiers import ShelfChanged, ShelfUsed
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
@@ -128,12 +129,17 @@ class Worker:
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)
                 self.offers.meet(info.worker_id, info.layout)
+                self.tiers.meet(info)
                 return []
             case PeerDown(worker_id=worker_id):
                 self._peers.discard(worker_id)
+                self.tiers.forget(worker_id, event.epoch)
                 for sequence in self.pulls.drop_all_of(worker_id, now_ns):
                     self._take_in(sequence)
                 return self._end_crossings(self.offers.release_all_of(worker_id))
+            case ShelfChanged() | ShelfUsed():
+                self.tiers.hear(event)
+                return []
             case _:
                 return []  # Stop concerns the runtime alone
 
