@@ -13,7 +13,13 @@ from pathlib import Path
 
 from penstock.control.controller import Controller
 from penstock.core.descriptors import WorkerInfo
-from penstock.core.errors import BadRequest, StartupFailed, UnknownWorker, WorkersUnavailable
+from penstock.core.errors import (
+    BadRequest,
+    StartupFailed,
+    UnknownRequest,
+    UnknownWorker,
+    WorkersUnavailable,
+)
 from penstock.core.events import (
     Configured,
     Drain,
@@ -26,6 +32,7 @@ from penstock.core.explain import Accuracy, Explanation
 from penstock.core.messages import Cancel, Hello, Message, RequestFailed, Stop, Submit, Tokens
 from penstock.core.node import Node
 from penstock.core.request import Request
+from penstock.core.residency import KVQuery, KVSurvey, Surveyed
 from penstock.core.service import ClusterStatus, Sink
 from penstock.core.types import CONTROLLER, FRONT, RequestId, Role, WorkerId
 from penstock.runtime.clock import LoopClock
@@ -37,6 +44,7 @@ from penstock.runtime.messaging import Messenger, open_network
 from penstock.runtime.process import HostProcess
 from penstock.runtime.settings import ClusterSettings, ModelFacts
 from penstock.runtime.supervisor import Callbacks, Supervisor
+from penstock.runtime.surveys import Surveys
 from penstock.runtime.worker import CONTROLLER_EPOCH
 
 WORKER_END_TIMEOUT_S = 2.0
@@ -103,6 +111,7 @@ class LocalCluster:
         self._membership = Membership(
             self._messenger, self.settings, deliver=self._deliver, kill=self._supervisor.kill
         )
+        self._surveys = Surveys(self._messenger.send)
         self._watching = asyncio.ensure_future(self._membership.watch())
         self._supervisor.start()
         self._is_started = True
@@ -189,6 +198,24 @@ class LocalCluster:
         """Return how good predictions were, as totals since the start."""
         return self.controller.accuracy()
 
+    async def survey(self, query: KVQuery) -> KVSurvey:
+        """Say where KV blocks are, as the workers answer within a few seconds.
+
+        Raises: `UnknownWorker`; `UnknownRequest` when none of the requests is live.
+        """
+        workers = list(self.controller.workers)
+        if query.worker_id is not None:
+            workers = [self._info(query.worker_id).worker_id]
+        records = map(self.controller.requests.get, query.request_ids)
+        wire_ids = tuple(record.wire_id for record in records if record is not None)
+        if query.request_ids and not wire_ids:
+            raise UnknownRequest(
+                f"{query.request_ids[0]} is not under way: what it left is cached under the names "
+                "of its blocks",
+                "request",
+            )
+        return await self._surveys.survey(workers, query, wire_ids)
+
     # ----------------------------------------------------------------------------- administration
 
     def start_workers(self, role: Role, count: int) -> tuple[WorkerId, ...]:
@@ -269,6 +296,8 @@ class LocalCluster:
             self._deliver(message)
             self._supervisor.joined(message.info.worker_id, message.info.epoch)
             self._note_ready()
+        elif isinstance(message, Surveyed):
+            self._surveys.take(message)
         elif not self._membership.receive(message):
             self._deliver(message)
 

@@ -30,6 +30,7 @@ from penstock.core.messages import (
     Tokens,
     Withdraw,
 )
+from penstock.core.residency import Survey
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
@@ -84,6 +85,7 @@ class Worker:
         """Take one event in; return the acts that follow, a new step among them if none is under
         way.
         """
+        self.kv.retention.tell_time(now_ns)
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
@@ -121,6 +123,8 @@ class Worker:
                 return []
             case Withdraw():
                 return self._answer_withdraw(event, now_ns)
+            case Survey():
+                return self._reporter.survey(event, now_ns)
             case TellNames():
                 self._reporter.tell_names_anew()
                 return []
