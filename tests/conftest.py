@@ -20,6 +20,11 @@ LEAK_CHECKED_FOLDERS = {"cluster", "faults"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Without a GPU, Triton's kernels run in its interpreter on CPU tensors; it decides when it is first
+# imported, by whatever test comes first. With one, the same tests run on the device.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shared machine stalls for longer than any sensible deadline per example. In CI the same commit
 # tries the same examples; elsewhere each run looks for new ones.
 settings.register_profile("penstock", deadline=None, derandomize="CI" in os.environ)

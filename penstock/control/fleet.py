@@ -25,7 +25,7 @@ from penstock.core.config import ControllerConfig
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.messages import BlocksChanged, Load
 from penstock.core.step import StepSample
-from penstock.core.types import NS_PER_MS, Role, WorkerId
+from penstock.core.types import NS_PER_MS, BlockHash, Role, WorkerId
 
 CLOSED: Final = 1e18
 """Added to the cost of what may not be taken; more than any cost."""
@@ -236,11 +236,11 @@ class Fleet:
         step_error = sum(errors) / len(errors) if errors else 0.0
         return step_error, self.transfers.all_pairs.error
 
-    def cached_tokens(self, token_ids: tuple[int, ...], salt: str) -> Int64:
-        """Return how many tokens of a prompt every slot has, [num_slots]."""
+    def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Int64:
+        """Return how many tokens of a prompt behind `root` every slot has, [num_slots]."""
         tokens: Int64 | None = None
         for size in self._block_sizes:
-            found = self.index.tokens(token_ids, size, salt)
+            found = self.index.tokens(token_ids, size, root)
             tokens = found if tokens is None else np.maximum(tokens, found)
         return np.zeros(len(self._by_slot), np.int64) if tokens is None else tokens
 

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from penstock.core.block import name_block, root_hash
+from penstock.core.block import name_block
 from penstock.core.types import BlockHash
 
 BLOCKS_MAX: Final = 4_000_000
@@ -40,7 +40,8 @@ Known = dict[tuple[BlockHash, int], tuple[BlockHash, ...]]
 
 
 class PromptBlocks:
-    """The names of a prompt's full blocks, hashed one after the other as somebody asks.
+    """The names of a prompt's full blocks behind `root`, hashed one after the other as somebody
+    asks.
 
     A chunk that was walked to its end is `known` from then on, and not hashed again: prompts share
     their beginnings. Should two chunks ever be taken for one another, a prompt goes where its
@@ -48,17 +49,17 @@ class PromptBlocks:
     """
 
     def __init__(
-        self, token_ids: Sequence[int], block_size: int, salt: str, known: Known | None = None
+        self, token_ids: Sequence[int], block_size: int, root: BlockHash, known: Known | None = None
     ) -> None:
         self._known: Known = {} if known is None else known
         self.num_blocks = len(token_ids) // block_size
         self._token_ids = token_ids
         self._block_size = block_size
-        self._salt = salt
+        self._root = root
 
     def __iter__(self) -> Iterator[BlockHash]:
         """Yield the names in order; each also names all before it."""
-        parent = root_hash(self._salt)
+        parent = self._root
         chunk_tokens, num_bytes = CHUNK_BLOCKS * self._block_size, 4 * self._block_size
         num_tokens = self.num_blocks * self._block_size
         for start in range(0, num_tokens, chunk_tokens):
@@ -167,11 +168,11 @@ class PrefixIndex:
         levels.append(Level(num_blocks, live))
         return levels
 
-    def tokens(self, token_ids: Sequence[int], block_size: int, salt: str) -> Int64:
+    def tokens(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Int64:
         """Return how many tokens of a prompt each slot has, [num_slots]."""
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
-        blocks = PromptBlocks(token_ids, block_size, salt, self._known)
+        blocks = PromptBlocks(token_ids, block_size, root, self._known)
         tokens = np.zeros(self._num_slots, dtype=np.int64)
         for level in self.levels(blocks):
             if level.num_blocks:

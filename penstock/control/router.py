@@ -174,7 +174,7 @@ class Router:
         cached = None
         if looks_up and self._uses_prefixes and self._fleet.index.num_blocks:
             token_ids = request.prompt_token_ids + tuple(output_token_ids)
-            cached = self._fleet.cached_tokens(token_ids, request.cache_salt)
+            cached = self._fleet.cached_tokens(token_ids, request.root)
         slo_ttft_ms = request.slo_ttft_ms or config.slo_ttft_ms
         slo_tpot_ms = request.slo_tpot_ms or config.slo_tpot_ms
         num_output = len(output_token_ids)

@@ -120,14 +120,28 @@ class KVLayout(Struct, frozen=True, array_like=True):
         return -(-num_tokens // self.block_size)
 
 
-def root_hash(salt: str) -> BlockHash:
-    """Return the parent of a sequence's first block: depends on the tenant's salt and on nothing
-    else.
+_NAME_BYTES: Final = 15
+_EXACT, _LOSSY = b"\0", b"\1"
+"""The last byte of a name, which children have from their parents."""
+
+
+def root_hash(salt: str, *, accepts_loss: bool = False) -> BlockHash:
+    """Return the parent of a sequence's first block: depends on the tenant's salt and on whether
+    KV may come back changed by a lossy codec.
 
     The same salt gives the same hash in every process (no random seed), which is what lets workers,
     router and restarts agree on names.
     """
-    return BlockHash(blake2b(salt.encode(), digest_size=16, person=b"penstock-root").digest())
+    person = b"penstock-lossy" if accepts_loss else b"penstock-root"
+    digest = blake2b(salt.encode(), digest_size=_NAME_BYTES, person=person).digest()
+    return BlockHash(digest + (_LOSSY if accepts_loss else _EXACT))
+
+
+def accepts_loss(name: BlockHash) -> bool:
+    """Tell whether a block's content, and that of all before it, may have been through a lossy
+    codec: such names are only ever asked for by requests that accept loss.
+    """
+    return name[-1:] == _LOSSY
 
 
 def block_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
@@ -137,18 +151,24 @@ def block_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
 
 def name_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
     """Name a full block whose tokens are given as little-endian 32-bit numbers."""
-    return BlockHash(blake2b(token_bytes, digest_size=16, key=parent).digest())
+    digest = blake2b(token_bytes, digest_size=_NAME_BYTES, key=parent).digest()
+    return BlockHash(digest + parent[_NAME_BYTES:])
 
 
 def extend_hashes(
-    hashes: list[BlockHash], token_ids: Sequence[int], block_size: int, salt: str
+    hashes: list[BlockHash],
+    token_ids: Sequence[int],
+    block_size: int,
+    salt: str,
+    *,
+    accepts_loss: bool = False,
 ) -> None:
     """Append the hashes of blocks that `token_ids` fills and `hashes` does not name yet.
 
     `hashes[i]` names tokens `[i * block_size, (i + 1) * block_size)`; a partial last block has no
     name.
     """
-    parent = hashes[-1] if hashes else root_hash(salt)
+    parent = hashes[-1] if hashes else root_hash(salt, accepts_loss=accepts_loss)
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
         parent = block_hash(parent, token_ids[start : start + block_size])
         hashes.append(parent)

@@ -80,7 +80,8 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     `is_corrupt`: it landed, but a digest is not that of the offer. `is_stale`: a block had been
     handed out anew at the source before it was read to the end; then there is an error as well.
     `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`), or
-    of those that came from a tier.
+    of those that came from a tier, or what encoded slots of a tier are known by; `NO_DIGEST` for
+    what was wrong, or did not fit. `codec_ns` of the time went into encoding or decoding.
     """
 
     move_id: int
@@ -93,6 +94,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     is_corrupt: bool = False
     is_stale: bool = False
     digests: tuple[tuple[Digest, ...], ...] = ()
+    codec_ns: int = 0
 
 
 class Woken(Struct, frozen=True, tag=True):

@@ -10,7 +10,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from penstock.core.types import NS_PER_S, RequestId
+from penstock.core.block import root_hash
+from penstock.core.types import NS_PER_S, BlockHash, RequestId
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,8 +59,9 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `output_token_ids` is not empty when the request is continued after a preemption, a migration or
     a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
-    cache. A lower `priority` is more urgent; requests of one `fairness_key` share what keys are
-    given in turn. The SLOs, in ms, are those of the cluster where there are none.
+    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. A lower
+    `priority` is more urgent; requests of one `fairness_key` share what keys are given in turn. The
+    SLOs, in ms, are those of the cluster where there are none.
     """
 
     request_id: RequestId
@@ -67,11 +69,17 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     params: SamplingParams
     output_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    accepts_loss: bool = False
     priority: int = 0
     arrived_ns: int = 0
     fairness_key: str = ""
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
+
+    @property
+    def root(self) -> BlockHash:
+        """The name that is before that of its first block."""
+        return root_hash(self.cache_salt, accepts_loss=self.accepts_loss)
 
     @property
     def num_tokens(self) -> int:

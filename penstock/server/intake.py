@@ -277,6 +277,7 @@ class Intake:
                 prompt_token_ids=tuple(token_ids),
                 params=_with_seed(params, i),
                 cache_salt=body.cache_salt or "",
+                accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
                 priority=body.priority or 0,
                 arrived_ns=caller.arrived_ns,
                 fairness_key=caller.fairness_key,

@@ -7,7 +7,7 @@ not here is refused by name. What needs the model to be judged is judged in `int
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -21,6 +21,9 @@ StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 Stops = Annotated[list[StopString], Meta(max_length=16)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Neutral = Annotated[Any, Meta(description="Not supported: only a value that asks for nothing.")]
+KV_QUALITY: Final = (
+    "`exact`: KV is never used that has been through a lossy codec, whatever the server is allowed."
+)
 NumAlternatives = Annotated[int, Meta(ge=0, le=20)]
 
 
@@ -60,6 +63,7 @@ class GenerationBody(Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    kv_quality: Annotated[Literal["exact"], Meta(description=KV_QUALITY)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None

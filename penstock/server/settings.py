@@ -32,7 +32,8 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
 
     `max_choices` bounds the sequences of one request (prompts times `n`). Text of more than
     `encode_inline_chars` is tokenised in a thread. A reader that is `stream_buffer_bytes` behind,
-    or has taken nothing for `stall_timeout_s`, is given up.
+    or has taken nothing for `stall_timeout_s`, is given up. With `accepts_loss` KV may come back
+    from a lossy tier, unless a body says that it must be exact.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -44,5 +45,6 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     max_requests: int = 4096
     encode_inline_chars: int = 4 * KIB
     encode_threads: int = 2
+    accepts_loss: bool = False
     stream_buffer_bytes: int = MIB
     stall_timeout_s: float = 60.0

@@ -115,15 +115,16 @@ class EmulatedTier(MemoryTier):
         """Copy blocks into slots, in no less than an expander's time."""
         started_ns = time.monotonic_ns()
         super().write(source, spans, names, digests)
-        self._wait(started_ns, spans)
+        self.pace(spans, started_ns)
 
     def read(self, destination: Region, spans: SpanArray) -> None:
         """Copy slots into blocks, in no less than an expander's time."""
         started_ns = time.monotonic_ns()
         super().read(destination, spans)
-        self._wait(started_ns, spans)
+        self.pace(spans, started_ns)
 
-    def _wait(self, started_ns: int, spans: SpanArray) -> None:
+    def pace(self, spans: SpanArray, started_ns: int) -> None:
+        """Wait for what is left of an expander's time."""
         num_bytes = int(spans[:, 2].sum()) * self.block_bytes
         takes_ns = len(spans) * self._latency_ns + num_bytes * NS_PER_S // self._bytes_per_s
         left_ns = started_ns + takes_ns - time.monotonic_ns()

@@ -75,6 +75,9 @@ class MemoryTier:
         """Copy slots into blocks."""
         copy_spans(self.region, destination, spans)
 
+    def pace(self, spans: SpanArray, started_ns: int) -> None:
+        """Take as long as this memory would have, for who works in `region` itself."""
+
     def contents(self) -> list[KeptBlock]:
         """Return nothing: memory begins empty."""
         return []

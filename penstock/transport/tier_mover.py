@@ -6,14 +6,18 @@ moves that name a tier, on a thread for each pair of tiers.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from penstock.core.events import Move, MoveDone, TierEnds
 from penstock.core.types import BlockId, Digest
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import SpanArray, span_array
 from penstock.transfer.region import Region, bounds_error
+from penstock.transport.coded import CodedTier, Copied, transcode
 from penstock.transport.tier import MemoryTier, TierStore
+
+OpenTier = TierStore | CodedTier
+"""What a mover has for a tier: slots as they are, or by way of a codec."""
 
 
 class TierMover:
@@ -22,7 +26,7 @@ class TierMover:
     def __init__(
         self,
         pool: Region,
-        tiers: Mapping[str, TierStore],
+        tiers: Mapping[str, OpenTier],
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._pool = pool
@@ -42,41 +46,60 @@ class TierMover:
         )
         assert wrong is None, f"move {move.move_id}: {wrong}"
         error = None
+        (digests,) = move.digests or ((),)
         try:
-            digests = self._copy(ends, move.digests, spans)
+            copied = self._copy(ends, digests, spans)
         except OSError as failure:
-            digests, error = (), str(failure)
-        num_blocks = int(spans[:, 2].sum())
+            copied, error = Copied(()), str(failure)
+        tier = self._tiers[ends.source or ends.destination]
         return MoveDone(
             move_id=move.move_id,
-            num_bytes=num_blocks * self._pool.block_bytes,
+            num_bytes=int(spans[:, 2].sum()) * tier.block_bytes,
             num_spans=len(spans),
-            transport=self._tiers[ends.source or ends.destination].kind,
+            transport=tier.kind,
             started_ns=started_ns,
             finished_ns=self._clock(),
             error=error,
-            digests=digests,
+            digests=() if error else (copied.digests,),
+            codec_ns=copied.codec_ns,
         )
 
-    def _copy(
-        self, ends: TierEnds, expected: tuple[tuple[Digest, ...], ...], spans: SpanArray
-    ) -> tuple[tuple[Digest, ...], ...]:
-        """Copy, and return the digests of what is in the pool now. Raises: `OSError`."""
+    def _copy(self, ends: TierEnds, digests: Sequence[Digest], spans: SpanArray) -> Copied:
+        """Copy, and say what is where it was to go to now. Raises: `OSError`."""
         if ends.destination:
-            source = self._memory(ends.source)
-            self._tiers[ends.destination].write(source, spans, ends.names, *expected)
-            return ()
-        self._tiers[ends.source].read(self._pool, spans)
+            return self._write(ends, digests, spans)
+        tier = self._tiers[ends.source]
+        if isinstance(tier, CodedTier):
+            return tier.read(self._pool, spans, digests)
+        tier.read(self._pool, spans)
         landed = [BlockId(to + i) for _, to, count in spans.tolist() for i in range(count)]
-        return (take_digests(self._pool.blocks, landed),)
+        return Copied(take_digests(self._pool.blocks, landed))
 
-    def _memory(self, tier: str) -> Region:
-        """Return what can be written from: the pool, or a tier that is memory itself."""
-        if not tier:
-            return self._pool
-        store = self._tiers[tier]
-        assert isinstance(store, MemoryTier), f"nothing sinks out of {store.kind}"
-        return store.region
+    def _write(self, ends: TierEnds, digests: Sequence[Digest], spans: SpanArray) -> Copied:
+        """Write out of the pool, or let sink from one tier into another. Raises: `OSError`."""
+        into = self._tiers[ends.destination]
+        out_of = self._tiers[ends.source] if ends.source else None
+        if isinstance(out_of, CodedTier):
+            if not isinstance(into, CodedTier) or not _are_alike(out_of, into):
+                return transcode(out_of, into, spans, ends.names, digests)
+            # What is encoded already sinks as it is.
+            into, out_of = into.store, out_of.store
+        source = self._pool if out_of is None else _memory(out_of)
+        if isinstance(into, CodedTier):
+            return into.write(source, spans, ends.names, digests)
+        into.write(source, spans, ends.names, digests)
+        return Copied(tuple(digests))
 
     def _num_blocks(self, tier: str) -> int:
         return self._tiers[tier].num_slots if tier else self._pool.num_blocks
+
+
+def _are_alike(one: CodedTier, other: CodedTier) -> bool:
+    """Tell whether the slots of two tiers hold the same bytes for a block."""
+    return one.codec.name == other.codec.name and one.block_bytes == other.block_bytes
+
+
+def _memory(tier: OpenTier) -> Region:
+    """Return the slots of a tier that is memory itself."""
+    assert isinstance(tier, MemoryTier), f"nothing sinks out of {tier.kind}"
+    return tier.region

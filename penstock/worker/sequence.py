@@ -138,7 +138,8 @@ class Sequence:
     def name_blocks(self, block_size: int) -> None:
         """Extend `hashes` over every block that the tokens fill."""
         if len(self.tokens) // block_size > len(self.hashes):
-            extend_hashes(self.hashes, self.tokens, block_size, self.request.cache_salt)
+            salt, accepts_loss = self.request.cache_salt, self.request.accepts_loss
+            extend_hashes(self.hashes, self.tokens, block_size, salt, accepts_loss=accepts_loss)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; say why, if it is the last one."""

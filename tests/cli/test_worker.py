@@ -117,7 +117,6 @@ def test_a_worker_joins_takes_traffic_drains_and_leaves(free_port: int, folder: 
 @pytest.mark.parametrize(
     ("ours", "theirs", "transport"),
     [
-        ("--dtype float32 --block-size 16", "--block-size 64", "shm"),
         ("--dtype float32 --block-size 64", "--block-size 16", "tcp"),
         ("--dtype bfloat16", "--dtype float32 --block-size 16", "shm"),
     ],

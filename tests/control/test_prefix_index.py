@@ -16,7 +16,7 @@ from penstock.control.prefix_index import (
     PromptBlocks,
     slots_of,
 )
-from penstock.core.block import extend_hashes
+from penstock.core.block import extend_hashes, root_hash
 from penstock.core.types import BlockHash
 
 SIZE = 4
@@ -35,7 +35,7 @@ def prompt(kind: int, num_blocks: int) -> list[int]:
 
 
 def found(index: PrefixIndex, token_ids: list[int], salt: str = "") -> list[int]:
-    return index.tokens(token_ids, SIZE, salt).tolist()
+    return index.tokens(token_ids, SIZE, root_hash(salt)).tolist()
 
 
 def test_every_worker_gets_its_own_longest_prefix() -> None:
@@ -104,11 +104,11 @@ def test_names_are_those_that_workers_give() -> None:
     token_ids = [*prompt(1, 37), 1, 2]
     known: Known = {}
     for _ in range(2):
-        blocks = PromptBlocks(token_ids, SIZE, "tenant", known)
+        blocks = PromptBlocks(token_ids, SIZE, root_hash("tenant"), known)
         assert list(blocks) == chain(token_ids, "tenant")
     other = [*token_ids[:-40], 5, *token_ids[-39:]]
     for salt in ("tenant", "another"):
-        assert list(PromptBlocks(other, SIZE, salt, known)) == chain(other, salt)
+        assert list(PromptBlocks(other, SIZE, root_hash(salt), known)) == chain(other, salt)
     assert known
 
 
@@ -125,7 +125,7 @@ def test_only_what_somebody_has_is_hashed() -> None:
                 yield name
 
     for token_ids, expected in (([5] * 1000 * SIZE, 1), (prompt(1, 200), 41)):
-        blocks = Counted(token_ids, SIZE, "")
+        blocks = Counted(token_ids, SIZE, root_hash(""))
         index.levels(blocks)
         assert blocks.num_hashed == expected
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from penstock.core.block import KVGroup, KVLayout, extend_hashes, root_hash
+from penstock.core.block import KVGroup, KVLayout, accepts_loss, extend_hashes, root_hash
 from penstock.core.types import BlockHash
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=200)
@@ -38,6 +38,18 @@ def test_equal_names_mean_equal_prefixes(left: list[int], right: list[int]) -> N
 def test_tenants_share_nothing() -> None:
     tokens = list(range(64))
     assert not set(hashes_of(tokens, salt="a")) & set(hashes_of(tokens, salt="b"))
+
+
+def test_names_say_whether_loss_is_accepted_and_the_two_share_nothing() -> None:
+    tokens = list(range(64))
+    exact, lossy = hashes_of(tokens), []
+    extend_hashes(lossy, tokens[:40], 16, "", accepts_loss=True)
+    # What is appended later has it from its parent.
+    extend_hashes(lossy, tokens, 16, "", accepts_loss=True)
+    assert len(lossy) == len(exact) == 4
+    assert all(accepts_loss(name) for name in lossy)
+    assert not any(accepts_loss(name) for name in exact)
+    assert not {name[:15] for name in exact} & {name[:15] for name in lossy}
 
 
 def test_names_are_the_same_in_every_process() -> None:

@@ -48,6 +48,19 @@ def test_every_parameter_arrives():
     assert query.model == "alias"
 
 
+def test_loss_is_accepted_where_the_server_has_a_budget_and_the_body_does_not_object():
+    def accepts(kv_quality: str | None, **settings) -> bool:
+        (request,) = _complete(
+            intake=_intake(**settings), prompt="hi", kv_quality=kv_quality
+        ).requests
+        return request.accepts_loss
+
+    assert not accepts(None)
+    assert not accepts("exact")
+    assert accepts(None, accepts_loss=True)
+    assert not accepts("exact", accepts_loss=True)
+
+
 def test_defaults_are_openais():
     (request,) = _complete(prompt="hi").requests
     params = request.params

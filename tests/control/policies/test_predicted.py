@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from penstock.core.block import root_hash
 from penstock.core.messages import Assign, Cancel, Load, PullSample, StepSample
 from penstock.core.types import NS_PER_MS, RequestId, WorkerId
 from tests.control.story import Story
@@ -190,9 +191,9 @@ def test_layouts_with_other_block_sizes_find_their_prefixes_too() -> None:
     other = replace(info, worker_id=WorkerId("p9"), layout=replace(info.layout, block_size=32))
     story.controller.fleet.join(other)
     tokens = tuple(range(200))
-    assert story.controller.fleet.cached_tokens(tokens, "").tolist() == [0, 0, 0]
+    assert story.controller.fleet.cached_tokens(tokens, root_hash("")).tolist() == [0, 0, 0]
     story.has_blocks("p0", 160)
-    assert story.controller.fleet.cached_tokens(tokens, "").tolist() == [160, 0, 0]
+    assert story.controller.fleet.cached_tokens(tokens, root_hash("")).tolist() == [160, 0, 0]
 
 
 def learn_links(story: Story, **ns_per_byte: int) -> None:
