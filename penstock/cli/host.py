@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-from penstock.cli.tiers import check_tiers, describe_tiers, open_tiers, tier_configs, with_tiers
+from penstock.cli.tiers import (
+    check_tiers,
+    describe_tiers,
+    open_tiers,
+    tier_configs,
+    tier_regions,
+    with_tiers,
+)
 from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
@@ -43,6 +50,7 @@ from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import MISSING, is_installed, is_worthwhile
 from penstock.transport.nixl_owner import NixlOwner
 from penstock.transport.shm import SharedMemory, SharedPool
+from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
 from penstock.transport.verify import digests_of, no_digests, verified
@@ -111,7 +119,9 @@ def _work(
     ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
     mover = BlockMover(layout, regions, ways, place.time.now_ns)
     stores = open_tiers(settings, spec, layout)
-    move = with_tiers(verified(mover.execute, regions), stores, regions, place.time.now_ns)
+    siblings = SiblingTiers(spec.worker_id, layout.fingerprint())
+    execute_move = verified(mover.execute, regions)
+    move = with_tiers(execute_move, stores, regions, place.time.now_ns, siblings)
     config = WorkerConfig(
         worker_id=spec.worker_id,
         role=spec.role,
@@ -125,6 +135,7 @@ def _work(
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
         tiers=tier_configs(stores),
+        host=place.host,
     )
     core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
     parts = WorkerParts(
@@ -134,11 +145,11 @@ def _work(
         digest=no_digests if is_instant else partial(digests_of, regions=regions),
         prepare=prepare,
         move=move,
-        introduce=mover.add_peer,
-        forget=mover.forget,
+        peers=(mover, siblings),
         regions=tuple(pool.descriptor for pool in shared),
         endpoints=tuple(owner.endpoint for owner in owners),
         engine=facts.description,
+        tiers=tier_regions(stores),
         requests=partial(_requests, core),
     )
     run_worker(config, parts, place)

@@ -1,8 +1,7 @@
 """Tiers below the workers' pools, from the command line to memory and files: `--kv-tier`.
 
-`cli/host.py` opens them in a worker's process. They are shared out between the workers that are
-started for prompts: those find prefixes, a worker that only continues what others have computed
-would fill its share for nothing. Each has a file of its own on disk, by its name.
+`cli/host.py` opens them in a worker's process. Each worker gets its share of what is said for the
+host, with a file of its own on disk, by its name; it alone writes it, and all read it.
 """
 
 import logging
@@ -11,16 +10,18 @@ from pathlib import Path
 from typing import Final
 
 from penstock.core.block import KVLayout
+from penstock.core.descriptors import TierRegion
 from penstock.core.errors import StartupFailed
 from penstock.core.events import Move, MoveDone
 from penstock.core.tiers import TierConfig
-from penstock.core.types import GIB, MIB, NS_PER_MS, Role
+from penstock.core.types import GIB, MIB, NS_PER_MS
 from penstock.kv.tiers import Tier
 from penstock.runtime.link import WorkerSpec
 from penstock.runtime.settings import ClusterSettings, TierSettings
 from penstock.transfer.region import Region
 from penstock.transport.cxl import cxl_kind, open_cxl
 from penstock.transport.disk import DiskTier
+from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tier import MemoryTier, TierStore
 from penstock.transport.tier_mover import TierMover
 
@@ -54,16 +55,14 @@ def describe_tiers(settings: ClusterSettings) -> str:
         f"{tier.num_bytes / MIB:.0f} MiB {names.get(tier.name, tier.name)} {tier.path}".rstrip()
         for tier in settings.tiers
     ]
-    num_sharers = _num_sharers(settings)
-    return ", ".join(parts) + (f"; shared by {num_sharers} workers" if parts else "")
+    count = settings.num_workers
+    return ", ".join(parts) + (f"; shared by {count} workers" if parts and count > 1 else "")
 
 
 def open_tiers(
     settings: ClusterSettings, spec: WorkerSpec, layout: KVLayout
 ) -> dict[str, TierStore]:
     """Return this worker's share of each tier, nearest first. Raises: `StartupFailed`."""
-    if spec.role is Role.DECODE and _num_sharers(settings) < settings.num_workers:
-        return {}
     stores: dict[str, TierStore] = {}
     for tier in settings.tiers:
         num_slots, (block_bytes,) = _num_slots(tier, settings, layout), layout.block_bytes
@@ -94,23 +93,24 @@ def tier_configs(stores: dict[str, TierStore]) -> tuple[TierConfig, ...]:
     )
 
 
+def tier_regions(stores: dict[str, TierStore]) -> tuple[TierRegion, ...]:
+    """Return where siblings find this worker's tiers."""
+    return tuple(TierRegion(name, store.kind, store.descriptor) for name, store in stores.items())
+
+
 def with_tiers(
     execute: Callable[[Move], MoveDone],
     stores: dict[str, TierStore],
     regions: tuple[Region, ...],
     clock: Callable[[], int],
+    siblings: SiblingTiers,
 ) -> Callable[[Move], MoveDone]:
-    """Return an `execute` that also carries out moves between the pool and its tiers."""
+    """Return an `execute` that also carries out moves between the pool and tiers."""
     if not stores:
         return execute
-    mover = TierMover(regions[0], stores, clock)
+    mover = TierMover(regions[0], stores, clock, siblings)
     return lambda move: execute(move) if move.tiers is None else mover.execute(move)
 
 
 def _num_slots(tier: TierSettings, settings: ClusterSettings, layout: KVLayout) -> int:
-    return tier.num_bytes // (_num_sharers(settings) * layout.block_bytes[0])
-
-
-def _num_sharers(settings: ClusterSettings) -> int:
-    """Return how many workers are started for prompts; all, if none is."""
-    return settings.prefill + settings.mixed or max(1, settings.num_workers)
+    return tier.num_bytes // (max(1, settings.num_workers) * layout.block_bytes[0])

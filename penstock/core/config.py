@@ -76,6 +76,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """How often the controller is told, at most, which blocks came and went; None: never."""
     tiers: tuple[TierConfig, ...] = ()
     """What is below the pool, nearest first; only where there is one KV group without a window."""
+    host: str = ""
+    """Workers of one host read each other's tiers."""
     max_repeats: int = 1
     """Decode steps that the executor may run in a row while nobody waits. Whoever asks for more
     than one has an executor that stops when something else comes: the simulator.

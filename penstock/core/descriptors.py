@@ -23,6 +23,14 @@ class RegionDescriptor(Struct, frozen=True, array_like=True):
     block_bytes: int
 
 
+class TierRegion(Struct, frozen=True, array_like=True):
+    """Where siblings find the slots of a worker's tier, and how to call it."""
+
+    name: str
+    label: str
+    region: RegionDescriptor
+
+
 class Endpoint(Struct, frozen=True, array_like=True):
     """Where a worker serves reads of its regions, by their index; for transport `kind` alone."""
 
@@ -53,6 +61,8 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
     host: str = ""
     profile: str = ""
     """Names what its steps are expected to take, for the time before it has run any."""
+    tiers: tuple[TierRegion, ...] = ()
+    """What workers of the same host may read below its pool."""
 
     @property
     def capacity_tokens(self) -> int:

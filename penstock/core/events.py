@@ -163,7 +163,7 @@ class Move(Struct, frozen=True, kw_only=True):
     From a peer whose blocks have another shape than ours there are no spans, but `reshapes[g]` for
     every group. A move to a `destination` writes blocks of our own into that peer's; one of class
     VERIFY copies nothing and compares what is there with the digests. Between the pool and tiers
-    below it (`tiers`), spans count in slots there.
+    below it (`tiers`), spans count in slots there; `source` is whose tier it is that is read.
     """
 
     move_id: int

@@ -11,6 +11,7 @@ worker                  Hello, Load, BlocksChanged, Tokens, Offered,          co
                         Expired, RequestFailed, Ping, Surveyed
 prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release, Grant                             prefill worker
+worker                  ShelfChanged, ShelfUsed                           worker of its host
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
 """
@@ -25,7 +26,7 @@ from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, R
 from penstock.core.request import Request, Timeline
 from penstock.core.residency import Survey, Surveyed
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
-from penstock.core.tiers import TierLoad
+from penstock.core.tiers import ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import (
     BlockHash,
     BlockId,
@@ -334,6 +335,8 @@ Message = (
     | Release
     | Survey
     | Surveyed
+    | ShelfChanged
+    | ShelfUsed
 )
 
 # ------------------------------------------------------------------------------------------ wire

@@ -1,4 +1,5 @@
-"""What is below a worker's pool, as a worker is told of it and as it tells of it.
+"""What is below a worker's pool, as a worker is told of it and as it tells of it, to its siblings
+(the other workers of its host) too.
 
 Slots of one block each, in tiers by name (`kv/tiers.py` has the names). Who decides is
 `worker/tiers.py`, where the bytes are is `transport/tier.py`'s; both speak in these.
@@ -6,11 +7,11 @@ Slots of one block each, in tiers by name (`kv/tiers.py` has the names). Who dec
 
 from msgspec import Struct
 
-from penstock.core.types import BlockHash, Digest
+from penstock.core.types import BlockHash, Digest, WorkerId
 
 
 class KeptBlock(Struct, frozen=True, array_like=True):
-    """A block that was in a tier when the worker started."""
+    """A block in a tier: where, whose content, and by what it is known to be right."""
 
     slot: int
     name: BlockHash
@@ -30,6 +31,8 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     latency_ns: int = 0
     kept: tuple[KeptBlock, ...] = ()
     label: str = ""
+    eviction: str = "lru"
+    """The order in which blocks are given up, one of `kv.eviction.ORDERS`."""
 
 
 class TierLoad(Struct, frozen=True, array_like=True):
@@ -38,6 +41,10 @@ class TierLoad(Struct, frozen=True, array_like=True):
     `num_hits` blocks were brought back in time of need, in `bytes_out`; `bytes_in` went in.
     `num_corrupt` came back wrong and were dropped, `num_failed` could not be written,
     `num_evicted` were given up for others. Requests waited `exposed_ns` for moves out of here.
+
+    What was brought out of siblings' tiers of that name counts where it was brought to:
+    `num_shared` of the hits, and `num_stale` that were not any more what the sibling had named.
+    Where they still should have been, the sibling counts them as corrupt.
     """
 
     name: str
@@ -50,3 +57,29 @@ class TierLoad(Struct, frozen=True, array_like=True):
     num_failed: int = 0
     num_evicted: int = 0
     exposed_ns: int = 0
+    num_shared: int = 0
+    num_stale: int = 0
+
+
+class ShelfChanged(Struct, frozen=True, tag=True, kw_only=True):
+    """What this incarnation of a worker has in a tier since it last said so, and what it has no
+    more. Its siblings may read it there. `is_all`: what was said before is void.
+    """
+
+    worker_id: WorkerId
+    epoch: int
+    tier: str
+    stored: tuple[KeptBlock, ...]
+    removed: tuple[BlockHash, ...] = ()
+    is_all: bool = False
+
+
+class ShelfUsed(Struct, frozen=True, tag=True, kw_only=True):
+    """What a sibling has read of this incarnation's tier: blocks that were of use, and blocks that
+    were not what they had been named.
+    """
+
+    epoch: int
+    tier: str
+    right: tuple[BlockHash, ...] = ()
+    wrong: tuple[KeptBlock, ...] = ()

@@ -39,9 +39,8 @@ class LaneTransport:
 
     def forget(self, peer: WorkerId) -> None:
         """Let the thread of a peer that is gone end, when it has done what it was asked."""
-        lane = self._lanes.pop((peer,), None)
-        if lane is not None:
-            lane.finish()
+        for way in [way for way in self._lanes if way[0] == peer]:
+            self._lanes.pop(way).finish()
 
 
 def _fail(error: BaseException) -> None:

@@ -13,9 +13,10 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from penstock.core.config import WorkerConfig
-from penstock.core.descriptors import Endpoint, RegionDescriptor, WorkerInfo
+from penstock.core.descriptors import Endpoint, RegionDescriptor, TierRegion, WorkerInfo
 from penstock.core.errors import StartupFailed
 from penstock.core.events import Move, MoveDone
 from penstock.core.membership import Ping
@@ -36,11 +37,21 @@ CONTROLLER_EPOCH = 0
 _log = logging.getLogger(__name__)
 
 
+class KnowsPeers(Protocol):
+    """Whoever reads what is another worker's."""
+
+    def add_peer(self, info: WorkerInfo) -> None:
+        """Know a peer; a new incarnation takes the place of the old one."""
+
+    def forget(self, worker_id: WorkerId, epoch: int) -> None:
+        """Let go of this incarnation; a newer one is left alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerParts:
     """What a composition root puts into a worker process, made there after the fork.
 
-    `prepare` runs first on the executor's thread. `introduce` and `forget` tell the mover of peers.
+    `prepare` runs first on the executor's thread. `peers` are told of peers that come and go.
     `requests` names all that the core knows of.
     """
 
@@ -49,12 +60,12 @@ class WorkerParts:
     digest: Callable[[Step], tuple[tuple[Digest, ...], ...]]
     prepare: Callable[[], None]
     move: Callable[[Move], MoveDone]
-    introduce: Callable[[WorkerInfo], None]
-    forget: Callable[[WorkerId, int], None]
+    peers: tuple[KnowsPeers, ...]
     regions: tuple[RegionDescriptor, ...]
     endpoints: tuple[Endpoint, ...]
     engine: str
     requests: Callable[[], Iterable[RequestId]] = tuple
+    tiers: tuple[TierRegion, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +179,7 @@ class _WorkerProcess:
             engine=self._parts.engine,
             remote_address=self._messenger.remote_address,
             host=self._place.host,
+            tiers=self._parts.tiers,
         )
 
     def _receive(self, message: Message) -> None:
@@ -185,11 +197,13 @@ class _WorkerProcess:
                 route = self._messenger.route(info.address, info.remote_address)
                 self._messenger.connect(info.worker_id, info.epoch, route)
                 self._peers[info.worker_id] = info.epoch
-                self._parts.introduce(info)
+                for known in self._parts.peers:
+                    known.add_peer(info)
             case PeerDown(worker_id=worker_id, epoch=epoch):
                 self._peers.pop(worker_id, None)
                 self._messenger.forget(worker_id, epoch)
-                self._parts.forget(worker_id, epoch)
+                for known in self._parts.peers:
+                    known.forget(worker_id, epoch)
                 self._moves.forget(worker_id)
         self._node.deliver(message)
 

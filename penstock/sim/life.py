@@ -5,7 +5,7 @@ says of itself when it joins.
 from collections.abc import Callable
 
 from penstock.core.config import WorkerConfig
-from penstock.core.descriptors import WorkerInfo
+from penstock.core.descriptors import RegionDescriptor, TierRegion, WorkerInfo
 from penstock.sim.clock import SimClock
 
 
@@ -38,4 +38,9 @@ def introduction(config: WorkerConfig, profile: str = "") -> WorkerInfo:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         profile=profile,
+        host=config.host,
+        tiers=tuple(
+            TierRegion(tier.name, tier.name, RegionDescriptor("sim", "", 0, 0))
+            for tier in config.tiers
+        ),
     )

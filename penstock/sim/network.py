@@ -90,6 +90,11 @@ class SimNetwork:
         """Make a worker's memory readable by its peers."""
         self._memories[worker, epoch] = memory
 
+    def tiers_of(self, worker: WorkerId, epoch: int) -> SimTiers | None:
+        """Return what is below the pool of an incarnation, while it lives."""
+        memory = self._memories.get((worker, epoch))
+        return memory.tiers if memory else None
+
     def leave(self, node: WorkerId, epoch: int) -> None:
         """Cut a node off, with its memory."""
         self._nodes.pop(node, None)
@@ -205,7 +210,13 @@ class SimTransport:
         assert self._memory is not None, f"{self._node} has nowhere to put blocks"
         if move.tiers is not None:
             assert self._memory.tiers is not None, f"{self._node} has no tiers"
-            self._memory.tiers.submit(self._memory.pools[0], move, self._is_alive, done)
+            self._memory.tiers.submit(
+                self._memory.pools[0],
+                move,
+                self._is_alive,
+                done,
+                owner=lambda: self._network.tiers_of(move.source, move.epoch),
+            )
             return
         self._network.submit(self._memory, move, self._is_alive, done)
 

@@ -1,6 +1,7 @@
 """Tiers of simulated workers: slots with bytes, moves that take time, and what goes wrong there.
 
-Slots on disk outlive their worker, with what was written of them to the end. As between workers,
+Siblings read each other's slots as they are at that moment, named so or not. Slots on disk outlive
+their worker, with what was written of them to the end. As between workers,
 bytes are copied at the time at which a move lands, so that a block or a slot that was given away
 too early is caught with the wrong content. `sim/run.py` makes them.
 """
@@ -82,8 +83,12 @@ class SimTiers:
         move: Move,
         is_alive: Callable[[], bool],
         done: Callable[[MoveDone], None],
+        *,
+        owner: "Callable[[], SimTiers | None]",
     ) -> None:
-        """Carry a move out when its time is over."""
+        """Carry a move out when its time is over; one out of a tier reads that of `owner`, if there
+        is one by then.
+        """
         (spans,), ends = move.spans, move.tiers
         assert ends is not None, move
         spec = self._specs[ends.source or ends.destination]
@@ -100,11 +105,11 @@ class SimTiers:
             digests: tuple[tuple[Digest, ...], ...] = ()
             if ends.destination:
                 error = self._write(pool, move)
-            elif self._rng.random() < spec.read_failure:
-                error = f"{ends.source} cannot be read"
+            elif (tiers := owner()) is None or self._rng.random() < spec.read_failure:
+                error = f"{ends.source} of {move.source} cannot be read"
             else:
                 error = None
-                digests = (self._read(pool, spec, spans),)
+                digests = (self._read(pool, spec, spans, tiers._slots[ends.source]),)
             done(
                 MoveDone(
                     move_id=move.move_id,
@@ -132,10 +137,12 @@ class SimTiers:
             into.records[slot] = (name, digest)
         return None
 
-    def _read(self, pool: Bytes2D, spec: SimTier, spans: Sequence[Span]) -> tuple[Digest, ...]:
+    def _read(
+        self, pool: Bytes2D, spec: SimTier, spans: Sequence[Span], slots: Slots
+    ) -> tuple[Digest, ...]:
         pairs = _pairs(spans)
         for slot, block in pairs:
-            pool[block] = self._slots[spec.name].blocks[slot]
+            pool[block] = slots.blocks[slot]
         if self._rng.random() < spec.corruption:
             pool[self._rng.choice(pairs)[1], 0] ^= np.uint8(1)
         return take_digests(pool, (BlockId(block) for _, block in pairs))

@@ -24,6 +24,7 @@ from penstock.transport.tier import MemoryTier
 NODES: Final = Path("/sys/devices/system/node")
 BYTES_PER_S: Final = 20_000_000_000
 LATENCY_NS: Final = 250
+EMULATED: Final = "cxl (emulated)"
 MPOL_BIND: Final = 2
 MBIND: Final = {"x86_64": 237, "aarch64": 235}
 """The number of the system call, by machine: libc has no name for it."""
@@ -43,7 +44,7 @@ def open_cxl(num_slots: int, block_bytes: int) -> MemoryTier:
 def cxl_kind() -> str:
     """Return what the tier is on this machine."""
     node = find_node()
-    return "cxl (emulated)" if node is None else f"cxl (node {node})"
+    return EMULATED if node is None else f"cxl (node {node})"
 
 
 def find_node(nodes: Path = NODES) -> int | None:
@@ -101,7 +102,7 @@ class EmulatedTier(MemoryTier):
         latency_ns: int = LATENCY_NS,
     ) -> None:
         super().__init__(num_slots, block_bytes)
-        self.kind = "cxl (emulated)"
+        self.kind = EMULATED
         self._bytes_per_s = bytes_per_s
         self._latency_ns = latency_ns
 
@@ -125,8 +126,26 @@ class EmulatedTier(MemoryTier):
 
     def pace(self, spans: SpanArray, started_ns: int) -> None:
         """Wait for what is left of an expander's time."""
-        num_bytes = int(spans[:, 2].sum()) * self.block_bytes
-        takes_ns = len(spans) * self._latency_ns + num_bytes * NS_PER_S // self._bytes_per_s
-        left_ns = started_ns + takes_ns - time.monotonic_ns()
-        if left_ns > 0:
-            time.sleep(left_ns / NS_PER_S)
+        keep_pace(
+            started_ns,
+            spans,
+            self.block_bytes,
+            bytes_per_s=self._bytes_per_s,
+            latency_ns=self._latency_ns,
+        )
+
+
+def keep_pace(
+    started_ns: int,
+    spans: SpanArray,
+    block_bytes: int,
+    *,
+    bytes_per_s: int = BYTES_PER_S,
+    latency_ns: int = LATENCY_NS,
+) -> None:
+    """Wait until an expander would have copied the spans, too."""
+    num_bytes = int(spans[:, 2].sum()) * block_bytes
+    takes_ns = len(spans) * latency_ns + num_bytes * NS_PER_S // bytes_per_s
+    left_ns = started_ns + takes_ns - time.monotonic_ns()
+    if left_ns > 0:
+        time.sleep(left_ns / NS_PER_S)

@@ -10,14 +10,16 @@ its bytes: the digest, compared by whoever brings the block back, shows it. So d
 file that was cut short, which reads as zeros. The whole file is allocated when it is made: a disk
 that is full says so at the start, and the limit is the file's size.
 
-Blocks of whole pages bypass the page cache where the file system lets them, so that what is kept
-here does not drive out what is in memory. Opened by the composition root, used by `tier_mover.py`.
+Siblings of the owner read the file (`DiskReader`) while it is written. Blocks of whole pages bypass
+the page cache where the file system lets them, so that what is kept here does not drive out what is
+in memory. Opened by the composition root, used by `tier_mover.py`.
 """
 
 import errno
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import StartupFailed
 from penstock.core.tiers import KeptBlock
 from penstock.core.types import MIB, BlockHash, Digest
@@ -35,6 +38,7 @@ from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Bytes2D, Region
 
 PAGE_BYTES: Final = 4096
+DISK_KIND: Final = "disk"
 RECORD: Final = np.dtype(
     [("name", "V16"), ("digest", "<u8"), ("check", "<u8"), ("spare", "V32")], align=False
 )
@@ -63,11 +67,10 @@ class DiskTier:
         self.kind = "disk"
         self.num_slots = num_slots
         self.block_bytes = block_bytes
-        self._first = PAGE_BYTES + _pages(num_slots * RECORD.itemsize)
+        self.path = path.absolute()
+        self._first = _first_slot(num_slots)
         self._fd = self._direct_fd = -1
-        header = _Header(
-            format=FORMAT, fingerprint=fingerprint, block_bytes=block_bytes, num_slots=num_slots
-        )
+        header = _header(num_slots, block_bytes, fingerprint)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -82,15 +85,19 @@ class DiskTier:
             raise StartupFailed(
                 f"{path} cannot be {size:.0f} MiB: {error}; ask for less, or name another disk"
             ) from error
-        if block_bytes % PAGE_BYTES == 0:
-            with suppress(OSError):  # tmpfs and others have no direct way
-                self._direct_fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        self._direct_fd = _open_direct(path, os.O_RDWR, block_bytes)
         self._kept = list(self._load())
 
     @property
     def is_direct(self) -> bool:
         """Tell whether blocks bypass the page cache."""
         return self._direct_fd >= 0
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """What a sibling needs to read the slots; its bytes are those of the slots alone."""
+        num_bytes = self.num_slots * self.block_bytes
+        return RegionDescriptor(DISK_KIND, str(self.path), num_bytes, self.block_bytes)
 
     def contents(self) -> list[KeptBlock]:
         """Return what was there when the file was opened."""
@@ -123,15 +130,7 @@ class DiskTier:
 
     def read(self, destination: Region, spans: SpanArray) -> None:
         """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
-        for slot, to, count in spans.tolist():
-            blocks = destination.blocks[to : to + count]
-            try:
-                num_read = self._read_all(blocks, self._offset(slot))
-            except OSError as error:
-                log.warning("slots %d to %d cannot be read: %s", slot, slot + count, error)
-                num_read = 0
-            if num_read < blocks.nbytes:
-                blocks.reshape(-1)[num_read:] = 0
+        _read_slots((self._fd, self._direct_fd), destination, spans, self._first)
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -149,9 +148,8 @@ class DiskTier:
     def _offset(self, slot: int) -> int:
         return self._first + slot * self.block_bytes
 
-    def _prepare(self, header: _Header) -> None:
+    def _prepare(self, wanted: bytes) -> None:
         """Make the file what it has to be; keep its content if it is that already."""
-        wanted = msgspec.json.encode(header).ljust(PAGE_BYTES, b"\0")
         found = os.pread(self._fd, PAGE_BYTES, 0)
         if found != wanted:
             if found:
@@ -197,28 +195,117 @@ class DiskTier:
 
     def _write_all(self, blocks: Bytes2D, offset: int) -> None:
         view = blocks.reshape(-1).data
-        fd = self._fd_for(blocks)
+        fd = _fd_for(blocks, (self._fd, self._direct_fd))
         while view:
             num_written = os.pwrite(fd, view, offset)
             if num_written == 0:
                 raise OSError("nothing more could be written")
             view, offset = view[num_written:], offset + num_written
 
-    def _read_all(self, blocks: Bytes2D, offset: int) -> int:
-        """Read into blocks; return how many bytes there were."""
-        view = blocks.reshape(-1).data
-        fd, done = self._fd_for(blocks), 0
-        while done < len(view):
-            num_read = os.preadv(fd, [view[done:]], offset + done)
-            if num_read == 0:
-                break
-            done += num_read
-        return done
 
-    def _fd_for(self, blocks: Bytes2D) -> int:
-        """Return the direct way for memory that begins at a page, else the one by the cache."""
-        is_aligned = blocks.__array_interface__["data"][0] % PAGE_BYTES == 0
-        return self._direct_fd if self.is_direct and is_aligned else self._fd
+class DiskReader:
+    """The slots in a file that another process of this host writes.
+
+    Raises: `OSError` when there is no such file, or it is for something else.
+    """
+
+    def __init__(self, path: Path, num_slots: int, block_bytes: int, fingerprint: str) -> None:
+        self.kind = "disk"
+        self.num_slots = num_slots
+        self.block_bytes = block_bytes
+        self._lock = threading.Lock()
+        self._num_reads = 0
+        self._is_closed = False
+        self._direct_fd = -1
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if os.pread(self._fd, PAGE_BYTES, 0) != _header(num_slots, block_bytes, fingerprint):
+            self.close()
+            raise OSError(f"{path} is of another model, shape or size")
+        self._direct_fd = _open_direct(path, os.O_RDONLY, block_bytes)
+
+    def read(self, destination: Region, spans: SpanArray) -> None:
+        """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
+        with self._lock:
+            if self._is_closed:
+                raise OSError("its owner is gone")
+            self._num_reads += 1
+        try:
+            fds = self._fd, self._direct_fd
+            _read_slots(fds, destination, spans, _first_slot(self.num_slots))
+        finally:
+            with self._lock:
+                self._num_reads -= 1
+                self._close_if_unused()
+
+    def close(self) -> None:
+        """Close the file once no read needs it any more. Does not wait."""
+        with self._lock:
+            self._is_closed = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if not self._is_closed or self._num_reads:
+            return
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
+
+
+def _read_slots(
+    fds: tuple[int, int], destination: Region, spans: SpanArray, first_slot: int
+) -> None:
+    """Copy slots into blocks, zeros where nothing can be read; `fds`: by the cache, direct."""
+    for slot, to, count in spans.tolist():
+        blocks = destination.blocks[to : to + count]
+        offset = first_slot + slot * destination.block_bytes
+        try:
+            num_read = _read_all(_fd_for(blocks, fds), blocks, offset)
+        except OSError as error:
+            log.warning("slots %d to %d cannot be read: %s", slot, slot + count, error)
+            num_read = 0
+        if num_read < blocks.nbytes:
+            blocks.reshape(-1)[num_read:] = 0
+
+
+def _read_all(fd: int, blocks: Bytes2D, offset: int) -> int:
+    """Read into blocks; return how many bytes there were."""
+    view = blocks.reshape(-1).data
+    done = 0
+    while done < len(view):
+        num_read = os.preadv(fd, [view[done:]], offset + done)
+        if num_read == 0:
+            break
+        done += num_read
+    return done
+
+
+def _fd_for(blocks: Bytes2D, fds: tuple[int, int]) -> int:
+    """Return the direct way for memory that begins at a page, else the one by the cache."""
+    cached, direct = fds
+    is_aligned = blocks.__array_interface__["data"][0] % PAGE_BYTES == 0
+    return direct if direct >= 0 and is_aligned else cached
+
+
+def _open_direct(path: Path, mode: int, block_bytes: int) -> int:
+    """Return a descriptor that bypasses the page cache, or -1 where there is no such way."""
+    if block_bytes % PAGE_BYTES == 0:
+        with suppress(OSError):  # tmpfs and others have none
+            return os.open(path, mode | os.O_DIRECT | os.O_CLOEXEC)
+    return -1
+
+
+def _header(num_slots: int, block_bytes: int, fingerprint: str) -> bytes:
+    """Return the first page of a file."""
+    header = _Header(
+        format=FORMAT, fingerprint=fingerprint, block_bytes=block_bytes, num_slots=num_slots
+    )
+    return msgspec.json.encode(header).ljust(PAGE_BYTES, b"\0")
+
+
+def _first_slot(num_slots: int) -> int:
+    """Return where the slots begin, in bytes."""
+    return PAGE_BYTES + _pages(num_slots * RECORD.itemsize)
 
 
 def _check(slot: int, name: BlockHash, digest: Digest) -> int:

@@ -2,12 +2,13 @@
 
 A tier is slots of one block each. Who decides which block lies in which slot is the worker core
 (`worker/tiers.py`); this knows bytes, and `tier_mover.py` is its caller. `disk.py` is the same on a
-file, `emulated.py` the same at the rate of a slower memory.
+file, `cxl.py` the same in a slower memory; `sibling.py` reads those of other workers.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.tiers import KeptBlock
 from penstock.core.types import BlockHash, Digest
 from penstock.transfer.plan import SpanArray
@@ -15,12 +16,19 @@ from penstock.transfer.region import Region
 from penstock.transport.shm import SharedPool, copy_spans
 
 
-class TierStore(Protocol):
+class Readable(Protocol):
     """Slots of `block_bytes` each. `kind` is how moves are to call it, emulation included."""
 
     kind: str
     num_slots: int
     block_bytes: int
+
+    def read(self, destination: Region, spans: SpanArray) -> None:
+        """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
+
+
+class TierStore(Readable, Protocol):
+    """Slots that this worker alone writes."""
 
     def write(
         self,
@@ -34,11 +42,12 @@ class TierStore(Protocol):
         Raises: `OSError`; then none of the slots holds anything.
         """
 
-    def read(self, destination: Region, spans: SpanArray) -> None:
-        """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
-
     def contents(self) -> list[KeptBlock]:
         """Return what was there when the tier was opened."""
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """What a sibling needs to read the slots."""
 
     def close(self) -> None:
         """Let go of memory and files."""
@@ -60,6 +69,11 @@ class MemoryTier:
     def region(self) -> Region:
         """The slots, as memory."""
         return self._pool.region
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """What a sibling needs to map the slots."""
+        return self._pool.descriptor
 
     def write(
         self,

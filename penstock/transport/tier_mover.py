@@ -8,55 +8,60 @@ moves that name a tier, on a thread for each pair of tiers.
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from penstock.core.errors import PeerLost
 from penstock.core.events import Move, MoveDone, TierEnds
 from penstock.core.types import BlockId, Digest
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import SpanArray, span_array
 from penstock.transfer.region import Region, bounds_error
 from penstock.transport.coded import CodedTier, Copied, transcode
-from penstock.transport.tier import MemoryTier, TierStore
+from penstock.transport.sibling import SiblingTiers
+from penstock.transport.tier import MemoryTier, Readable, TierStore
 
 OpenTier = TierStore | CodedTier
 """What a mover has for a tier: slots as they are, or by way of a codec."""
+Reads = Readable | CodedTier
+"""The same of a tier that may be another worker's."""
 
 
 class TierMover:
-    """Copies blocks of the one KV group between `pool` and `tiers`, by their names."""
+    """Copies blocks of the one KV group between `pool` and `tiers`, by their names, and out of
+    those of `siblings`.
+    """
 
     def __init__(
         self,
         pool: Region,
         tiers: Mapping[str, OpenTier],
         clock: Callable[[], int] = time.monotonic_ns,
+        siblings: SiblingTiers | None = None,
     ) -> None:
         self._pool = pool
         self._tiers = tiers
         self._clock = clock
+        self._siblings = siblings
 
     def execute(self, move: Move) -> MoveDone:
-        """Carry out a move; blocks until it is done. A disk that fails is an `error`."""
+        """Carry out a move; blocks until it is done. A disk that fails, or a sibling that is gone,
+        is an `error`.
+        """
         started_ns = self._clock()
         (listed,), ends = move.spans, move.tiers
         assert ends is not None, f"move {move.move_id} is for the block mover"
         spans = span_array(listed)
-        wrong = bounds_error(
-            spans,
-            source_blocks=self._num_blocks(ends.source),
-            destination_blocks=self._num_blocks(ends.destination),
-        )
-        assert wrong is None, f"move {move.move_id}: {wrong}"
-        error = None
-        (digests,) = move.digests or ((),)
+        error, copied = None, Copied(())
+        tier: Reads | None = None
         try:
-            copied = self._copy(ends, digests, spans)
-        except OSError as failure:
-            copied, error = Copied(()), str(failure)
-        tier = self._tiers[ends.source or ends.destination]
+            tier = self._tier(move)
+            copied = self._copy(move, tier, spans)
+        except (OSError, PeerLost) as failure:
+            error = str(failure)
+        block_bytes = tier.block_bytes if tier else self._pool.block_bytes
         return MoveDone(
             move_id=move.move_id,
-            num_bytes=int(spans[:, 2].sum()) * tier.block_bytes,
+            num_bytes=int(spans[:, 2].sum()) * block_bytes,
             num_spans=len(spans),
-            transport=tier.kind,
+            transport=tier.kind if tier else "none",
             started_ns=started_ns,
             finished_ns=self._clock(),
             error=error,
@@ -64,11 +69,29 @@ class TierMover:
             codec_ns=copied.codec_ns,
         )
 
-    def _copy(self, ends: TierEnds, digests: Sequence[Digest], spans: SpanArray) -> Copied:
-        """Copy, and say what is where it was to go to now. Raises: `OSError`."""
+    def _tier(self, move: Move) -> Reads:
+        """Return the tier that is read, or written out of the pool. Raises: `PeerLost`."""
+        ends = move.tiers
+        assert ends is not None, move.move_id
+        if ends.destination or self._siblings is None or move.source == self._siblings.worker_id:
+            return self._tiers[ends.source or ends.destination]
+        return self._siblings.find(move.source, move.epoch, ends.source)
+
+    def _copy(self, move: Move, tier: Reads, spans: SpanArray) -> Copied:
+        """Copy, and say what is where it was to go to now. Raises: `OSError`, `PeerLost`."""
+        ends = move.tiers
+        assert ends is not None, move.move_id
+        (digests,) = move.digests or ((),)
+        wrong = bounds_error(
+            spans,
+            source_blocks=tier.num_slots if ends.source else self._pool.num_blocks,
+            destination_blocks=self._num_blocks(ends.destination),
+        )
+        if wrong is not None:
+            assert tier not in self._tiers.values(), f"move {move.move_id}: {wrong}"
+            raise PeerLost(f"{tier.kind} of {move.source}: {wrong}")
         if ends.destination:
             return self._write(ends, digests, spans)
-        tier = self._tiers[ends.source]
         if isinstance(tier, CodedTier):
             return tier.read(self._pool, spans, digests)
         tier.read(self._pool, spans)

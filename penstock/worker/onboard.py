@@ -6,8 +6,10 @@ blocks whose digest is right get their names, up to the first that is wrong, and
 the scheduler, which finds them in the prefix cache like any others. So a move that fails, a block
 that is wrong, or a request that is cancelled meanwhile, costs time and nothing else.
 
-Where computing is predicted to be as quick, or no room can be made, nothing is brought. Several
-requests with the same prefix wait for one move. `worker/tiers.py` composes this.
+What a sibling has (`worker/siblings.py`) is brought like what is ours; only that it may be gone
+when it is read, which shows in the digest as well. Where computing is predicted to be as quick, or
+no room can be made, nothing is brought. Several requests with the same prefix wait for one move.
+`worker/tiers.py` composes this.
 """
 
 from collections import deque
@@ -17,6 +19,7 @@ from typing import Final
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds
+from penstock.core.tiers import KeptBlock
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.cache import KVCache
 from penstock.transfer.plan import align
@@ -24,6 +27,9 @@ from penstock.worker.numbers import Numbers
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 from penstock.worker.shelf import Shelf
+from penstock.worker.siblings import Siblings, SiblingShelf
+
+Place = Shelf | SiblingShelf
 
 FETCHES_MAX: Final = 4
 """Under way at once: their blocks are nobody's yet, and others want room too."""
@@ -51,11 +57,12 @@ class _Fetch:
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """One move of a fetch: these entries out of this shelf."""
+    """One move of a fetch: these entries, which were there when it was submitted."""
 
     fetch: _Fetch
-    shelf: Shelf
+    place: Place
     entries: list[int]
+    blocks: list[KeptBlock]
 
 
 class OnboardDesk:
@@ -67,6 +74,7 @@ class OnboardDesk:
         kv: KVCache,
         scheduler: Scheduler,
         shelves: Items[Shelf],
+        siblings: Siblings,
         move_ids: Numbers,
     ) -> None:
         self.num_declined = 0
@@ -75,6 +83,7 @@ class OnboardDesk:
         self._kv = kv
         self._scheduler = scheduler
         self._shelves = shelves
+        self._siblings = siblings
         self._move_ids = move_ids
         self._holders = Numbers()
         self._fetches: list[_Fetch] = []
@@ -124,7 +133,7 @@ class OnboardDesk:
             self._finish(fetch)
             waited = [s for s in fetch.sequences if s.state is not SequenceState.GONE]
             # What the requests waited for in the end is the last tier's doing.
-            read.shelf.exposed_ns += len(waited) * (now_ns - fetch.started_ns)
+            read.place.books.exposed_ns += len(waited) * (now_ns - fetch.started_ns)
             for sequence in waited:
                 self._scheduler.add(sequence)
             line, self._line = self._line, deque()
@@ -162,29 +171,36 @@ class OnboardDesk:
             return False
         return True
 
-    def _places(self, hashes: list[BlockHash], first: int) -> list[Shelf]:
+    def _places(self, hashes: list[BlockHash], first: int) -> list[Place]:
         """Return the nearest shelf of each block from `first` on, as far as there is one."""
         places = []
         for name in hashes[first:]:
-            shelf = next((shelf for shelf in self._shelves if name in shelf), None)
-            if shelf is None:
+            place = self._place(name)
+            if place is None:
                 break
-            places.append(shelf)
+            places.append(place)
         return places
 
-    def _is_worthwhile(self, places: list[Shelf]) -> bool:
+    def _place(self, name: BlockHash) -> Place | None:
+        for shelf in self._shelves:
+            place = shelf if name in shelf else self._siblings.find(name, shelf.name)
+            if place is not None:
+                return place
+        return None
+
+    def _is_worthwhile(self, places: list[Place]) -> bool:
         """Compare the slowest tier with computing; before the first step nothing is known."""
         if self._token_ns is None:
             return True
         compute_ns = len(places) * self._config.layout.block_size * self._token_ns
-        return all(s.fetch_ns(places.count(s)) < compute_ns for s in dict.fromkeys(places))
+        return all(p.books.fetch_ns(places.count(p)) < compute_ns for p in dict.fromkeys(places))
 
     def _begin(
         self,
         sequence: Sequence,
         hashes: list[BlockHash],
         first: int,
-        places: list[Shelf],
+        places: list[Place],
         now_ns: int,
     ) -> bool:
         """Reserve blocks and have them filled, a move per tier; False when there is no room."""
@@ -200,27 +216,31 @@ class OnboardDesk:
         block_ids = [BlockId(b) for b in table[0, first:].tolist()]
         fetch = _Fetch(holder, hashes[: first + len(places)], first, block_ids, now_ns, [sequence])
         self._fetches.append(fetch)
-        for shelf in dict.fromkeys(places):
-            entries = [first + i for i, place in enumerate(places) if place is shelf]
-            self._commands.append(self._read(fetch, shelf, entries))
+        for place in dict.fromkeys(places):
+            entries = [first + i for i, where in enumerate(places) if where is place]
+            self._commands.append(self._read(fetch, place, entries))
         return True
 
-    def _read(self, fetch: _Fetch, shelf: Shelf, entries: list[int]) -> Command:
+    def _read(self, fetch: _Fetch, place: Place, entries: list[int]) -> Command:
         names = [fetch.hashes[entry] for entry in entries]
-        slots = [shelf.slot(name) for name in names]
-        shelf.hold(names)
-        shelf.begin_read(len(names))
+        blocks = [place.locate(name) for name in names]
+        slots = [BlockId(block.slot) for block in blocks]
+        place.hold(names)
+        place.books.begin_read(len(names))
         move_id = self._move_ids.next()
-        self._reads[move_id] = _Read(fetch, shelf, entries)
+        self._reads[move_id] = _Read(fetch, place, entries, blocks)
         fetch.num_moves += 1
+        owner, epoch = self._config.worker_id, self._config.epoch
+        if isinstance(place, SiblingShelf):
+            owner, epoch = place.owner, place.epoch
         move = Move(
             move_id=move_id,
             kind=MoveClass.ONBOARD,
             request_id=fetch.sequences[0].request_id,
-            source=self._config.worker_id,
-            epoch=self._config.epoch,
+            source=owner,
+            epoch=epoch,
             spans=(tuple(align(slots, [fetch.block_ids[e - fetch.first] for e in entries])),),
-            tiers=TierEnds(shelf.name, ""),
+            tiers=TierEnds(place.name, ""),
         )
         return SubmitMove(move)
 
@@ -228,26 +248,20 @@ class OnboardDesk:
 
     def _take_in(self, read: _Read, done: MoveDone) -> None:
         """Keep the digests that are right; a block that is wrong leaves its tier."""
-        fetch, shelf, entries = read.fetch, read.shelf, read.entries
-        shelf.end_read(len(entries), done.finished_ns - done.started_ns)
-        shelf.bytes_out += done.num_bytes
+        fetch, place, entries = read.fetch, read.place, read.entries
+        place.books.end_read(len(entries), done.finished_ns - done.started_ns)
+        place.books.bytes_out += done.num_bytes
         landed: Items[Digest | None] = [None] * len(entries)
         if done.error is None:
             (landed,) = done.digests
-        else:
-            shelf.num_failed += len(entries)
         # The end of a prefix is touched first, hence given up first.
-        for entry, found in reversed(list(zip(entries, landed, strict=True))):
-            name = fetch.hashes[entry]
-            is_right = found is not None and name in shelf and found == shelf.digest(name)
-            if is_right and found is not None:
-                fetch.digests[entry] = found
-                shelf.num_hits += 1
-                shelf.touch(name)
+        for entry, block, found in reversed(list(zip(entries, read.blocks, landed, strict=True))):
+            if found == block.digest:
+                fetch.digests[entry] = block.digest
+                place.confirm(block.name)
             else:
-                shelf.num_corrupt += found is not None
-                shelf.condemn(name)
-            shelf.release(name)
+                place.reject(block, is_read=found is not None)
+            place.release(block.name)
 
     def _finish(self, fetch: _Fetch) -> None:
         """Give names to the blocks that came right, as far as a prefix goes, and let them go."""

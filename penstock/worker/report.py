@@ -6,8 +6,8 @@ it after everything it handles.
 """
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, MoveDone, Send, StepDone
-from penstock.core.messages import Load
+from penstock.core.events import Command, Event, MoveDone, Send, StepDone
+from penstock.core.messages import Load, TellNames
 from penstock.core.residency import Survey
 from penstock.core.step import Step
 from penstock.core.types import CONTROLLER, WorkerId
@@ -54,13 +54,16 @@ class Reporter:
         """Remember what a pull took."""
         self._samples.note_pull(source, done)
 
-    def survey(self, survey: Survey, now_ns: int) -> list[Command]:
-        """Say where blocks are, to whoever asks."""
-        return [self._surveyor.answer(survey, now_ns)]
-
-    def tell_names_anew(self) -> None:
-        """Have the controller told of all named blocks: it knows of none."""
-        self._names.begin_anew(self._tiers.names())
+    def answer(self, event: Event, now_ns: int) -> list[Command]:
+        """Answer who asks something of the worker; other events (`Stop`) are not for its core."""
+        match event:
+            case TellNames():
+                self._names.begin_anew(self._tiers.names())
+            case Survey():
+                return [self._surveyor.answer(event, now_ns)]
+            case _:
+                pass
+        return []
 
     def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Return what is due to be said."""

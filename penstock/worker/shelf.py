@@ -3,13 +3,14 @@
 A copy is *arriving* while a move writes it, then it can be read; while a move reads it, it is held
 and stays. Bytes and states are those of the worker's `Residency`; slots come from the same kind of
 allocator as blocks, so that what goes in together lies in one piece. Knows no request and moves
-nothing: `worker/tiers.py`, its only caller, does.
+nothing: `worker/tiers.py` and `worker/onboard.py`, which call it, do. `worker/siblings.py` has what
+other workers of the host say of theirs.
 """
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from penstock.core.tiers import TierConfig, TierLoad
+from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
 from penstock.core.types import BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
 from penstock.kv.eviction import EvictionOrder, make_order
@@ -28,15 +29,16 @@ class Shelf:
         self.label = config.label or config.name
         self.num_slots = config.num_slots
         self.resumes_ns = 0
-        self.dropped: list[BlockHash] = []
-        """Names that are not here any more since this was last emptied."""
-        self.num_hits = self.bytes_in = self.bytes_out = 0
-        self.num_corrupt = self.num_failed = self.num_evicted = self.exposed_ns = 0
+        self.changes: dict[BlockHash, None] = {}
+        """Names that came or went since this was last emptied."""
+        self.num_hits = self.num_shared = self.bytes_in = self.bytes_out = 0
+        self.num_corrupt = self.num_stale = self.num_failed = self.num_evicted = 0
+        self.exposed_ns = 0
         self._tier = Tier(config.name)
         self._residency = residency
         self._block_bytes = block_bytes
         self._slots = SegmentAllocator(config.num_slots)
-        self._order: EvictionOrder = make_order("lru")
+        self._order: EvictionOrder = make_order(config.eviction)
         self._digests: dict[BlockHash, Digest] = {}
         self._condemned: set[BlockHash] = set()
         self._ns_per_byte = 1e9 / config.bytes_per_s
@@ -61,6 +63,11 @@ class Shelf:
         return [name for name in self._digests if name in self]
 
     @property
+    def books(self) -> "Shelf":
+        """Where it is counted what is read from here: a sibling's tier has others."""
+        return self
+
+    @property
     def num_free(self) -> int:
         """Slots without a block."""
         return self._slots.num_free
@@ -74,6 +81,14 @@ class Shelf:
     def digest(self, name: BlockHash) -> Digest:
         """Return what the digest of a block has to be."""
         return self._digests[name]
+
+    def locate(self, name: BlockHash) -> KeptBlock:
+        """Return where a block is, and what its digest has to be."""
+        return KeptBlock(self.slot(name), name, self._digests[name])
+
+    def contents(self) -> list[KeptBlock]:
+        """Return all that can be read here."""
+        return [self.locate(name) for name in self._digests if name in self]
 
     # ------------------------------------------------------------------------------ in and out
 
@@ -106,7 +121,7 @@ class Shelf:
         self._slots.free([slot])
         self._order.remove(name, evicted=is_evicted)
         del self._digests[name]
-        self.dropped.append(name)
+        self.changes[name] = None
         self.num_evicted += is_evicted
 
     def part(self, begin: int, end: int) -> list[BlockHash]:
@@ -135,6 +150,27 @@ class Shelf:
         if name in self._condemned and not self.is_held(name):
             self._condemned.remove(name)
             self.drop(name)
+
+    def confirm(self, name: BlockHash) -> None:
+        """Note that a move has brought a block whole: it is given up last."""
+        self.num_hits += 1
+        self.touch(name)
+
+    def reject(self, block: KeptBlock, *, is_read: bool) -> None:
+        """Note that a block came wrong, or not at all, and let nobody find it."""
+        self.num_corrupt += is_read
+        self.num_failed += not is_read
+        self.condemn(block.name)
+
+    def hear(self, event: ShelfUsed) -> None:
+        """Take in what a sibling has read here; what it found wrong and is still there, is."""
+        for name in event.right:
+            if name in self:
+                self.touch(name)
+        for block in event.wrong:
+            if block.name in self and self.locate(block.name) == block:
+                self.num_corrupt += 1
+                self.condemn(block.name)
 
     def condemn(self, name: BlockHash) -> None:
         """Let nobody find a block that is wrong, and drop it as soon as no move reads it."""
@@ -170,6 +206,7 @@ class Shelf:
     def _arrive(self, name: BlockHash, digest: Digest) -> None:
         self._digests[name] = digest
         self._order.insert(name, 1.0)
+        self.changes[name] = None
 
     # ------------------------------------------------------------------------------ costs
 
@@ -202,6 +239,8 @@ class Shelf:
             num_failed=self.num_failed,
             num_evicted=self.num_evicted,
             exposed_ns=self.exposed_ns,
+            num_shared=self.num_shared,
+            num_stale=self.num_stale,
         )
 
     def check(self) -> None:

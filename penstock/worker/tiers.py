@@ -4,11 +4,12 @@ A block that nobody holds any more is written to the nearest tier: at once where
 idle (write-through), else when the pool runs short (write-back, before the pool gives it up).
 Nothing is held for it: when a block was handed out anew before its copy ended, its generation says
 so, and the copy is void. What a tier gives up for others, the one used longest ago first, sinks to
-the next one, and out of the last one it is dropped.
+the next one, and out of the last one it is dropped. What a sibling has in a tier of the same name
+is not written once more: a host keeps one copy, and every worker of it reads it there.
 
-Reading back is `worker/onboard.py`'s, slots are `worker/shelf.py`'s. A worker that is never
-assigned a prompt would never look anything up, so nothing is written there. Without tiers every
-method returns at once. Called by the worker core.
+Reading back is `worker/onboard.py`'s, slots are `worker/shelf.py`'s, what others have is
+`worker/siblings.py`'s. A worker that has no sibling and is never assigned a prompt would write for
+nobody, and does not. Without tiers every method returns at once. Called by the worker core.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from penstock.core.config import WorkerConfig
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds
-from penstock.core.tiers import TierLoad
-from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, Digest, RequestId
+from penstock.core.tiers import KeptBlock, ShelfChanged, ShelfUsed, TierLoad
+from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, Digest, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.residency import Residency
 from penstock.kv.tiers import Tier, TierSpec
@@ -29,6 +31,7 @@ from penstock.worker.onboard import OnboardDesk
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.sequence import Sequence
 from penstock.worker.shelf import Shelf
+from penstock.worker.siblings import Siblings
 
 BLOCKS_MAX: Final = 64
 """In one move down: what is to come up meanwhile waits no longer than that takes."""
@@ -70,7 +73,8 @@ class TierDesk:
         self._news: list[BlockHash] = []
         if config.tiers and config.is_prefix_caching:
             self._open_tiers()
-        self._onboards = OnboardDesk(config, kv, scheduler, self._shelves, move_ids)
+        self._siblings = Siblings(config, self._shelves)
+        self._onboards = OnboardDesk(config, kv, scheduler, self._shelves, self._siblings, move_ids)
 
     def _open_tiers(self) -> None:
         (block_bytes,) = self._config.layout.block_bytes
@@ -106,6 +110,23 @@ class TierDesk:
         self._has_prompts = True
         self._onboards.add(sequence, now_ns)
 
+    def meet(self, info: WorkerInfo) -> None:
+        """Take in a worker that may be a sibling."""
+        self._siblings.meet(info)
+
+    def forget(self, worker_id: WorkerId, epoch: int) -> None:
+        """Forget what a worker had that is gone."""
+        self._siblings.forget(worker_id, epoch)
+
+    def hear(self, event: ShelfChanged | ShelfUsed) -> None:
+        """Take in what a sibling says of its tiers, or of ours."""
+        if isinstance(event, ShelfChanged):
+            self._siblings.hear(event)
+            return
+        for shelf in self._shelves if event.epoch == self._config.epoch else ():
+            if shelf.name == event.tier:
+                shelf.hear(event)
+
     def note_step(self, num_tokens: int, took_ns: int) -> None:
         """Remember what computing costs."""
         if self._shelves:
@@ -123,7 +144,7 @@ class TierDesk:
         is_writing = any(write.out_of is None for write in self._writes.values())
         if self._pending and not is_writing and (is_idle or is_short):
             commands += self._offload(now_ns)
-        return commands
+        return commands + self._siblings.due(now_ns, is_idle=is_idle)
 
     def land(self, done: MoveDone, now_ns: int) -> bool:
         """Take in the end of a move; False when it is none of ours."""
@@ -156,6 +177,10 @@ class TierDesk:
         """Tell whether a block can be brought back from a tier."""
         return any(name in shelf for shelf in self._shelves)
 
+    def contents(self, tier: str) -> list[KeptBlock]:
+        """Return all that is in a tier of ours. O(blocks)."""
+        return [kept for shelf in self._shelves if shelf.name == tier for kept in shelf.contents()]
+
     def names(self) -> Iterator[BlockHash]:
         """Yield every block that can be brought back; twice if it is in two tiers."""
         for shelf in self._shelves:
@@ -178,8 +203,9 @@ class TierDesk:
 
         What was brought from a farther one was of use, and goes to the nearest as well.
         """
+        is_of_use = self._has_prompts or bool(self._siblings)
         for name in self._parked:
-            if self._has_prompts and not self._shelves[0].knows(name):
+            if is_of_use and not self._is_kept(name, self._shelves[0]):
                 self._pending[name] = None
             if name in self.residency:
                 self.residency.touch(name, now_ns)
@@ -190,9 +216,11 @@ class TierDesk:
 
     def _tell_names(self) -> None:
         """Have the router hear of names that were here at the start, and that have left a tier."""
-        for shelf in self._shelves:
-            self._news += shelf.dropped
-            shelf.dropped.clear()
+        for index, shelf in enumerate(self._shelves):
+            if shelf.changes:
+                self._news += [name for name in shelf.changes if name not in shelf]
+                self._siblings.note_change(index, shelf.changes)
+                shelf.changes.clear()
         cache = self._kv.groups[0].pool.prefix_cache
         if self._news and cache.changes is not None:
             for name in self._news:
@@ -230,8 +258,8 @@ class TierDesk:
             if len(names) == min(into.num_free, BLOCKS_MAX):
                 break
             del self._pending[name]
-            if into.knows(name):
-                continue  # the nearest could not be written for a while
+            if self._is_kept(name, into):
+                continue  # a sibling was quicker, or the nearest could not be written for a while
             block_id = pool.prefix_cache.find(name)
             if block_id is None:
                 self.num_missed += 1
@@ -246,13 +274,13 @@ class TierDesk:
         if wanted <= 0 or any(write.out_of is shelf for write in self._writes.values()):
             return []
         oldest = shelf.hold_oldest(wanted)
-        sinking = [n for n in oldest if below and not below[0].knows(n)]
+        sinking = [n for n in oldest if below and not self._is_kept(n, below[0])]
         commands = self._make_room(below, len(sinking)) if sinking else []
         sinking = sinking[: below[0].num_free] if below else []
         for name in oldest:
             if name not in sinking:
                 shelf.release(name)
-                shelf.drop(name, is_evicted=not (below and name in below[0]))
+                shelf.drop(name, is_evicted=not (below and self._is_kept(name, below[0])))
         if sinking:
             digests = tuple(map(shelf.digest, sinking))
             write = _Write(sinking, digests, into=below[0], out_of=shelf)
@@ -277,6 +305,10 @@ class TierDesk:
             tiers=TierEnds(write.out_of.name if write.out_of else "", write.into.name, names),
         )
         return SubmitMove(move)
+
+    def _is_kept(self, name: BlockHash, shelf: Shelf) -> bool:
+        """Tell whether a block is in a tier of this host already, or on its way to ours."""
+        return shelf.knows(name) or self._siblings.find(name, shelf.name) is not None
 
     def _writable(self, now_ns: int) -> list[Shelf]:
         return [shelf for shelf in self._shelves if shelf.resumes_ns <= now_ns]

@@ -26,11 +26,10 @@ from penstock.core.messages import (
     Release,
     Renew,
     RequestFailed,
-    TellNames,
     Tokens,
     Withdraw,
 )
-from penstock.core.residency import Survey
+from penstock.core.tiers import ShelfChanged, ShelfUsed
 from penstock.core.types import CONTROLLER, RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
@@ -123,23 +122,23 @@ class Worker:
                 return []
             case Withdraw():
                 return self._answer_withdraw(event, now_ns)
-            case Survey():
-                return self._reporter.survey(event, now_ns)
-            case TellNames():
-                self._reporter.tell_names_anew()
-                return []
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)
                 self.offers.meet(info.worker_id, info.layout)
+                self.tiers.meet(info)
                 return []
             case PeerDown(worker_id=worker_id):
                 self._peers.discard(worker_id)
+                self.tiers.forget(worker_id, event.epoch)
                 for sequence in self.pulls.drop_all_of(worker_id, now_ns):
                     self._take_in(sequence)
                 return self._end_crossings(self.offers.release_all_of(worker_id))
+            case ShelfChanged() | ShelfUsed():
+                self.tiers.hear(event)
+                return []
             case _:
-                return []  # Stop concerns the runtime alone
+                return self._reporter.answer(event, now_ns)
 
     # -------------------------------------------------------------------------- one thing at a time
 

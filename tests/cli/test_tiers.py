@@ -24,19 +24,20 @@ def spec(role: Role) -> WorkerSpec:
     return WorkerSpec(worker_id=WorkerId(f"{role.value}-0"), role=role, epoch=1, index=0)
 
 
-def test_workers_for_prompts_share_the_tiers(tmp_path: Path):
+def test_all_workers_of_a_host_share_the_tiers(tmp_path: Path):
     tiers = (
         TierSettings(name="dram", num_bytes=2 * MIB),
         TierSettings(name="disk", num_bytes=4 * MIB, path=str(tmp_path)),
     )
-    wanted = settings(*tiers, prefill=2)
+    wanted = settings(*tiers, prefill=1)
     stores = open_tiers(wanted, spec(Role.PREFILL), LAYOUT)
     (block_bytes,) = LAYOUT.block_bytes
     assert [config.name for config in tier_configs(stores)] == ["dram", "disk"]
     assert [s.num_slots * block_bytes for s in stores.values()] == [MIB, 2 * MIB]
     assert (tmp_path / "prefill-0.kv").stat().st_size >= 2 * MIB
-    assert open_tiers(wanted, spec(Role.DECODE), LAYOUT) == {}
-    for store in stores.values():
+    others = open_tiers(wanted, spec(Role.DECODE), LAYOUT)
+    assert [s.num_slots for s in others.values()] == [s.num_slots for s in stores.values()]
+    for store in (*stores.values(), *others.values()):
         store.close()
 
 
@@ -59,5 +60,5 @@ def test_people_are_told_what_there_is_and_what_is_emulated():
         TierSettings(name="disk", num_bytes=4 * MIB, path="/x"),
     )
     told = describe_tiers(settings(*tiers, prefill=2))
-    assert told == f"2 MiB {cxl_kind()}, 4 MiB disk /x; shared by 2 workers"
+    assert told == f"2 MiB {cxl_kind()}, 4 MiB disk /x; shared by 3 workers"
     assert describe_tiers(settings()) == ""

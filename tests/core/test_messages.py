@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.block import KVGroup, KVLayout
-from penstock.core.descriptors import RegionDescriptor, WorkerInfo
+from penstock.core.descriptors import RegionDescriptor, TierRegion, WorkerInfo
 from penstock.core.messages import (
     WIRE_ERRORS,
     Assign,
@@ -22,8 +22,8 @@ from penstock.core.messages import (
 from penstock.core.request import Request, SamplingParams, Timeline
 from penstock.core.residency import PlacedBlock, PoolResidency, Survey, Surveyed, TierResidency
 from penstock.core.step import TokenLogprobs
-from penstock.core.tiers import TierLoad
-from penstock.core.types import BlockId, Digest, FinishReason, RequestId, Role, WorkerId
+from penstock.core.tiers import KeptBlock, ShelfChanged, ShelfUsed, TierLoad
+from penstock.core.types import BlockHash, BlockId, Digest, FinishReason, RequestId, Role, WorkerId
 
 REQUEST = Request(
     request_id=RequestId("r"),
@@ -69,8 +69,18 @@ MESSAGES: list[Message] = [
             max_model_len=100,
             max_num_seqs=4,
             regions=(RegionDescriptor("shm", "1:2", 100, 10),),
+            tiers=(TierRegion("disk", "disk", RegionDescriptor("disk", "/x/p.kv", 100, 10)),),
         )
     ),
+    ShelfChanged(
+        worker_id=WorkerId("p"),
+        epoch=2,
+        tier="dram",
+        stored=(KeptBlock(3, BlockHash(b"n" * 16), Digest(2**64 - 1)),),
+        removed=(BlockHash(b"m" * 16),),
+        is_all=True,
+    ),
+    ShelfUsed(epoch=2, tier="dram", wrong=(KeptBlock(3, BlockHash(b"n" * 16), Digest(1)),)),
     RequestFailed(request_id=RequestId("r"), reason="why", is_retryable=True),
     Survey(number=1, limit=2, start=(1, 5), request_ids=(RequestId("r"),), name="3fa9"),
     Surveyed(

@@ -49,7 +49,7 @@ class Below:
             to = [s.destination + i for s in spans for i in range(s.num_blocks)]
             for slot, digest in zip(to, move.digests[0], strict=True):
                 self.slots[ends.destination, slot] = digest
-        else:
+        elif error is None:
             of = [s.source + i for s in spans for i in range(s.num_blocks)]
             found = [self.slots[ends.source, slot] for slot in of]
             if wrong is not None:
