@@ -35,6 +35,7 @@ examples:
   penstock serve ./model --mixed 1 --kv-cache-memory 2GiB --max-model-len 8192
   penstock serve --api-key secret --log-requests
   penstock serve --prefill 2 --decode 2 --slo-ttft-ms 2000 --slo-tpot-ms 50
+  penstock serve --min-workers 2 --max-workers 6                 workers come and go with the load
   penstock serve --policy round_robin --no-role-switching --handoff whole       to compare with
   penstock serve --listen 0.0.0.0:7777        and then, on another host: penstock worker --join ...
   penstock serve --prefill 0 --decode 0 --listen 0.0.0.0:7777      with workers of other hosts alone

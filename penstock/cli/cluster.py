@@ -24,6 +24,9 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
     Raises: `StartupFailed` naming the option that does not fit.
     """
     is_split = not options.mixed
+    prefill = _or_default(options.prefill, is_split or options.decode)
+    decode = _or_default(options.decode, is_split or options.prefill)
+    num_workers = prefill + decode + options.mixed
     return ClusterSettings(
         engine=EngineConfig(
             model=find_model(options.model),
@@ -37,8 +40,8 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
             max_model_len=options.max_model_len,
             seed=options.seed,
         ),
-        prefill=_or_default(options.prefill, is_split or options.decode),
-        decode=_or_default(options.decode, is_split or options.prefill),
+        prefill=prefill,
+        decode=decode,
         mixed=options.mixed,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -51,7 +54,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         network=_network(options),
         pulse=pulse_settings(options),
         handoff=Handoff(options.handoff),
-        control=controller_config(options),
+        control=controller_config(options, num_workers),
         tiers=tuple(options.kv_tier),
     )
 

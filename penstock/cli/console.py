@@ -97,8 +97,9 @@ def set_up_logging(*, is_logging_requests: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    # Who comes and goes on other hosts is news to whoever sits at this terminal.
+    # Who comes and goes by itself is news to whoever sits at this terminal.
     logging.getLogger("penstock.runtime.membership").setLevel(logging.INFO)
+    logging.getLogger("penstock.runtime.local").setLevel(logging.INFO)
     if is_logging_requests:
         logging.getLogger("penstock.requests").setLevel(logging.INFO)
 

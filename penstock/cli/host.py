@@ -104,7 +104,7 @@ def _work(
     place: WorkerPlace,
 ) -> None:
     """Be a worker."""
-    threads = settings.threads or max(1, usable_cores() // settings.num_workers)
+    threads = settings.threads or max(1, usable_cores() // settings.most_workers)
     if settings.is_pinned:
         _pin(spec.index, threads)
     layout = facts.layout
@@ -272,14 +272,14 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
     from penstock.engine.model import num_blocks
 
     layout = model.layout(settings.engine.block_size)
-    kv_bytes = settings.engine.kv_cache_bytes
+    kv_bytes, most = settings.engine.kv_cache_bytes, settings.most_workers
     if kv_bytes is None:
         useful = settings.max_num_seqs * model.max_model_len * layout.token_bytes
-        share = int(available_bytes() * KV_SHARE) // settings.num_workers
+        share = int(available_bytes() * KV_SHARE) // most
         kv_bytes = min(share, max(useful, KV_BYTES_MIN))
-    elif kv_bytes * settings.num_workers > available_bytes():
+    elif kv_bytes * most > available_bytes():
         raise StartupFailed(
-            f"--kv-cache-memory: {settings.num_workers} workers with {kv_bytes / MIB:.0f} MiB each "
+            f"--kv-cache-memory: {most} workers with {kv_bytes / MIB:.0f} MiB each "
             f"need more than the {available_bytes() / MIB:.0f} MiB that are free"
         )
     return num_blocks(

@@ -69,7 +69,8 @@ def _serve(options: argparse.Namespace) -> int:
     last_s = arrivals[-1].at_ns / NS_PER_S
     # Some hundreds of looks at everybody make a picture; more only take time.
     sample_ns = max(NS_PER_S, int(last_s / _SAMPLES * NS_PER_S))
-    spec = replace(spec_of(options, options.cluster), sample_ns=sample_ns)
+    controller = elastic(options, len(members))
+    spec = replace(spec_of(options, options.cluster), sample_ns=sample_ns, controller=controller)
     cluster = ModelledCluster(spec, arrivals)
     began_s = time.monotonic()
     with Progress(last_s) as progress:
@@ -131,6 +132,22 @@ def controller_of(options: argparse.Namespace) -> ControllerConfig:
         is_switching_roles=options.switch_roles,
         max_queued=options.max_queued,
     )
+
+
+def elastic(options: argparse.Namespace, num_workers: int) -> ControllerConfig:
+    """Return the controller that the options ask for, which may start and retire workers.
+
+    Raises: `BadRequest` for limits that the cluster does not begin within.
+    """
+    config, least, most = controller_of(options), options.min_workers, options.max_workers
+    if not least and not most:
+        return config
+    least, most = least or num_workers, most or num_workers
+    if not least <= num_workers <= most:
+        raise BadRequest(
+            f"--min-workers {least} --max-workers {most}: the cluster begins with {num_workers}"
+        )
+    return msgspec.structs.replace(config, workers_min=least, workers_max=most)
 
 
 def spec_of(options: argparse.Namespace, cluster: str) -> ServeSpec:

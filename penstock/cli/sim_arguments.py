@@ -30,6 +30,8 @@ examples:
   penstock sim serve --workload mooncake.jsonl.gz --model llama3.1-70b \\
       --cluster 8xH100-tp4:prefill,8xH100-tp4:decode --report run.html
   penstock sim serve --workload swing:period=300 --rate 6 --duration 900 --cluster 8xH100:mixed
+  penstock sim serve --workload step --rate 2 --duration 600 --cluster H100:prefill,H100:decode \\
+      --max-workers 6
   penstock sim serve --workload azure.csv --rate 20 --cluster 2xL20:prefill,2xH20:decode \\
       --fault kill:decode-0@60 --json
 
@@ -119,6 +121,18 @@ def add_sim(commands: "Commands") -> None:
     add_reuse(acts)
     serve = _add_act(acts, "serve", "simulate one cluster under one load", _SERVE_EXAMPLES)
     serve.add_argument("--report", metavar="FILE", help="write a page with pictures (HTML)")
+    serve.add_argument(
+        "--min-workers",
+        type=_positive,
+        metavar="N",
+        help="retire workers that have little to do, down to N (default: as many as --cluster has)",
+    )
+    serve.add_argument(
+        "--max-workers",
+        type=_positive,
+        metavar="N",
+        help="start workers while the load asks for them, up to N; each takes 10 s",
+    )
     serve.add_argument(
         "--fault",
         action="append",

@@ -50,6 +50,11 @@ def _figures(summary: Summary, slo: Slo) -> list[tuple[str, str]]:
         ),
         ("prefix hits", f"{summary.prefix_hit_share:.1%} of prompt tokens"),
         ("role changes", f"{summary.flips}"),
+        (
+            "workers",
+            f"{summary.workers_mean:.1f} in the mean; {summary.workers_started} started, "
+            f"{summary.workers_retired} retired",
+        ),
         ("preemptions", f"{summary.preemptions}"),
         ("failed, unfinished", f"{summary.failed}, {summary.unfinished}"),
     ]

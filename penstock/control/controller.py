@@ -15,6 +15,7 @@ from penstock.control.policies import HOLDS_BACK
 from penstock.control.record import RequestRecord, WorkerRecord
 from penstock.control.roles import Roles
 from penstock.control.router import Router
+from penstock.control.sizing import Sizing
 from penstock.control.status import status_of
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import PenstockError
@@ -62,6 +63,7 @@ class Controller:
         self.router = Router(config, self.fleet)
         self.admission = Admission(config, self.fleet, self.router)
         self.roles = Roles(config, self.fleet, self.admission.queue)
+        self.sizing = Sizing(config, self.fleet, self.roles)
         self.requests: dict[RequestId, RequestRecord] = {}
         self._by_wire_id: dict[RequestId, RequestRecord] = {}
         self._totals = dict.fromkeys(("arrived", "finished", "aborted", "failed", "retried"), 0)
@@ -95,6 +97,7 @@ class Controller:
             self.fleet,
             self.requests,
             self.roles,
+            self.sizing,
             is_draining=self.admission.is_draining,
             totals=self._totals,
         )
@@ -369,15 +372,13 @@ class Controller:
     # ---------------------------------------------------------------------------------------- roles
 
     def _look(self, now_ns: int) -> list[Command]:
-        """Let workers change sides if that helps; look again while there is work."""
+        """Let workers change sides, come or go if that helps; look again while there is work."""
         self._is_looking = False
-        flips = self.roles.look(now_ns)
-        for worker, role in flips:
-            worker.role = role
-        if flips:
-            self.fleet.reopen()
+        if membership.relabel(self.fleet, self.roles.look(now_ns)):
             self._has_room = bool(self.admission.queue)
-        return self._look_again(now_ns) if self.requests else []
+        commands = [] if self.admission.is_draining else self.sizing.look(now_ns)
+        is_needed = self.requests or self.sizing.is_needed
+        return commands + (self._look_again(now_ns) if is_needed else [])
 
     def _look_again(self, now_ns: int) -> list[Command]:
         if self._is_looking or not self.roles.is_needed:

@@ -11,7 +11,7 @@ from penstock.control.fleet import Fleet
 from penstock.control.record import RequestRecord, WorkerRecord
 from penstock.core.events import Command, Retire, Send, SetRole, WorkerLost, WorkerSuspected
 from penstock.core.messages import Hello, PeerDown, PeerUp, Stop, TellNames
-from penstock.core.types import WorkerId
+from penstock.core.types import Role, WorkerId
 
 
 def welcome(fleet: Fleet, hello: Hello) -> list[Command]:
@@ -74,6 +74,16 @@ def set_role(fleet: Fleet, event: SetRole) -> None:
         worker.role = event.role or worker.role
         worker.is_pinned = event.is_pinned
         fleet.reopen()
+
+
+def relabel(fleet: Fleet, flips: Iterable[tuple[WorkerRecord, Role]]) -> bool:
+    """Have workers change sides; tell whether any did."""
+    changed = list(flips)
+    for worker, role in changed:
+        worker.role = role
+    if changed:
+        fleet.reopen()
+    return bool(changed)
 
 
 def _incarnation(fleet: Fleet, worker_id: WorkerId, epoch: int) -> WorkerRecord | None:

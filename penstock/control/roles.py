@@ -104,7 +104,9 @@ class Roles:
 
     @property
     def is_needed(self) -> bool:
-        """True when there is a worker that could change sides."""
+        """True when there is a worker that could change sides, or there may be another number."""
+        if self._config.workers_max:
+            return True
         if not self._config.is_switching_roles or not self._fleet.has_pairs:
             return False
         return any(len(self._side(role)) > 1 for role in (Role.PREFILL, Role.DECODE))
@@ -116,6 +118,8 @@ class Roles:
         is_same = favours is not None and favours is self._favours
         self._num_looks = self._num_looks + 1 if is_same else 1
         self._favours = favours
+        if not self._config.is_switching_roles:
+            return []
         if favours is None or self._num_looks < LOOKS_MIN or not self._is_cool(now_ns):
             return []
         flips = self._choose(favours)
@@ -125,9 +129,17 @@ class Roles:
             self.num_flips += len(flips)
         return [(worker, favours) for worker in flips]
 
+    @property
+    def favours(self) -> Role | None:
+        """The side to which a worker that may change would clearly help, as of the last look."""
+        return self._favours if self._config.is_switching_roles else None
+
     def wanted_workers(self) -> int:
         """Return how many workers would bring both loads to `TARGET_LOAD`, at least one a side."""
         loads = self.loads
+        if loads.num_prefill and not self._fleet.has_pairs:
+            both = (loads.prefill + loads.decode) * loads.num_prefill / TARGET_LOAD
+            return max(1, round(both + 0.5))
         prefill = loads.prefill * loads.num_prefill / TARGET_LOAD
         decode = loads.decode * loads.num_decode / TARGET_LOAD
         return max(1, round(prefill + 0.5)) + max(1, round(decode + 0.5))
@@ -137,8 +149,10 @@ class Roles:
         return self._flipped_ns is None or now_ns - self._flipped_ns >= cooldown_ns
 
     def _side(self, role: Role) -> list[WorkerRecord]:
+        """Return who works on a side: everybody on both where nobody is meant for one."""
         fleet = self._fleet
-        return [w for w in fleet if w.role is role and fleet.is_candidate(w)]
+        is_both = not fleet.has_pairs
+        return [w for w in fleet if (is_both or w.role is role) and fleet.is_candidate(w)]
 
     def _measure(self, now_ns: int) -> None:
         prefill, decode = self._side(Role.PREFILL), self._side(Role.DECODE)
@@ -183,7 +197,7 @@ class Roles:
     def _better(self) -> Role | None:
         """Return the side to which one more worker would clearly help, if any."""
         loads = self.loads
-        if loads.worst < ACT_ABOVE:
+        if loads.worst < ACT_ABOVE or not self._fleet.has_pairs:
             return None
         to = Role.PREFILL if loads.prefill > loads.decode else Role.DECODE
         return to if self._gains(loads, to) and self._givers(to) else None

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from penstock.control.fleet import Fleet
 from penstock.control.record import RequestRecord
 from penstock.control.roles import Roles
+from penstock.control.sizing import Sizing
 from penstock.core.request import RequestState
 from penstock.core.service import ClusterStatus, WorkerStatus
 from penstock.core.types import NS_PER_MS, RequestId
@@ -14,6 +15,7 @@ def status_of(
     fleet: Fleet,
     requests: Mapping[RequestId, RequestRecord],
     roles: Roles,
+    sizing: Sizing,
     *,
     is_draining: bool,
     totals: Mapping[str, int],
@@ -46,5 +48,6 @@ def status_of(
         load_decode=roles.loads.decode,
         flips=roles.num_flips,
         wanted_workers=roles.wanted_workers(),
+        limits=sizing.limits,
         **totals,
     )

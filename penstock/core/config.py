@@ -98,6 +98,9 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
 
     With `is_switching_roles` workers change sides as the load asks for: it is looked at every
     `role_interval_ms`, and a change is left alone for `role_cooldown_ms`.
+
+    With `workers_max` above 0 the runtime is asked for workers of its own host as the load wants
+    them (`control/sizing.py`), and to retire those that have been of no use for `retire_after_ms`.
     """
 
     max_queued: int = 4096
@@ -114,6 +117,10 @@ class ControllerConfig(Struct, frozen=True, kw_only=True):
     is_switching_roles: bool = False
     role_interval_ms: float = 1000.0
     role_cooldown_ms: float = 5000.0
+    workers_min: int = 0
+    workers_max: int = 0
+    resize_pause_ms: float = 5000.0
+    retire_after_ms: float = 30_000.0
 
 
 def _require(is_valid: bool, flag: str, value: object) -> None:

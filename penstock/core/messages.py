@@ -6,7 +6,7 @@ who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, Migrate, PeerUp, PeerDown, TellNames,   worker
                         Stop, Ping, Survey
-controller              Tokens, RequestFailed                             front
+controller              Tokens, RequestFailed, Resize                     front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
                         Expired, RequestFailed, Ping, Surveyed
 prefill worker          Offer, Progress, Withdraw                         decode worker
@@ -33,6 +33,7 @@ from penstock.core.types import (
     Digest,
     FinishReason,
     RequestId,
+    Role,
     WorkerId,
 )
 
@@ -181,6 +182,16 @@ class BlocksChanged(Tagged, frozen=True):
     removed: tuple[BlockHash, ...] = ()
 
 
+class Resize(Tagged, frozen=True):
+    """Start one worker of each role in `start`, and let `retire` finish what it has and go;
+    `reason` is for people.
+    """
+
+    start: tuple[Role, ...] = ()
+    retire: WorkerId | None = None
+    reason: str = ""
+
+
 class Tokens(Tagged, frozen=True):
     """What one step produced."""
 
@@ -323,6 +334,7 @@ Message = (
     | Leave
     | Load
     | BlocksChanged
+    | Resize
     | Tokens
     | Offered
     | Expired

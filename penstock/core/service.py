@@ -43,6 +43,17 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     num_decodes: int = 0
 
 
+class WorkerLimits(Struct, frozen=True, kw_only=True):
+    """How many workers of the server's own host there may be; `most` is 0 where none is started or
+    retired by itself. Counts of those that were.
+    """
+
+    least: int = 0
+    most: int = 0
+    started: int = 0
+    retired: int = 0
+
+
 class ClusterStatus(Struct, frozen=True, kw_only=True):
     """Workers in order of joining, and requests by state. Totals count since the start.
 
@@ -67,6 +78,7 @@ class ClusterStatus(Struct, frozen=True, kw_only=True):
     load_decode: float = 0.0
     flips: int = 0
     wanted_workers: int = 0
+    limits: WorkerLimits = WorkerLimits()
 
     @property
     def is_ready(self) -> bool:

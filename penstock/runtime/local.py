@@ -13,13 +13,7 @@ from pathlib import Path
 
 from penstock.control.controller import Controller
 from penstock.core.descriptors import WorkerInfo
-from penstock.core.errors import (
-    BadRequest,
-    StartupFailed,
-    UnknownRequest,
-    UnknownWorker,
-    WorkersUnavailable,
-)
+from penstock.core.errors import BadRequest, StartupFailed, UnknownWorker, WorkersUnavailable
 from penstock.core.events import (
     Configured,
     Drain,
@@ -29,7 +23,16 @@ from penstock.core.events import (
     SetRole,
 )
 from penstock.core.explain import Accuracy, Explanation
-from penstock.core.messages import Cancel, Hello, Message, RequestFailed, Stop, Submit, Tokens
+from penstock.core.messages import (
+    Cancel,
+    Hello,
+    Message,
+    RequestFailed,
+    Resize,
+    Stop,
+    Submit,
+    Tokens,
+)
 from penstock.core.node import Node
 from penstock.core.request import Request
 from penstock.core.residency import KVQuery, KVSurvey, Surveyed
@@ -203,18 +206,9 @@ class LocalCluster:
 
         Raises: `UnknownWorker`; `UnknownRequest` when none of the requests is live.
         """
-        workers = list(self.controller.workers)
         if query.worker_id is not None:
-            workers = [self._info(query.worker_id).worker_id]
-        records = map(self.controller.requests.get, query.request_ids)
-        wire_ids = tuple(record.wire_id for record in records if record is not None)
-        if query.request_ids and not wire_ids:
-            raise UnknownRequest(
-                f"{query.request_ids[0]} is not under way: what it left is cached under the names "
-                "of its blocks",
-                "request",
-            )
-        return await self._surveys.survey(workers, query, wire_ids)
+            self._info(query.worker_id)
+        return await self._surveys.survey(self.controller, query)
 
     # ----------------------------------------------------------------------------- administration
 
@@ -324,8 +318,21 @@ class LocalCluster:
                 sink = self._sinks.pop(request_id, None)
                 if sink is not None:
                     sink(message)
+            case Resize():
+                self._resize(message)
             case _:
                 raise AssertionError(f"a {type(message).__name__} is not for the front")
+
+    def _resize(self, change: Resize) -> None:
+        """Start and retire workers as the controller asks, as far as there is room."""
+        slots, most = self._supervisor.slots, self.settings.control.workers_max
+        for role in change.start[: max(0, most - len(slots))]:
+            name = self._supervisor.add(role)
+            _log.info("worker %s is started (%s): %s", name, _of(len(slots), most), change.reason)
+        if change.retire in slots:
+            left = _of(len(slots) - 1, most)
+            _log.info("worker %s is retired (%s): %s", change.retire, left, change.reason)
+            self.retire_worker(change.retire)
 
     def _progress(self, stage: str, fraction: float) -> None:
         self.stage = (stage, fraction)
@@ -347,6 +354,10 @@ class LocalCluster:
         if not self.broken.done():
             self.broken.set_result(error)
         self.abandon(str(error))
+
+
+def _of(num_workers: int, most: int) -> str:
+    return f"{num_workers} of at most {most} here"
 
 
 class _FrontTransport:

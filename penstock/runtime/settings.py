@@ -124,10 +124,38 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
         if self.transport not in TRANSPORTS:
             raise StartupFailed(f"--transport: {self.transport!r} is none of {TRANSPORTS}")
 
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        """Check how many workers there may be. Raises: `StartupFailed` naming the flags."""
+        least, most = self.control.workers_min, self.control.workers_max
+        if not most:
+            return
+        counts = f"--prefill {self.prefill} --decode {self.decode} --mixed {self.mixed}"
+        if not self.num_workers:
+            raise StartupFailed(
+                f"--max-workers: {counts} load no model here, so no worker can be started"
+            )
+        if least > most:
+            raise StartupFailed(f"--min-workers {least} is more than --max-workers {most}")
+        if self.num_workers > most:
+            raise StartupFailed(
+                f"--max-workers {most}: {counts} are {self.num_workers} workers to begin with"
+            )
+        if self.num_workers < least:
+            raise StartupFailed(
+                f"--min-workers {least}: {counts} are only {self.num_workers}; begin with more"
+            )
+
     @property
     def num_workers(self) -> int:
-        """Number of workers in all."""
+        """Number of workers in all, to begin with."""
         return self.prefill + self.decode + self.mixed
+
+    @property
+    def most_workers(self) -> int:
+        """Number of workers that cores and memory have to do for."""
+        return max(self.num_workers, self.control.workers_max)
 
     def workers(self) -> dict[WorkerId, Role]:
         """Name the workers, in the order in which they are started."""

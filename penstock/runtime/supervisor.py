@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 @dataclass(kw_only=True)
 class WorkerSlot:
     """One worker id through its incarnations. `pid` is None while no process is alive; one that is
-    leaving is not replaced.
+    leaving is not replaced. One that is extra was added to a cluster that runs without it.
     """
 
     worker_id: WorkerId
@@ -56,6 +56,7 @@ class WorkerSlot:
     pid: int | None = None
     is_up: bool = False
     is_leaving: bool = False
+    is_extra: bool = False
     has_been_up: bool = False
     join_timer: asyncio.TimerHandle | None = None
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS_PER_WINDOW + 1))
@@ -141,7 +142,7 @@ class Supervisor:
         indices = {slot.index for slot in self.slots.values()}
         index = next(number for number in count() if number not in indices)
         epoch = max(self._last_epoch, self._retired_epochs.get(worker_id, 0))
-        slot = WorkerSlot(worker_id=worker_id, role=role, index=index, epoch=epoch)
+        slot = WorkerSlot(worker_id=worker_id, role=role, index=index, epoch=epoch, is_extra=True)
         self.slots[worker_id] = slot
         self._fork(slot)
         return worker_id
@@ -211,11 +212,14 @@ class Supervisor:
         if self._is_stopping:
             return
         if slot.is_leaving or (slot.has_been_up and event.reason == LEFT):
-            self._retired_epochs[slot.worker_id] = slot.epoch
-            del self.slots[slot.worker_id]
+            self._remove(slot)
             self._callbacks.lost(slot.worker_id, slot.epoch, "it left")
             return
         ends = "\n".join(event.last_lines[-12:])
+        if not slot.has_been_up and slot.is_extra:
+            _log.error("worker %s ended while starting: %s\n%s", slot.worker_id, event.reason, ends)
+            self._remove(slot)
+            return
         if not slot.has_been_up and slot.epoch == self._last_epoch + 1:
             self._fail(f"worker {slot.worker_id} ended while starting ({event.reason})\n{ends}")
             return
@@ -224,6 +228,11 @@ class Supervisor:
         _log.warning("worker %s is gone: %s", slot.worker_id, reason)
         self._callbacks.lost(slot.worker_id, slot.epoch, event.reason)
         self._replace(slot)
+
+    def _remove(self, slot: WorkerSlot) -> None:
+        """Forget a worker; a later one of its name counts on from its incarnations."""
+        self._retired_epochs[slot.worker_id] = slot.epoch
+        del self.slots[slot.worker_id]
 
     def _host_ended(self, reason: str) -> None:
         """The host takes every worker with it."""

@@ -6,12 +6,14 @@ is `core/residency.py`'s. Called by `LocalCluster`, on the loop's thread.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from msgspec.structs import replace
 
+from penstock.control.controller import Controller
+from penstock.core.errors import UnknownRequest
 from penstock.core.messages import Message
 from penstock.core.residency import KVQuery, KVSurvey, Place, PlacedBlock, Survey, Surveyed
 from penstock.core.types import RequestId, WorkerId
@@ -71,11 +73,27 @@ class Surveys:
             if not question.waiting and not question.done.done():
                 question.done.set_result(None)
 
-    async def survey(
-        self, workers: Iterable[WorkerId], query: KVQuery, wire_ids: tuple[RequestId, ...] = ()
+    async def survey(self, controller: Controller, query: KVQuery) -> KVSurvey:
+        """Ask the workers that are up; they know requests by ids of their own.
+
+        Raises: `UnknownRequest` when none of the requests is live.
+        """
+        records = [controller.requests[r] for r in query.request_ids if r in controller.requests]
+        if query.request_ids and not records:
+            raise UnknownRequest(
+                f"{query.request_ids[0]} is not under way: what it left is cached under the names "
+                "of its blocks",
+                "request",
+            )
+        wire_ids = tuple(record.wire_id for record in records)
+        everybody = list(controller.workers)
+        wanted = everybody if query.worker_id is None else [query.worker_id]
+        return await self.ask(wanted, query, wire_ids)
+
+    async def ask(
+        self, order: Sequence[WorkerId], query: KVQuery, wire_ids: tuple[RequestId, ...] = ()
     ) -> KVSurvey:
-        """Ask `workers` as the query says; requests go by the ids that workers know."""
-        order = list(workers)
+        """Ask these workers, in this order."""
         answers = await self._ask(order, Survey(number=0))
         begin = order.index(query.first) if query.first in order else 0
         places = [

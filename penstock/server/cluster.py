@@ -60,6 +60,9 @@ class ClusterView(Struct, kw_only=True):
     `regime` is normal, imbalanced or overloaded; loads are ratios to what the SLOs allow, 1 is
     full. `flips` counts workers that changed sides by themselves, `wanted_workers` would bring both
     loads to 0.8. Without a worker that could change sides nobody looks, and they stay 0.
+
+    With `--max-workers` so many workers of the server's own host, between `workers_min` and
+    `workers_max`, are started and retired as the load asks for; else all of these are 0.
     """
 
     workers: list[WorkerView]
@@ -78,6 +81,10 @@ class ClusterView(Struct, kw_only=True):
     load_decode: float = 0.0
     flips: int = 0
     wanted_workers: int = 0
+    workers_min: int = 0
+    workers_max: int = 0
+    workers_started: int = 0
+    workers_retired: int = 0
 
 
 class StartWorkers(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -182,6 +189,10 @@ def view(status: ClusterStatus) -> ClusterView:
         load_decode=round(status.load_decode, 4),
         flips=status.flips,
         wanted_workers=status.wanted_workers,
+        workers_min=status.limits.least,
+        workers_max=status.limits.most,
+        workers_started=status.limits.started,
+        workers_retired=status.limits.retired,
     )
 
 

@@ -219,6 +219,9 @@ class Metrics(Collector):
         yield self._gauge("load", loads, ("side",))
         yield self._counter("role_flips", {(): status.flips})
         yield self._gauge("wanted_workers", {(): status.wanted_workers})
+        if status.limits.most:
+            yield self._counter("workers_started", {(): status.limits.started})
+            yield self._counter("workers_retired", {(): status.limits.retired})
         for name, field in _WORKER_PREDICTIONS.items():
             series: Series = {_named_by_role(w): getattr(w, field) for w in status.workers}
             if name.endswith("_seconds"):
@@ -345,6 +348,8 @@ _HELP = {
     "load": "Load of a side of the cluster over what its SLO allows, 1 is full.",
     "role_flips": "Workers that changed sides by themselves.",
     "wanted_workers": "Workers that would bring both sides to a load of 0.8.",
+    "workers_started": "Workers that were started because the load asked for them.",
+    "workers_retired": "Workers that were retired because they had little to do.",
     "worker_backlog_seconds": "Predicted time of the prefills that a worker has ahead.",
     "worker_step_seconds": "Predicted time of a worker's decode step with one sequence more.",
     "worker_decodes": "Sequences that decode on a worker, or are to.",

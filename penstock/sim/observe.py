@@ -98,6 +98,8 @@ class Observation:
     unfinished: int = 0
     ended_ns: int = 0
     flips: int = 0
+    started: int = 0
+    retired: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0

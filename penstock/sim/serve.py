@@ -6,18 +6,21 @@ result is when every request got its tokens, and how busy everybody was (`Observ
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 
 from penstock.control.controller import Controller
 from penstock.control.policies import USES_PREFIXES
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
-from penstock.core.events import Event, Move, MoveDone, WorkerLost
+from penstock.core.events import Event, Move, MoveDone, Retire, WorkerLost
 from penstock.core.messages import (
     Hello,
     Message,
     RequestFailed,
+    Resize,
+    Stop,
     Submit,
     TokenOutput,
     Tokens,
@@ -48,7 +51,8 @@ class ServeSpec:
     worker: the result is the same with 1, and takes twenty times as long.
     `is_defragmenting` is off because its plans take as long to make as all else, and what they
     save, microseconds of a pull, is beneath what is asked here. A dead worker stays away for
-    `respawn_ns`; everybody is looked at once per `sample_ns`.
+    `respawn_ns`, and as long takes one that the controller asks for, on the host and the hardware
+    of the first of its role; everybody is looked at once per `sample_ns`.
     """
 
     members: tuple[Member, ...]
@@ -112,6 +116,7 @@ class ModelledWorker:
         self.core = Worker(self.config)
         self.executor = ModelledExecutor(fabric.clock, hardware.times, hardware.spread, is_crowded)
         self.is_alive = True
+        self.has_left = False
         self._fabric = fabric
         clock = MortalClock(fabric.clock, lambda: self.is_alive)
         self._node = Node(self.core, clock=clock, transport=self, executor=self.executor)
@@ -123,9 +128,13 @@ class ModelledWorker:
 
     def deliver(self, event: Event) -> None:
         """Take an event in, unless dead. Repeated steps stop for it."""
-        if self.is_alive:
-            self.executor.stop()
-            self._node.deliver(event)
+        if not self.is_alive:
+            return
+        self.executor.stop()
+        self._node.deliver(event)
+        if isinstance(event, Stop):
+            self.is_alive, self.has_left = False, True
+            self._fabric.leave(self.config.worker_id)
 
     def send(self, to: WorkerId, message: Message) -> None:
         """Say something, if still alive."""
@@ -159,10 +168,11 @@ class ModelledCluster:
     ) -> None:
         self.spec = spec
         self.clock = SimClock()
-        hosts = {WorkerId(m.name): m.host for m in spec.members}
-        self.fabric = Fabric(self.clock, spec.fabric, hosts)
+        self._hosts = {WorkerId(m.name): m.host for m in spec.members}
+        self.fabric = Fabric(self.clock, spec.fabric, self._hosts)
         self.controller = Controller(spec.controller)
         self.workers: dict[str, ModelledWorker] = {}
+        self._coming: set[str] = set()
         self.observation = Observation()
         self._arrivals: Iterator[Arrival] = iter(arrivals)
         self._is_exhausted = False
@@ -196,6 +206,8 @@ class ModelledCluster:
         self.observation.ended_ns = self.clock.now_ns()
         self.observation.unfinished = len(self._under_way)
         self.observation.note_books(self.fabric, self.workers.values())
+        limits = self.controller.status().limits
+        self.observation.started, self.observation.retired = limits.started, limits.retired
         return self.observation
 
     @property
@@ -242,6 +254,8 @@ class ModelledCluster:
                 served, _ = self._under_way.pop(request_id)
                 served.error = reason
                 self.observation.num_ended += 1
+            case Resize():
+                self._resize(message)
             case _:
                 raise AssertionError(f"a {type(message).__name__} is not for the front end")
 
@@ -274,7 +288,28 @@ class ModelledCluster:
         if before is not None:
             worker.executor.continue_from(before.executor)
         self.workers[member.name] = worker
+        self._coming.discard(member.name)
         worker.start()
+
+    def _resize(self, change: Resize) -> None:
+        """Start and retire workers as the controller asks."""
+        now_ns = self.clock.now_ns()
+        for role in change.start:
+            like = next((m for m in self.spec.members if m.role is role), self.spec.members[0])
+            names = (f"{role.value}-{number}" for number in count())
+            member = replace(like, name=next(filter(self._is_free, names)), role=role)
+            self._hosts[WorkerId(member.name)] = member.host
+            self._coming.add(member.name)
+            before = self.workers.get(member.name)
+            start = partial(self._start, member, before.config.epoch + 1 if before else 1)
+            self.clock.call_at(now_ns + self.spec.respawn_ns, start)
+        if change.retire is not None:
+            epoch = self.workers[change.retire].config.epoch
+            self._node.deliver(Retire(change.retire, epoch))
+
+    def _is_free(self, name: str) -> bool:
+        worker = self.workers.get(name)
+        return name not in self._coming and (worker is None or worker.has_left)
 
     def _has_busy_neighbour(self, member: Member) -> bool:
         """Tell whether another worker of the same host is in a step."""

@@ -73,6 +73,9 @@ class Summary(Struct, frozen=True, kw_only=True):
     utilisation: dict[str, float]
     utilisation_by_worker: dict[str, float]
     flips: int
+    workers_mean: float
+    workers_started: int
+    workers_retired: int
     prefix_hit_share: float
     preemptions: int
     gigabytes_moved: float
@@ -113,6 +116,9 @@ def summarise(seen: Observation, slo: Slo) -> Summary:
         utilisation=_utilisation_by_role(seen),
         utilisation_by_worker=_utilisation(seen),
         flips=seen.flips,
+        workers_mean=_mean([len(sample.roles) for sample in seen.samples]),
+        workers_started=seen.started,
+        workers_retired=seen.retired,
         prefix_hit_share=seen.prefix_hits / max(seen.prefix_queries, 1),
         preemptions=seen.preemptions,
         gigabytes_moved=seen.bytes_moved / 1e9,

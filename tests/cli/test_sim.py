@@ -55,6 +55,7 @@ def test_a_fault_is_felt(capsys: pytest.CaptureFixture[str]) -> None:
         (["--fault", "kill:decode-7@4"], "decode-0"),
         (["--fault", "slow:decode-0@4"], "xFACTOR"),
         (["--cluster", "9xZX81"], "no profile"),
+        (["--min-workers", "3", "--max-workers", "2"], "begins with 2"),
         (["--workload", "nowhere.csv"], "neither a file nor a rule"),
     ],
 )

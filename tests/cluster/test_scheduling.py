@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from penstock.cli.cluster import BUILTIN_MODEL
 from penstock.cli.explain_log import LogExplainer
@@ -214,3 +215,45 @@ def test_a_real_request_is_explained_while_it_is_known_and_from_the_log(tmp_path
     assert len(told) == 4
     assert explainer.num_differing == 0
     assert (told[-1].request_id, told[-1].actual.ttft_ms) == (one["request_id"], actual["ttft_ms"])
+
+
+def test_workers_come_with_the_load_and_go_when_it_is_over(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="penstock.runtime.local")
+
+    async def story(cluster: LocalCluster) -> None:
+        await press(cluster, 4, lambda: cluster.status().limits.started)
+        async with asyncio.timeout(20):
+            while len(roles(cluster)) < 3:
+                await asyncio.sleep(0.01)
+        before = cluster.status()
+        assert (before.limits.started, before.limits.most) == (1, 3)
+        (added,) = set(roles(cluster)) - {P0, D0}
+        assert roles(cluster)[added] is Role.PREFILL
+        slots = cluster._supervisor.slots
+        assert sorted(slots) == sorted(roles(cluster))
+        async with http_client(cluster) as http:
+            answer = (await http.get("/cluster")).json()
+            assert (answer["workers_min"], answer["workers_max"]) == (2, 3)
+            assert answer["workers_started"] == 1
+            # It takes prompts like any other, and lets them be finished when it has to go.
+            streams = [Stream(cluster, prompt, greedy(30)) for prompt in prompts(16, 400, 5)]
+            for stream in streams:
+                assert len(await stream.tokens()) == 30
+            assert added in {stream.timeline.prefill_worker for stream in streams}
+            async with asyncio.timeout(20):
+                while len(slots) > 2:
+                    await asyncio.sleep(0.01)
+            assert (
+                'workers_retired_total{model_name="tiny"} 1.0' in (await http.get("/metrics")).text
+            )
+        assert sorted(role.value for role in roles(cluster).values()) == ["decode", "prefill"]
+        status = cluster.status()
+        assert (status.failed, status.retried) == (0, 0)
+        await balanced(cluster)
+
+    control = replace(
+        QUICK, workers_min=2, workers_max=3, resize_pause_ms=500, retire_after_ms=1000
+    )
+    run(story, control)
+    assert "worker prefill-1 is started (3 of at most 3 here): prefill load" in caplog.text
+    assert "is retired (2 of at most 3 here): prefill load" in caplog.text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock.core.config import EngineConfig
+from penstock.core.config import ControllerConfig, EngineConfig
 from penstock.core.errors import StartupFailed
 from penstock.runtime.settings import (
     ClusterSettings,
@@ -48,3 +48,28 @@ def test_workers_of_another_host_are_called_after_it():
 def test_silence_must_be_longer_than_a_few_heartbeats():
     with pytest.raises(StartupFailed, match="--lost-after"):
         PulseSettings(interval_s=1.0, suspect_after_s=0.5, lost_after_s=1.5)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "counts", "said"),
+    [
+        (3, 2, {}, "--min-workers 3 is more than --max-workers 2"),
+        (1, 2, {"decode": 2}, "--max-workers 2: --prefill 1 --decode 2 --mixed 0 are 3"),
+        (3, 4, {}, "--min-workers 3: --prefill 1 --decode 1 --mixed 0 are only 2"),
+        (1, 2, {"prefill": 0, "decode": 0}, "load no model here"),
+    ],
+)
+def test_limits_of_the_number_of_workers_must_hold_what_it_begins_with(
+    least: int, most: int, counts: dict[str, int], said: str
+):
+    control = ControllerConfig(workers_min=least, workers_max=most)
+    network = NetworkSettings(host="127.0.0.1")
+    with pytest.raises(StartupFailed, match=said):
+        ClusterSettings(engine=EngineConfig(model="m"), control=control, network=network, **counts)
+
+
+def test_cores_and_memory_do_for_the_most_workers_there_may_be():
+    control = ControllerConfig(workers_min=2, workers_max=6)
+    settings = ClusterSettings(engine=EngineConfig(model="m"), control=control)
+    assert (settings.num_workers, settings.most_workers) == (2, 6)
+    assert ClusterSettings(engine=EngineConfig(model="m"), decode=4).most_workers == 5

@@ -47,7 +47,7 @@ class Workers:
     def ask(self, **query: object) -> KVSurvey:
         async def story() -> KVSurvey:
             wire_ids = (RequestId("r~1"),)
-            return await self.surveys.survey(NAMES, KVQuery(**query), wire_ids)  # type: ignore[arg-type]
+            return await self.surveys.ask(NAMES, KVQuery(**query), wire_ids)  # type: ignore[arg-type]
 
         return asyncio.run(story())
 
@@ -97,9 +97,9 @@ def test_an_answer_that_is_late_or_said_twice_changes_nothing():
     workers = three()
 
     async def story() -> None:
-        first = await workers.surveys.survey(NAMES, KVQuery())
+        first = await workers.surveys.ask(NAMES, KVQuery())
         workers.surveys.take(first.answers[0])
-        again = await workers.surveys.survey(NAMES, KVQuery())
+        again = await workers.surveys.ask(NAMES, KVQuery())
         assert [answer.worker_id for answer in again.answers] == NAMES
         assert {answer.number for answer in again.answers} == {2}
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from penstock.core.config import ControllerConfig
 from penstock.core.types import NS_PER_MS, NS_PER_S
 from penstock.sim.choose import WorkloadSpec, make_workload
 from penstock.sim.fabric import FabricCost
@@ -133,3 +134,24 @@ def test_samples_say_who_was_busy_and_with_what() -> None:
 def test_the_limit_ends_a_run_and_says_what_is_left() -> None:
     cluster = ModelledCluster(ServeSpec(members=PAIR), [Arrival(0, ((9, 1000),), 100_000)])
     assert cluster.run(limit_s=3.0).unfinished == 1
+
+
+def test_workers_come_with_a_wave_of_requests_and_go_after_it() -> None:
+    control = ControllerConfig(
+        policy="predicted",
+        workers_min=2,
+        workers_max=5,
+        retire_after_ms=5000.0,
+        usual_ttft_ms=1000.0,
+    )
+    wave = [Arrival((20 * i) * NS_PER_MS, ((10 + i, 3000),), 30) for i in range(1500)]
+    after = [Arrival(NS_PER_S * (60 + i), ((5000 + i, 300),), 10) for i in range(60)]
+    spec = ServeSpec(members=PAIR, controller=control, respawn_ns=2 * NS_PER_S)
+    seen = serve(wave + after, spec)
+    assert not [s.error for s in seen.served if s.error]
+    counts = [len(sample.roles) for sample in seen.samples]
+    assert (counts[0], max(counts), counts[-1]) == (0, 5, 2)
+    assert (seen.started, seen.retired) == (3, 3)
+    roles = [sorted(sample.roles.values()) for sample in seen.samples if len(sample.roles) == 5]
+    assert roles[-1].count("prefill") >= 3  # long prompts and short answers
+    assert seen.served == serve(wave + after, spec).served
