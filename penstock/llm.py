@@ -31,6 +31,7 @@ from penstock.runtime.settings import ClusterSettings, ModelFacts
 from penstock.server.chat_template import Message
 from penstock.server.choice import Choice
 from penstock.server.intake import Query
+from penstock.server.residency import KVResidencyView, make_query, view
 from penstock.server.settings import ServedModel
 from penstock.server.tokenizer import Tokenizer
 
@@ -110,6 +111,17 @@ class LLM:
     def status(self) -> ClusterStatus:
         """Return the cluster as of now."""
         return self._background.call(_status(self._background.cluster))
+
+    def kv_residency(
+        self, *, limit: int = 0, prefix: str = "", after: str | None = None
+    ) -> KVResidencyView:
+        """Say where KV blocks are: totals, and up to `limit` single blocks, those whose name begins
+        with the hexadecimal digits `prefix`, from the `next` of an earlier answer on.
+
+        Raises: `BadRequest` for what is none of these.
+        """
+        query = make_query(limit=limit, prefix=prefix, after=after)
+        return view(self._background.call(self._background.cluster.survey(query)))
 
     def generate(
         self,

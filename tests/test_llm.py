@@ -118,6 +118,25 @@ def test_it_works_inside_a_running_loop_and_from_several_threads(llm: LLM):
     assert len(set(results)) == 1
 
 
+def test_where_its_kv_blocks_are(llm: LLM):
+    llm.generate([[11] * 100], GREEDY)
+    residency = llm.kv_residency(limit=5)
+    assert [worker.id for worker in residency.workers] == ["prefill-0", "decode-0"]
+    assert residency.silent == []
+    for worker in residency.workers:
+        (pool,) = worker.pools
+        assert pool.blocks == pool.active + pool.cached + pool.free
+        assert pool.cached
+    assert len(residency.blocks) == 5
+    assert residency.next is not None
+    name = residency.blocks[0].name
+    assert name is not None
+    copies = llm.kv_residency(limit=10, prefix=name).blocks
+    assert {copy.name for copy in copies} == {name}
+    with pytest.raises(BadRequest, match="hexadecimal"):
+        llm.kv_residency(limit=1, prefix="what")
+
+
 def test_a_model_that_is_missing_is_explained():
     with pytest.raises(StartupFailed, match="no such folder"):
         LLM("/no/such/model")

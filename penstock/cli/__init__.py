@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from penstock.cli.explain import explain
 
                 return explain(options)
+            case "kv":
+                from penstock.cli.kv import kv
+
+                return kv(options)
             case "replay":
                 from penstock.cli.replay import replay
 

@@ -6,6 +6,7 @@ import os
 from penstock.cli.control_arguments import add_scheduling
 from penstock.cli.doctor_arguments import add_doctor
 from penstock.cli.explain_arguments import add_explain
+from penstock.cli.kv_arguments import add_kv
 from penstock.cli.sim_arguments import add_replay, add_sim
 from penstock.cli.values import count, port, positive
 from penstock.cli.worker_arguments import add_limits, add_network, add_worker
@@ -21,6 +22,7 @@ examples:
   penstock worker --join 10.0.0.5:7777        add a worker of this host to a server elsewhere
   penstock chat                               talk to a server on this machine
   penstock explain REQUEST_ID                 why a request went where it went
+  penstock kv                                 where the KV blocks are
   penstock doctor                             what this machine can do, and what it lacks
   penstock sim serve --help                   simulate a cluster of GPUs: none is needed
   penstock replay run.log                     simulate a recorded run with one thing changed
@@ -58,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     add_doctor(commands)
     add_explain(commands)
+    add_kv(commands)
     add_sim(commands)
     add_replay(commands)
     return parser

@@ -5,10 +5,10 @@ Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code
 who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, Migrate, PeerUp, PeerDown, TellNames,   worker
-                        Stop, Ping
+                        Stop, Ping, Survey
 controller              Tokens, RequestFailed, Resize                     front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
-                        Expired, RequestFailed, Ping
+                        Expired, RequestFailed, Ping, Surveyed
 prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release, Grant                             prefill worker
 worker                  ShelfChanged, ShelfUsed                           worker of its host
@@ -24,6 +24,7 @@ from msgspec.msgpack import Decoder, Encoder
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
+from penstock.core.residency import Survey, Surveyed
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
 from penstock.core.tiers import ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import (
@@ -344,6 +345,8 @@ Message = (
     | Renew
     | Withdraw
     | Release
+    | Survey
+    | Surveyed
     | ShelfChanged
     | ShelfUsed
 )

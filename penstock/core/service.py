@@ -13,6 +13,7 @@ from penstock.core.descriptors import WorkerInfo
 from penstock.core.explain import Accuracy, Explanation
 from penstock.core.messages import Load, RequestFailed, TokenOutput
 from penstock.core.request import Request
+from penstock.core.residency import KVQuery, KVSurvey
 from penstock.core.types import RequestId, Role, WorkerId
 
 Sink = Callable[[TokenOutput | RequestFailed], None]
@@ -106,6 +107,18 @@ class Service(Protocol):
 
     def accuracy(self) -> Accuracy:
         """Return how good predictions were, as totals since the start."""
+
+
+class KVDirectory(Protocol):
+    """A cluster that can say where its KV blocks are. Calls are made on the event loop's thread;
+    they ask the workers and wait for their answers, a few seconds at most.
+    """
+
+    async def survey(self, query: KVQuery) -> KVSurvey:
+        """Say where blocks are.
+
+        Raises: `UnknownWorker`; `UnknownRequest` when none of the requests is live.
+        """
 
 
 class Administration(Protocol):

@@ -2,8 +2,8 @@
 
 Owns every group's blocks and what each request holds of them. A request is opened, grows, reports
 which tokens have been computed, and is closed; in between its blocks may be offered to another
-worker, or adopted from one. It knows neither time nor memory nor peers: the worker core decides,
-the executor computes, the transport copies.
+worker, or adopted from one. It knows neither memory nor peers, and of time what `Retention` is
+told: the worker core decides, the executor computes, the transport copies.
 
 tokens of a request   0 ........ window ........ num_computed ........ capacity
 full group            | held, full blocks named | held                 |
@@ -24,6 +24,7 @@ from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.allocator import run_lengths
 from penstock.kv.group import Adopted, GroupCache, Held, Pull
 from penstock.kv.pool import Generations
+from penstock.kv.retention import Retention
 from penstock.kv.table import BlockTables
 
 NEVER: Final = 1 << 62
@@ -73,6 +74,9 @@ class KVCache:
             GroupCache(group, count, layout.block_size, counter)
             for group, count, counter in zip(layout.groups, num_blocks, counters, strict=True)
         )
+        self.retention = Retention(min(num_blocks))
+        for cache in self.groups:
+            cache.pool.prefix_cache.retention = self.retention
         self._is_prefix_caching = is_prefix_caching
         self._tables = BlockTables(len(self.groups))
         self._holdings: dict[RequestId, _Holding] = {}
@@ -250,6 +254,11 @@ class KVCache:
 
     # --- queries
 
+    def held(self, request_id: RequestId) -> tuple[list[BlockId], ...] | None:
+        """Return the blocks that an open request holds, per group, in order; None if it is not."""
+        holding = self._holdings.get(request_id)
+        return None if holding is None else tuple(h.held_ids for h in holding.groups)
+
     def tables(self, request_ids: Iterable[RequestId], max_tokens: int) -> tuple[Int32, ...]:
         """Return a copy of block tables for up to `max_tokens` tokens, [S, W] int32 per group.
 
@@ -294,6 +303,7 @@ class KVCache:
 
     def check(self) -> None:
         """Assert that every pool balances and that a block has as many holders as holdings."""
+        self.retention.check()
         for index, group in enumerate(self.groups):
             group.pool.check()
             counts = [0] * group.pool.num_blocks

@@ -10,7 +10,7 @@ ACTIVE   somebody    no                   once it is full
 CACHED   nobody      no (kept), yes (spare): see `kv/prefix_cache.py`
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -77,6 +77,11 @@ class BlockPool:
         """Blocks that `allocate` can give, free or cached; not those that a relocation reads."""
         kept = self.prefix_cache.num_kept - self.prefix_cache.num_pinned
         return self.allocator.num_free + kept
+
+    @property
+    def relocating(self) -> Collection[BlockId]:
+        """Blocks that a relocation writes."""
+        return self._relocating.keys()
 
     def state(self, block_id: BlockId) -> BlockState:
         """Return the state of a block."""
@@ -226,7 +231,9 @@ class BlockPool:
             return False
         wanted = max(SPARE_TIMES_WANTED * count, int(SPARE_SHARE * self.num_blocks))
         if wanted > self.allocator.num_free:
-            self.allocator.free(self.prefix_cache.give_up(wanted - self.allocator.num_free))
+            num_free = self.allocator.num_free
+            given_up = self.prefix_cache.give_up(wanted - num_free, max(0, count - num_free))
+            self.allocator.free(given_up)
         return True
 
     def _hold_new(self, block_ids: list[BlockId] | None) -> list[BlockId]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from penstock.core.types import BlockHash, BlockId
+from penstock.kv.retention import Retention
 
 
 class PrefixCache:
@@ -27,6 +28,9 @@ class PrefixCache:
         self._kept: OrderedDict[int, BlockId] = OrderedDict()  # place in the order of release
         self._place_of: dict[BlockId, int] = {}
         self._next_place = 0
+        self._let_go_ns: dict[BlockId, int] = {}
+        self.retention = Retention(0)
+        """What is to be kept longer than its age says, and the time."""
         self._spare: set[BlockId] = set()
         self._pinned: set[BlockId] = set()
         self.changes: dict[BlockHash, bool] | None = None
@@ -73,6 +77,14 @@ class PrefixCache:
     def is_spare(self, block_id: BlockId) -> bool:
         """Tell whether the block may be overwritten."""
         return block_id in self._spare
+
+    def idle_ns(self, block_id: BlockId) -> int:
+        """Return how long ago an idle block was let go."""
+        return self.retention.now_ns - self._let_go_ns[block_id]
+
+    def name(self, block_id: BlockId) -> BlockHash | None:
+        """Return what the block is called."""
+        return self._hash_of.get(block_id)
 
     def find(self, block_hash: BlockHash) -> BlockId | None:
         """Return the block with this content."""
@@ -122,6 +134,7 @@ class PrefixCache:
         self._kept[self._next_place] = block_id
         self._place_of[block_id] = self._next_place
         self._next_place += 1
+        self._let_go_ns[block_id] = self.retention.now_ns
         if self.parked is not None:
             self.parked.append(self._hash_of[block_id])
 
@@ -131,22 +144,38 @@ class PrefixCache:
             self._spare.remove(block_id)
         else:
             del self._kept[self._place_of.pop(block_id)]
+        del self._let_go_ns[block_id]
 
-    def give_up(self, count: int) -> list[BlockId]:
+    def give_up(self, count: int, needed: int = 0) -> list[BlockId]:
         """Make the `count` longest kept blocks spare, or all there are, and return them.
 
         Blocks are let go last one first, so a prefix is given up from its end and stays useful.
-        Those that are pinned stay.
+        Those that are pinned stay. Blocks that are to be retained are given up only as far as
+        others do not make `needed`.
         """
-        oldest = iter(self._kept.items())
-        if self._pinned:
-            oldest = filter(lambda entry: entry[1] not in self._pinned, oldest)
-        places = [place for place, _ in islice(oldest, count)]
-        given_up = [self._kept.pop(place) for place in places]
+        if not self.retention.is_empty:
+            chosen = self._least_wanted(count, needed)
+        else:
+            oldest = iter(self._kept.items())
+            if self._pinned:
+                oldest = filter(lambda entry: entry[1] not in self._pinned, oldest)
+            chosen = [place for place, _ in islice(oldest, count)]
+        given_up = [self._kept.pop(place) for place in chosen]
         for block_id in given_up:
             del self._place_of[block_id]
         self._spare.update(given_up)
         return given_up
+
+    def _least_wanted(self, count: int, needed: int) -> list[int]:
+        """Return places of kept blocks: `count` that nobody wants, or `needed` with others."""
+        by_strength: list[list[int]] = [[], [], []]
+        for place, block_id in self._kept.items():
+            if block_id not in self._pinned:
+                by_strength[self.retention.strength(self._hash_of[block_id])].append(place)
+                if len(by_strength[0]) == count:
+                    break
+        unwanted, retained, pinned = by_strength
+        return unwanted + (retained + pinned)[: max(0, needed - len(unwanted))]
 
     def pin(self, block_ids: Iterable[BlockId]) -> None:
         """Keep kept blocks from being given up; hits may hold them all the same."""
@@ -165,6 +194,7 @@ class PrefixCache:
         place, block_hash = self._place_of.pop(source), self._hash_of.pop(source)
         self._kept[place] = destination
         self._place_of[destination] = place
+        self._let_go_ns[destination] = self._let_go_ns.pop(source)
         self._block_of[block_hash] = destination
         self._hash_of[destination] = block_hash
 
@@ -182,6 +212,7 @@ class PrefixCache:
         """Drop the names of those blocks that are spare: they are about to be overwritten."""
         for block_id in self._spare.intersection(block_ids):
             self._spare.remove(block_id)
+            del self._let_go_ns[block_id]
             block_hash = self._hash_of.pop(block_id)
             del self._block_of[block_hash]
             if self.changes is not None:
@@ -202,3 +233,4 @@ class PrefixCache:
         assert self._pinned <= self._hash_of.keys() - self._spare
         assert self._hash_of.keys() >= self._spare
         assert not self._place_of.keys() & self._spare
+        assert self._let_go_ns.keys() == self._place_of.keys() | self._spare

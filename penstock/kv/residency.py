@@ -27,12 +27,23 @@ LADDER_MAX: Final = 8
 """Blocks used more often than this are taken to be reused alike."""
 
 
+HOT_NS: Final = 10 * NS_PER_S
+WARM_NS: Final = 120 * NS_PER_S
+
+
 class Temperature(Enum):
     """How soon a block is likely to be used again."""
 
     HOT = "hot"
     WARM = "warm"
     COLD = "cold"
+
+
+def temperature_of(idle_ns: float, *, hot_ns: int = HOT_NS, warm_ns: int = WARM_NS) -> Temperature:
+    """Return how warm a block is that was, or will be, used so long ago, or so soon."""
+    if idle_ns <= hot_ns:
+        return Temperature.HOT
+    return Temperature.WARM if idle_ns <= warm_ns else Temperature.COLD
 
 
 @dataclass(slots=True, eq=False)
@@ -62,8 +73,8 @@ class Residency:
         self,
         tiers: Iterable[TierSpec],
         *,
-        hot_ns: int = 10 * NS_PER_S,
-        warm_ns: int = 120 * NS_PER_S,
+        hot_ns: int = HOT_NS,
+        warm_ns: int = WARM_NS,
     ) -> None:
         self.capacity_bytes: Mapping[Tier, int] = {t.tier: t.capacity_bytes for t in tiers}
         self._used_bytes = dict.fromkeys(self.capacity_bytes, 0)
@@ -211,9 +222,12 @@ class Residency:
         due_ns = self.expected_use_ns(key, now_ns)
         if due_ns is not None:
             nearest_ns = min(nearest_ns, due_ns)
-        if nearest_ns <= self._hot_ns:
-            return Temperature.HOT
-        return Temperature.WARM if nearest_ns <= self._warm_ns else Temperature.COLD
+        return temperature_of(nearest_ns, hot_ns=self._hot_ns, warm_ns=self._warm_ns)
+
+    def idle_ns(self, key: BlockKey, now_ns: int) -> int | None:
+        """Return the time since the block was used; None if it never was."""
+        last_use_ns = self._entries[key].last_use_ns
+        return None if last_use_ns is None else now_ns - last_use_ns
 
     # ------------------------------------------------------------------------------ the books
 

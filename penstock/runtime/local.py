@@ -35,6 +35,7 @@ from penstock.core.messages import (
 )
 from penstock.core.node import Node
 from penstock.core.request import Request
+from penstock.core.residency import KVQuery, KVSurvey, Surveyed
 from penstock.core.service import ClusterStatus, Sink
 from penstock.core.types import CONTROLLER, FRONT, RequestId, Role, WorkerId
 from penstock.runtime.clock import LoopClock
@@ -46,6 +47,7 @@ from penstock.runtime.messaging import Messenger, open_network
 from penstock.runtime.process import HostProcess
 from penstock.runtime.settings import ClusterSettings, ModelFacts
 from penstock.runtime.supervisor import Callbacks, Supervisor
+from penstock.runtime.surveys import Surveys
 from penstock.runtime.worker import CONTROLLER_EPOCH
 
 WORKER_END_TIMEOUT_S = 2.0
@@ -112,6 +114,7 @@ class LocalCluster:
         self._membership = Membership(
             self._messenger, self.settings, deliver=self._deliver, kill=self._supervisor.kill
         )
+        self._surveys = Surveys(self._messenger.send)
         self._watching = asyncio.ensure_future(self._membership.watch())
         self._supervisor.start()
         self._is_started = True
@@ -198,6 +201,15 @@ class LocalCluster:
         """Return how good predictions were, as totals since the start."""
         return self.controller.accuracy()
 
+    async def survey(self, query: KVQuery) -> KVSurvey:
+        """Say where KV blocks are, as the workers answer within a few seconds.
+
+        Raises: `UnknownWorker`; `UnknownRequest` when none of the requests is live.
+        """
+        if query.worker_id is not None:
+            self._info(query.worker_id)
+        return await self._surveys.survey(self.controller, query)
+
     # ----------------------------------------------------------------------------- administration
 
     def start_workers(self, role: Role, count: int) -> tuple[WorkerId, ...]:
@@ -278,6 +290,8 @@ class LocalCluster:
             self._deliver(message)
             self._supervisor.joined(message.info.worker_id, message.info.epoch)
             self._note_ready()
+        elif isinstance(message, Surveyed):
+            self._surveys.take(message)
         elif not self._membership.receive(message):
             self._deliver(message)
 

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.core.errors import BadRequest, CapacityExceeded, PenstockError
-from penstock.core.service import Administration, Service
+from penstock.core.service import Administration, KVDirectory, Service
 from penstock.server.asgi import JSON, read_body, respond
 from penstock.server.cluster import ClusterApi
 from penstock.server.errors import error_body, error_headers, error_kind, http_error_body
@@ -34,6 +34,7 @@ from penstock.server.intake import Intake, Query
 from penstock.server.metrics import Metrics
 from penstock.server.openai import CHAT, TEXT, ChunkWriter, Form, token_text
 from penstock.server.openapi import describe_api
+from penstock.server.residency import ResidencyApi
 from penstock.server.results import (
     DetokenizeResult,
     Health,
@@ -67,10 +68,12 @@ def create_app(
     model: ServedModel,
     settings: ServerSettings,
     administration: Administration | None = None,
+    directory: KVDirectory | None = None,
 ) -> Starlette:
     """Return the application that serves `model` from `service`."""
     api = Api(service, model, settings)
     cluster = ClusterApi(service, administration)
+    residency = ResidencyApi(directory, api.explanations.ids_of)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -93,6 +96,7 @@ def create_app(
             Route("/pd_role_switch", cluster.switch_role, methods=["POST"]),
             Route("/cluster/workers/{worker}", cluster.retire_worker, methods=["DELETE"]),
             Route("/cluster/requests/{request_id:path}/explanation", api.explanations.show),
+            Route("/kv/residency", residency.show),
             Route("/openapi.json", api.show_openapi),
             Route("/docs", api.show_docs),
         ],

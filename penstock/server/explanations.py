@@ -47,11 +47,14 @@ class ExplanationApi:
         while len(self._ids) > KEPT_MAX:
             self._ids.popitem(last=False)
 
+    def ids_of(self, name: str) -> tuple[RequestId, ...]:
+        """Return the requests that a client's name stands for; as it is if nobody knows it."""
+        return self._ids.get(name, (RequestId(name),))
+
     async def show(self, request: HttpRequest) -> Response:
         """Say why the requests of a response went where they went."""
         name = request.path_params["request_id"]
-        ids = self._ids.get(name, (RequestId(name),))
-        found = [e for e in map(self._service.explain, ids) if e is not None]
+        found = [e for e in map(self._service.explain, self.ids_of(name)) if e is not None]
         if not found:
             raise UnknownRequest(_advice(name, is_known=name in self._ids), "request_id")
         body = msgspec.json.encode(ExplainedRequests(id=name, requests=found))

@@ -4,8 +4,8 @@ Owns the list of operations in words. `app.py` serves the result at `/openapi.js
 `/docs` shows it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from penstock.server.cluster import (
 )
 from penstock.server.errors import ERROR_KINDS, ErrorBody
 from penstock.server.explanations import ExplainedRequests
+from penstock.server.residency import PARAMETERS, KVResidencyView
 from penstock.server.results import (
     ChatCompletion,
     Completion,
@@ -46,6 +47,7 @@ class _Operation:
     body: type | None
     result: type | str
     is_stream: bool = False
+    query: Mapping[str, str] = field(default_factory=dict)
 
 
 _OPERATIONS = (
@@ -77,6 +79,10 @@ _OPERATIONS = (
     _Operation("post", "/pd_role_switch", "Give a worker another role", SwitchRole, RoleSwitched),
     _Operation(
         "delete", "/cluster/workers/{worker}", "Let a worker finish and leave", None, WorkerLeaves
+    ),
+    _Operation(
+        "get", "/kv/residency", "Where the KV blocks are, in which codec, how warm",
+        None, KVResidencyView, query=PARAMETERS,
     ),
 )  # fmt: skip
 
@@ -138,6 +144,9 @@ def _describe(operation: _Operation, refs: dict[type, dict[str, Any]]) -> dict[s
     for name, words in _PATH_PARAMETERS.items():
         if f"{{{name}}}" in operation.path:
             description["parameters"] = [_parameter(name, "path", words, True)]
+    if operation.query:
+        asked = [_parameter(name, "query", words) for name, words in operation.query.items()]
+        description["parameters"] = asked
     if operation.body is not None:
         schema = {"application/json": {"schema": refs[operation.body]}}
         description["requestBody"] = {"required": True, "content": schema}

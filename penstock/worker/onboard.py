@@ -97,6 +97,11 @@ class OnboardDesk:
         """Fetches under way; each holds blocks of the pool."""
         return len(self._fetches)
 
+    @property
+    def filling(self) -> list[BlockId]:
+        """Blocks of the pool that are being filled."""
+        return [block_id for fetch in self._fetches for block_id in fetch.block_ids]
+
     def add(self, sequence: Sequence, now_ns: int) -> None:
         """Send a new sequence to the scheduler, at once or when its prefix is there."""
         if self._is_up_to_scheduler(sequence, now_ns):

@@ -6,8 +6,9 @@ it after everything it handles.
 """
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, MoveDone, Send, StepDone
-from penstock.core.messages import Load
+from penstock.core.events import Command, Event, MoveDone, Send, StepDone
+from penstock.core.messages import Load, TellNames
+from penstock.core.residency import Survey
 from penstock.core.step import Step
 from penstock.core.types import CONTROLLER, WorkerId
 from penstock.kv.cache import KVCache
@@ -16,6 +17,7 @@ from penstock.worker.names import NameReports
 from penstock.worker.samples import Samples
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.source import SourceDesk
+from penstock.worker.surveyor import Surveyor
 from penstock.worker.tiers import TierDesk
 
 
@@ -38,6 +40,7 @@ class Reporter:
         self._pulls = pulls
         self._tiers = tiers
         self._names = NameReports(config, kv, tiers.has)
+        self._surveyor = Surveyor(config, kv, offers, pulls, tiers)
         self._samples = Samples()
         self._reported_ns = -config.load_interval_ns
         self._is_due = False
@@ -51,9 +54,16 @@ class Reporter:
         """Remember what a pull took."""
         self._samples.note_pull(source, done)
 
-    def tell_names_anew(self) -> None:
-        """Have the controller told of all named blocks: it knows of none."""
-        self._names.begin_anew(self._tiers.names())
+    def answer(self, event: Event, now_ns: int) -> list[Command]:
+        """Answer who asks something of the worker; other events (`Stop`) are not for its core."""
+        match event:
+            case TellNames():
+                self._names.begin_anew(self._tiers.names())
+            case Survey():
+                return [self._surveyor.answer(event, now_ns)]
+            case _:
+                pass
+        return []
 
     def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Return what is due to be said."""

@@ -8,6 +8,7 @@ other workers of the host say of theirs.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
 from penstock.core.types import BlockHash, BlockId, Digest
@@ -122,6 +123,21 @@ class Shelf:
         del self._digests[name]
         self.changes[name] = None
         self.num_evicted += is_evicted
+
+    def part(self, begin: int, end: int) -> list[BlockHash]:
+        """Return the blocks at places `[begin, end)` in the order in which they arrived."""
+        return list(islice(self._digests, begin, end))
+
+    @property
+    def tier(self) -> Tier:
+        """Which tier it is."""
+        return self._tier
+
+    @property
+    def num_moving(self) -> tuple[int, int]:
+        """Blocks on their way in, and blocks that requests have on their way out."""
+        num_arriving = self.num_slots - self.num_free - len(self._digests)
+        return num_arriving, self._reading_bytes // self._block_bytes
 
     def hold(self, names: Iterable[BlockHash]) -> None:
         """Keep blocks while a move reads them."""

@@ -92,6 +92,16 @@ class TierDesk:
         """Fetches under way; each holds blocks of the pool."""
         return self._onboards.num_fetches
 
+    @property
+    def shelves(self) -> Items[Shelf]:
+        """The tiers, nearest first."""
+        return self._shelves
+
+    @property
+    def onboarding(self) -> list[BlockId]:
+        """Blocks of the pool that are being filled from tiers."""
+        return self._onboards.filling
+
     def add(self, sequence: Sequence, now_ns: int) -> None:
         """Take a new sequence in: it goes to the scheduler, at once or with its prefix brought."""
         if not self._shelves:

@@ -26,7 +26,6 @@ from penstock.core.messages import (
     Release,
     Renew,
     RequestFailed,
-    TellNames,
     Tokens,
     Withdraw,
 )
@@ -85,6 +84,7 @@ class Worker:
         """Take one event in; return the acts that follow, a new step among them if none is under
         way.
         """
+        self.kv.retention.tell_time(now_ns)
         said = self._react(event, now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
@@ -122,9 +122,6 @@ class Worker:
                 return []
             case Withdraw():
                 return self._answer_withdraw(event, now_ns)
-            case TellNames():
-                self._reporter.tell_names_anew()
-                return []
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)
@@ -141,7 +138,7 @@ class Worker:
                 self.tiers.hear(event)
                 return []
             case _:
-                return []  # Stop concerns the runtime alone
+                return self._reporter.answer(event, now_ns)
 
     # -------------------------------------------------------------------------- one thing at a time
 

@@ -20,8 +20,9 @@ from penstock.core.messages import (
     encode_message,
 )
 from penstock.core.request import Request, SamplingParams, Timeline
+from penstock.core.residency import PlacedBlock, PoolResidency, Survey, Surveyed, TierResidency
 from penstock.core.step import TokenLogprobs
-from penstock.core.tiers import KeptBlock, ShelfChanged, ShelfUsed
+from penstock.core.tiers import KeptBlock, ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import BlockHash, BlockId, Digest, FinishReason, RequestId, Role, WorkerId
 
 REQUEST = Request(
@@ -81,6 +82,18 @@ MESSAGES: list[Message] = [
     ),
     ShelfUsed(epoch=2, tier="dram", wrong=(KeptBlock(3, BlockHash(b"n" * 16), Digest(1)),)),
     RequestFailed(request_id=RequestId("r"), reason="why", is_retryable=True),
+    Survey(number=1, limit=2, start=(1, 5), request_ids=(RequestId("r"),), name="3fa9"),
+    Surveyed(
+        number=1,
+        worker_id=WorkerId("d"),
+        epoch=2,
+        pools=(PoolResidency(0, 8, 3, 2, 3, 2, 4096, "raw", 1),),
+        tiers=(TierResidency(TierLoad("dram", 4, 1), "raw", 4096, 1, 0),),
+        blocks=(
+            PlacedBlock("device", 0, 3, "cached", None, "raw", "hot", 4096, 0, "to dram", 5, 6),
+        ),
+        next=(1, 5),
+    ),
 ]
 
 
