@@ -29,7 +29,7 @@ from penstock.core.service import ClusterStatus, WorkerStatus
 from penstock.core.types import NS_PER_S
 from penstock.server.choice import Choice
 from penstock.server.errors import error_kind
-from penstock.server.tier_metrics import TIER_HELP, TIER_TOTALS
+from penstock.server.tier_metrics import PREFETCH_OUTCOMES, TIER_HELP, TIER_TOTALS
 
 REGIMES = ("normal", "imbalanced", "overloaded")
 _STEPS = (1.0, 2.5, 5.0)
@@ -266,6 +266,13 @@ class Metrics(Collector):
             yield self._counter(name, totals, names)
         exposed: Series = {key: tier.exposed_ns / NS_PER_S for key, tier in tiers.items()}
         yield self._counter("kv_tier_exposed_seconds", exposed, names)
+        wishes: Series = {
+            (*key, outcome): getattr(load.prefetches, f"num_{outcome}")
+            for key, load in loads.items()
+            if load.prefetches
+            for outcome in PREFETCH_OUTCOMES
+        }
+        yield self._counter("kv_prefetches", wishes, ("worker", "role", "outcome"))
 
     # --------------------------------------------------------------------------------------- forms
 

@@ -42,7 +42,7 @@ from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 from penstock.worker.source import SourceDesk
-from penstock.worker.tiers import TierDesk
+from penstock.worker.tiers import TIERS_KEY, TierDesk
 from penstock.worker.traffic import Traffic
 
 
@@ -67,7 +67,7 @@ class Worker:
         self.offers = SourceDesk(config, self.kv, move_ids)
         self.pulls = PullDesk(config, self.kv, move_ids)
         self.defragmenter = Defragmenter(config, self.kv, move_ids)
-        self.tiers = TierDesk(config, self.kv, self.scheduler, move_ids)
+        self.tiers = TierDesk(config, self.kv, self.scheduler, self.traffic, move_ids)
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
@@ -87,6 +87,7 @@ class Worker:
         """
         self.kv.retention.tell_time(now_ns)
         said = self._react(event, now_ns)
+        self.tiers.bring(now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
         acts += self.tiers.due(now_ns, is_idle=self.is_idle)
@@ -195,6 +196,8 @@ class Worker:
             return self.pulls.renew(now_ns)
         if key == DEFRAGMENT_KEY:
             return self.defragmenter.wake()
+        if key == TIERS_KEY:
+            return []
         assert key == LEASE_KEY, key
         return self._end_crossings(*self.offers.expire(now_ns))
 
@@ -252,6 +255,7 @@ class Worker:
     def _forget(self, sequence: Sequence) -> None:
         """Give back whatever blocks a sequence holds and drop it."""
         if sequence.state is not SequenceState.WAITING:
+            sequence.retain(self.kv.retention)
             self.kv.close(sequence.request_id)
         sequence.move_to(SequenceState.GONE)
         self._drop(sequence)
