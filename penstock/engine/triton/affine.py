@@ -1,4 +1,4 @@
-"""int8 and int4 on the device: numbers as low + scale * code, the bytes of `penstock/codec/affine.py`.
+"""int8 and int4 on the device: low + scale * code, with the bytes of `penstock/codec/affine.py`.
 
 A program has one tile of a plane: up to 32 tokens, whole groups of keys, by up to 128 channels,
 whole groups of values. Tokens are taken in pairs, even and odd, because those share a byte of int4.
@@ -83,7 +83,9 @@ def encode_affine(pool: Tensor, block_ids: Tensor, encoded: Tensor, *, bits: int
 
 
 def decode_affine(encoded: Tensor, pool: Tensor, block_ids: Tensor, *, bits: int) -> None:
-    """Decode row i of `encoded` into block `block_ids[i]` of a pool; both as `encode_affine` says."""
+    """Decode row i of `encoded` into block `block_ids[i]` of a pool: `encode_affine` says what both
+    are.
+    """
     _launch(_decode, pool, block_ids, encoded, affine_shape(pool, bits))
 
 

@@ -1,8 +1,8 @@
-"""fp8 on the device: float8 e4m3 and a scale per token and head, as `penstock/codec/fp8.py` has it.
+"""fp8 on the device: float8 e4m3 and a scale per token and head: see `penstock/codec/fp8.py`.
 
-A program has some heads of one plane, of as many tokens as it takes. Hopper has the conversion as an
-instruction, which rounds to nearest even and stops at 448. A block encoded here is the block encoded
-on a CPU, bit for bit, as long as it holds numbers.
+A program has some heads of one plane. Hopper has the conversion as an instruction, which rounds to
+nearest even and stops at 448. A block encoded here is the block encoded on a CPU, bit for bit, as
+long as it holds numbers.
 
 Source: Micikevicius et al., FP8 formats for deep learning, arXiv 2209.05433.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import triton
 import triton.language as tl
 
-from penstock.engine.triton.arguments import Pointer, Size
+from penstock.engine.triton.arguments import Pointer, Size, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def decode_fp8(encoded: Tensor, pool: Tensor, block_ids: Tensor) -> None:
 
 
 def _launch(pool: Tensor, block_ids: Tensor, encoded: Tensor, *, is_encoding: bool) -> None:
-    num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
+    _, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads, padded_dim = block_size * num_kv_heads, triton.next_power_of_2(head_dim)
     heads = min(triton.next_power_of_2(num_heads), max(1, _ELEMENTS // padded_dim))
     assert pool.is_contiguous(), pool.stride()
@@ -104,7 +104,7 @@ def _place(
     pool: Pointer, block_ids: Pointer, encoded: Pointer, encoded_row: Size,
     NUM_PLANES: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+) -> tuple[Pointer, Pointer, Pointer, Tile, Tile, Tile, Tile]:  # fmt: skip
     """Return where a plane's numbers, scales and codes begin, a program's heads, and the places of
     their elements in the plane.
     """

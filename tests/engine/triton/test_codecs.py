@@ -116,7 +116,7 @@ def test_what_float16_does_not_hold(device, name, dtype):
 
 @NAMES
 def test_what_is_no_number_stays_none(device, name):
-    codec, pool = make(name, (1, 2, 32, 32), "float32")
+    _, pool = make(name, (1, 2, 32, 32), "float32")
     pool[1, 0, 0, 3, 1, 4] = pool[1, 0, 1, 5, 0, 6] = float("nan")
     rows = encoded_on(device, name, pool)
     back = torch.zeros_like(pool)
