@@ -113,3 +113,12 @@ def test_decoders_read_codes_and_write_numbers_16_bytes_at_a_time(codes, name):
     assert code["narrow_loads"] <= 7, code
     assert code["wide_stores"] >= 4, code
     assert code["narrow_stores"] == 0, code
+
+
+@pytest.mark.slow
+def test_digests_read_blocks_16_bytes_at_a_time_and_sums_several_steps_ahead(codes):
+    sums, steps = codes["digest"]
+    assert sums["wide_loads"] >= 4, sums
+    # The block's number, and the secret.
+    assert sums["narrow_loads"] <= 2, sums
+    assert steps["wide_loads"] >= 8, steps

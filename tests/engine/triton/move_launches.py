@@ -3,6 +3,7 @@
 import torch
 
 from penstock.engine.triton.affine import affine_shape, decode_affine, encode_affine
+from penstock.engine.triton.digest import digest_blocks, digest_space
 from penstock.engine.triton.fp8 import decode_fp8, encode_fp8, fp8_bytes
 
 SHAPE = 2, 3, 2, 32, 8, 128
@@ -26,6 +27,12 @@ def fp8(*, is_encoding: bool) -> None:
         decode_fp8(encoded, pool, ids)
 
 
+def digest() -> None:
+    blocks = torch.empty(2, 32 * 2 * 32 * 8 * 128 * 2, dtype=torch.uint8)
+    ids = torch.zeros(2, dtype=torch.int64)
+    digest_blocks(blocks, ids, digest_space(blocks, 2), torch.empty_like(ids))
+
+
 MOVE_LAUNCHES = {
     "int8 encode": lambda: affine(8, is_encoding=True),
     "int4 encode": lambda: affine(4, is_encoding=True),
@@ -34,4 +41,5 @@ MOVE_LAUNCHES = {
     "int8 decode": lambda: affine(8, is_encoding=False),
     "int4 decode": lambda: affine(4, is_encoding=False),
     "fp8 decode": lambda: fp8(is_encoding=False),
+    "digest": digest,
 }
