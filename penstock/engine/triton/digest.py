@@ -7,7 +7,7 @@ kernel makes them of all pieces at once, at the speed of memory. The scrambles o
 each other, so the second walks over its sums, a sixteenth of the block, with all blocks beside one
 another.
 
-Source: XXH3 (Yann Collet), the specification in `doc/xxhash_spec.md` of Cyan4973/xxHash, version 0.2.
+Source: XXH3 (Yann Collet), as `doc/xxhash_spec.md` of Cyan4973/xxHash specifies it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BEGINNING: Final = (
     0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, 0x9E3779B1,
 )  # fmt: skip
 _WORDS = tl.constexpr(24)
-"""Of the table: the secret by words, the 8 for the last stripe, the 8 for the end, the beginning."""
+"""The secret in words; behind them in the table the words for last stripe, end and beginning."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
