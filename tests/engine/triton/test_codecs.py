@@ -1,31 +1,13 @@
 """Codecs by Triton give the bytes of the codecs on the CPU, and numbers the same back."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
 from penstock.codec.codec import make_codec
 from penstock.core.block import KVGroup, KVLayout
-from penstock.engine.triton.affine import affine_shape, decode_affine, encode_affine
-from penstock.engine.triton.fp8 import decode_fp8, encode_fp8, fp8_bytes
+from penstock.engine.triton.codecs import TRITON_CODECS
 
-ENCODE = {
-    "int8": partial(encode_affine, bits=8),
-    "int4": partial(encode_affine, bits=4),
-    "fp8": encode_fp8,
-}
-DECODE = {
-    "int8": partial(decode_affine, bits=8),
-    "int4": partial(decode_affine, bits=4),
-    "fp8": decode_fp8,
-}
-SIZE = {
-    "int8": lambda pool: affine_shape(pool, 8).encoded_bytes,
-    "int4": lambda pool: affine_shape(pool, 4).encoded_bytes,
-    "fp8": fp8_bytes,
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Layers, heads, head size, block size: groups of 16 and of 32, several tiles in a row and in a
 # column, heads that are no power of two, two tokens alone.
@@ -37,7 +19,7 @@ SHAPES = [
     (1, 1, 16, 64),
     (2, 1, 16, 2),
 ]
-NAMES = pytest.mark.parametrize("name", ENCODE)
+NAMES = pytest.mark.parametrize("name", TRITON_CODECS)
 KINDS = pytest.mark.parametrize("dtype", DTYPES)
 NUM_BLOCKS, IDS, JUNK = 4, [3, 1, 0], 0xEE
 
@@ -63,8 +45,13 @@ def as_bytes(pool: torch.Tensor) -> np.ndarray:
 
 def encoded_on(device, name, pool, room=0):
     """Return what Triton encodes, with `room` bytes of junk behind each row."""
-    rows = torch.full((len(IDS), SIZE[name](pool) + room), JUNK, dtype=torch.uint8, device=device)
-    ENCODE[name](pool.to(device), torch.tensor(IDS, device=device), rows)
+    rows = torch.full(
+        (len(IDS), TRITON_CODECS[name].encoded_bytes(pool) + room),
+        JUNK,
+        dtype=torch.uint8,
+        device=device,
+    )
+    TRITON_CODECS[name].encode(pool.to(device), torch.tensor(IDS, device=device), rows)
     return rows
 
 
@@ -78,7 +65,7 @@ def check(device, name, codec, pool) -> None:
     wanted = as_bytes(back.clone())
     codec.decode(expected, wanted, IDS)
     there = back.to(device)
-    DECODE[name](rows, there, torch.tensor(IDS, device=device))
+    TRITON_CODECS[name].decode(rows, there, torch.tensor(IDS, device=device))
     assert as_bytes(there.cpu()).tobytes() == wanted.tobytes()
 
 
@@ -121,7 +108,7 @@ def test_what_is_no_number_stays_none(device, name):
     rows = encoded_on(device, name, pool)
     back = torch.zeros_like(pool)
     there = back.to(device)
-    DECODE[name](rows, there, torch.tensor(IDS, device=device))
+    TRITON_CODECS[name].decode(rows, there, torch.tensor(IDS, device=device))
     assert there[1, 0, 0, 3, 1, 4].isnan()
     assert there[1, 0, 1, 5, 0, 6].isnan()
     assert not there[3].isnan().any()
@@ -131,10 +118,10 @@ def test_what_is_no_number_stays_none(device, name):
 def test_nothing_is_written_behind_a_row_or_into_other_blocks(device, name):
     codec, pool = make(name, SHAPES[3], "bfloat16")
     rows = encoded_on(device, name, pool, room=6)
-    assert SIZE[name](pool) == codec.encoded_bytes
+    assert TRITON_CODECS[name].encoded_bytes(pool) == codec.encoded_bytes
     assert (rows[:, codec.encoded_bytes :] == JUNK).all()
     there = torch.full_like(pool, 7).to(device)
-    DECODE[name](rows, there, torch.tensor(IDS, device=device))
+    TRITON_CODECS[name].decode(rows, there, torch.tensor(IDS, device=device))
     assert (there[2] == 7).all()
     assert (there[3].cpu().float() - pool[3].float()).abs().max() < 0.5
 
@@ -143,6 +130,8 @@ def test_nothing_is_written_behind_a_row_or_into_other_blocks(device, name):
 def test_no_blocks_are_no_launch(device, name):
     _, pool = make(name, SHAPES[5], "float32")
     none = torch.empty(0, dtype=torch.int64, device=device)
-    rows = torch.full((1, SIZE[name](pool)), JUNK, dtype=torch.uint8, device=device)
-    ENCODE[name](pool.to(device), none, rows)
+    rows = torch.full(
+        (1, TRITON_CODECS[name].encoded_bytes(pool)), JUNK, dtype=torch.uint8, device=device
+    )
+    TRITON_CODECS[name].encode(pool.to(device), none, rows)
     assert (rows == JUNK).all()
