@@ -1,6 +1,11 @@
 """Names of what is counted of the tiers below the workers' pools; `metrics.py` shows them."""
 
+from collections.abc import Iterator, Mapping
 from typing import Final
+
+from penstock.core.messages import Load
+from penstock.core.tiers import TierLoad
+from penstock.core.types import NS_PER_S
 
 TIER_TOTALS: Final = {
     "kv_tier_hits": "num_hits",
@@ -13,6 +18,11 @@ TIER_TOTALS: Final = {
     "kv_tier_declined": "num_declined",
 }
 """Totals of a tier, by the field of `TierLoad` that has them."""
+
+TIER_TIMES: Final = {
+    "kv_tier_exposed_seconds": "exposed_ns",
+}
+"""The same of times."""
 
 PREFETCH_OUTCOMES: Final = ("used", "late", "missed", "wasted", "dropped")
 """What comes of a wish; `PrefetchLoad` has as many numbers."""
@@ -31,3 +41,20 @@ TIER_HELP: Final = {
     "kv_prefetches": "Prefixes wished for ahead of need, by outcome: used (there by then), "
     "late (on the way), missed (not begun), wasted (brought in vain), dropped (withdrawn).",
 }
+
+
+def tier_totals(
+    tiers: Mapping[tuple[str, str, str], TierLoad], loads: Mapping[tuple[str, str], Load]
+) -> Iterator[tuple[str, str, dict[tuple[str, ...], float]]]:
+    """Yield each total: its name, what the last label is beside worker and role, and its values."""
+    for name, field in TIER_TOTALS.items():
+        yield name, "tier", {key: getattr(tier, field) for key, tier in tiers.items()}
+    for name, field in TIER_TIMES.items():
+        yield name, "tier", {key: getattr(tier, field) / NS_PER_S for key, tier in tiers.items()}
+    wishes: dict[tuple[str, ...], float] = {
+        (*key, outcome): getattr(load.prefetches, f"num_{outcome}")
+        for key, load in loads.items()
+        if load.prefetches
+        for outcome in PREFETCH_OUTCOMES
+    }
+    yield "kv_prefetches", "outcome", wishes
