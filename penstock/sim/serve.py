@@ -209,6 +209,7 @@ class ModelledCluster:
         self.clock.run(until_ns=int(limit_s * NS_PER_S), is_over=lambda: self.is_over)
         self.observation.ended_ns = self.clock.now_ns()
         self.observation.unfinished = len(self._under_way)
+        self.observation.num_events = self.clock.num_called
         self.observation.note_books(self.fabric, self.workers.values())
         limits = self.controller.status().limits
         self.observation.started, self.observation.retired = limits.started, limits.retired
