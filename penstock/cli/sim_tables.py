@@ -97,11 +97,12 @@ def print_fewest(
 
 def _print_tried(tried: list[Tried]) -> None:
     names = ("within", "goodput/s", "TTFT p50", "p99", "TPOT p50", "p99")
-    print(f"{'cluster':<44}" + "".join(f"{name:>10}" for name in names))
+    width = max([42, *(len(one.cluster) for one in tried)]) + 2
+    print(f"{'cluster':<{width}}" + "".join(f"{name:>10}" for name in names))
     for one in tried:
         s = one.summary
         print(
-            f"{one.cluster:<44}{s.slo_attainment:>10.1%}{s.goodput_per_s:>10.3f}"
+            f"{one.cluster:<{width}}{s.slo_attainment:>10.1%}{s.goodput_per_s:>10.3f}"
             f"{s.ttft_ms.p50:>10,.0f}{s.ttft_ms.p99:>10,.0f}{s.tpot_ms.p50:>10,.1f}"
             f"{s.tpot_ms.p99:>10,.1f}"
         )
