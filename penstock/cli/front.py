@@ -175,6 +175,7 @@ class Front:
             api_keys=self._api_keys(),
             version=VERSION,
             is_logging_requests=self._options.log_requests,
+            accepts_loss=not self._options.kv_quality.is_exact,
         )
 
     # ------------------------------------------------------------------------- serving and its end

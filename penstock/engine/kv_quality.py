@@ -54,6 +54,8 @@ class Quality:
     exact_loss: float
     greedy_agreement: float
     """Share of the positions at which the most likely token is the same, 0 to 1."""
+    loss_error: float = 0.0
+    """Standard error of the relative increase, from the differences at single tokens."""
 
     @property
     def loss_increase(self) -> float:
@@ -65,7 +67,10 @@ def compare(exact: Reading, coded: Reading) -> Quality:
     """Set two readings of the same text against each other."""
     assert len(exact.nats) == len(coded.nats), (len(exact.nats), len(coded.nats))
     agreement = float((exact.greedy == coded.greedy).mean())
-    return Quality(coded.loss, exact.loss, agreement)
+    differences = coded.nats - exact.nats
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    error = spread / len(differences) ** 0.5 / exact.loss
+    return Quality(coded.loss, exact.loss, agreement, error)
 
 
 def read_texts(

@@ -14,7 +14,7 @@ nobody, and does not. Without tiers every method returns at once. Called by the 
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from penstock.core.config import WorkerConfig
@@ -50,6 +50,20 @@ class _Write:
     out_of: Shelf | None = None
     block_ids: tuple[BlockId, ...] = ()
     generations: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+    """Which of them is at which place in the move."""
+
+    def landed(self, done: MoveDone) -> Items[Digest]:
+        """Return by what the blocks are known where they are now, in the order of `names`.
+
+        That is another digest than that of the content where a codec is between.
+        """
+        if done.error is not None or not done.digests:
+            return self.digests
+        found = list(self.digests)
+        for at, digest in zip(self.order, done.digests[0], strict=True):
+            found[at] = digest
+        return found
 
 
 class TierDesk:
@@ -79,7 +93,10 @@ class TierDesk:
     def _open_tiers(self) -> None:
         (block_bytes,) = self._config.layout.block_bytes
         specs = [
-            TierSpec(tier=Tier(tier.name), capacity_bytes=tier.num_slots * block_bytes)
+            TierSpec(
+                tier=Tier(tier.name),
+                capacity_bytes=tier.num_slots * (tier.slot_bytes or block_bytes),
+            )
             for tier in self._config.tiers
         ]
         self.residency = Residency(specs)
@@ -154,6 +171,7 @@ class TierDesk:
         if done.error is not None:
             write.into.num_failed += len(write.names)
             write.into.resumes_ns = now_ns + REST_NS
+        write.into.encode_ns += done.codec_ns
         pool = self._kv.groups[0].pool
         now = pool.generations(write.block_ids)
         changed = {
@@ -162,10 +180,11 @@ class TierDesk:
             if before != after
         }
         self.num_missed += len(changed)
-        for name, digest in zip(write.names, write.digests, strict=True):
-            if done.error is None and name not in changed:
+        for name, digest in zip(write.names, write.landed(done), strict=True):
+            if done.error is None and name not in changed and digest != NO_DIGEST:
                 write.into.finish(name, digest)
             else:
+                write.into.num_failed += done.error is None and digest == NO_DIGEST
                 write.into.abort(name)
             if write.out_of is not None:
                 write.out_of.release(name)
@@ -205,7 +224,7 @@ class TierDesk:
         """
         is_of_use = self._has_prompts or bool(self._siblings)
         for name in self._parked:
-            if is_of_use and not self._is_kept(name, self._shelves[0]):
+            if is_of_use and self._is_wanted(name):
                 self._pending[name] = None
             if name in self.residency:
                 self.residency.touch(name, now_ns)
@@ -229,9 +248,8 @@ class TierDesk:
 
     def _offload(self, now_ns: int) -> list[Command]:
         """Write the blocks that have waited longest to the nearest tier that takes them."""
-        shelves = self._writable(now_ns)
+        shelves = self._shelves_for_next(self._writable(now_ns))
         if not shelves:
-            self._pending.clear()
             return []
         commands = self._make_room(shelves, min(BLOCKS_MAX, len(self._pending)))
         names = self._take_pending(shelves[0])
@@ -254,10 +272,14 @@ class TierDesk:
         """Take blocks that are still in the pool, with a digest to be known by, out of the line."""
         pool = self._kv.groups[0].pool
         names: list[BlockHash] = []
+        others: list[BlockHash] = []
         for name in list(self._pending):
             if len(names) == min(into.num_free, BLOCKS_MAX):
                 break
             del self._pending[name]
+            if not into.takes(name):
+                others.append(name)
+                continue
             if self._is_kept(name, into):
                 continue  # a sibling was quicker, or the nearest could not be written for a while
             block_id = pool.prefix_cache.find(name)
@@ -265,6 +287,7 @@ class TierDesk:
                 self.num_missed += 1
             elif pool.digest(block_id) != NO_DIGEST:
                 names.append(name)
+        self._pending.update(dict.fromkeys(others))
         return names
 
     def _make_room(self, shelves: Items[Shelf], wanted: int) -> list[Command]:
@@ -274,7 +297,9 @@ class TierDesk:
         if wanted <= 0 or any(write.out_of is shelf for write in self._writes.values()):
             return []
         oldest = shelf.hold_oldest(wanted)
-        sinking = [n for n in oldest if below and not self._is_kept(n, below[0])]
+        sinking = [
+            n for n in oldest if below and below[0].takes(n) and not self._is_kept(n, below[0])
+        ]
         commands = self._make_room(below, len(sinking)) if sinking else []
         sinking = sinking[: below[0].num_free] if below else []
         for name in oldest:
@@ -293,7 +318,7 @@ class TierDesk:
         names = tuple(write.names[i] for i in order)
         slots = write.into.begin(names)
         move_id = self._move_ids.next()
-        self._writes[move_id] = write
+        self._writes[move_id] = replace(write, order=tuple(order))
         move = Move(
             move_id=move_id,
             kind=MoveClass.OFFLOAD,
@@ -305,6 +330,24 @@ class TierDesk:
             tiers=TierEnds(write.out_of.name if write.out_of else "", write.into.name, names),
         )
         return SubmitMove(move)
+
+    def _is_wanted(self, name: BlockHash) -> bool:
+        """Tell whether a tier is to have a block, and the nearest that takes it has not."""
+        for shelf in self._shelves:
+            if shelf.takes(name):
+                return not self._is_kept(name, shelf)
+        return False
+
+    def _shelves_for_next(self, shelves: list[Shelf]) -> list[Shelf]:
+        """Return those from the first on that takes what has waited longest; what none takes is
+        forgotten.
+        """
+        for name in list(self._pending):
+            for index, shelf in enumerate(shelves):
+                if shelf.takes(name):
+                    return shelves[index:]
+            del self._pending[name]
+        return []
 
     def _is_kept(self, name: BlockHash, shelf: Shelf) -> bool:
         """Tell whether a block is in a tier of this host already, or on its way to ours."""

@@ -1,13 +1,22 @@
 """Blocks go down to tiers when nobody holds them, and come up before a request that wants them."""
 
+from msgspec import structs
+
 from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
 from penstock.core.messages import BlocksChanged, Cancel, Tokens
 from penstock.core.tiers import KeptBlock, TierConfig, TierLoad
-from penstock.core.types import BlockHash, Digest, RequestId
-from tests.worker.story import P0, Story, assign, request
+from penstock.core.types import NO_DIGEST, BlockHash, Digest, RequestId
+from tests.worker.story import LAYOUT, P0, Story, assign, request
 
 DRAM = TierConfig(name="dram", num_slots=8, bytes_per_s=10_000_000_000)
 DISK = TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000)
+
+(BLOCK_BYTES,) = LAYOUT.block_bytes
+ENCODED, DECODED = 1000, 2000
+"""What a lossy codec makes of digests, on the way in and on the way out."""
+INT8 = TierConfig(
+    name="dram", num_slots=8, bytes_per_s=10**10, codec="int8", is_lossy=True, slot_bytes=9
+)
 
 
 class Below:
@@ -22,10 +31,12 @@ class Below:
             is_defragmenting=False,
         )
         self.slots: dict[tuple[str, int], Digest] = {}
+        self.codecs = {tier.name for tier in tiers if tier.is_lossy}
 
-    def run(self, name: str, start: int, num_prompt: int = 40) -> int:
+    def run(self, name: str, start: int, num_prompt: int = 40, **more: bool) -> int:
         """Run a request to its end, with all moves; return how many tokens it found cached."""
-        self.story.tell(assign(request(name, num_prompt, start=start, max_tokens=1), P0))
+        asked = request(name, num_prompt, start=start, max_tokens=1)
+        self.story.tell(assign(structs.replace(asked, **more), P0))
         self.move_all()
         (cached,) = self.story.steps[0].num_computed.tolist()
         self.story.step()
@@ -47,13 +58,23 @@ class Below:
         digests: tuple[tuple[Digest, ...], ...] = ()
         if ends.destination:
             to = [s.destination + i for s in spans for i in range(s.num_blocks)]
-            for slot, digest in zip(to, move.digests[0], strict=True):
+            of = move.digests[0]
+            if ends.destination in self.codecs:
+                of = tuple(Digest(digest + ENCODED) for digest in of)
+                digests = (of,)
+            for slot, digest in zip(to, of, strict=True):
                 self.slots[ends.destination, slot] = digest
         elif error is None:
             of = [s.source + i for s in spans for i in range(s.num_blocks)]
             found = [self.slots[ends.source, slot] for slot in of]
             if wrong is not None:
                 found[wrong] = Digest(found[wrong] ^ 1)
+            if ends.source in self.codecs:
+                # Compared before it is decoded into another content.
+                found = [
+                    Digest(was + DECODED) if was == wanted else NO_DIGEST
+                    for was, wanted in zip(found, move.digests[0], strict=True)
+                ]
             digests = (tuple(found),)
         self.story.tell(
             MoveDone(
@@ -65,6 +86,7 @@ class Below:
                 finished_ns=1,
                 error=error,
                 digests=() if error else digests,
+                codec_ns=7 if self.codecs & {ends.source, ends.destination} else 0,
             )
         )
         return move
@@ -293,3 +315,79 @@ def test_the_controller_hears_of_what_was_there_at_the_start() -> None:
     below = Below(TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000, kept=kept))
     below.run("a", 100)
     assert kept[0].name in told(below, set())
+
+
+def test_a_lossy_tier_is_known_by_its_slots_and_gives_other_content() -> None:
+    below = Below(INT8)
+    below.run("a", 100, accepts_loss=True)
+    story = below.story
+    assert below.load().num_used == 2
+    assert (below.load().bytes_in, below.load().encode_ns) == (18, 7)
+    below.run("other", 1000, 100, accepts_loss=True)
+    assert below.run("a again", 100, accepts_loss=True) == 32
+    load = below.load()
+    assert (load.num_hits, load.decode_ns, load.raw_bytes_out) == (2, 7, 2 * BLOCK_BYTES)
+    # What came back has digests of its own, by which peers know it from here on.
+    pool = story.worker.kv.groups[0].pool
+    found = [pool.prefix_cache.find(name) for name in story.worker.tiers.names()]
+    digests = [pool.digest(block) for block in found if block is not None]
+    assert any(digest > ENCODED + DECODED for digest in digests)
+    story.assert_empty()
+
+
+def test_a_wrong_slot_of_a_lossy_tier_is_not_decoded_and_its_block_computed() -> None:
+    below = Below(INT8)
+    below.run("a", 100, accepts_loss=True)
+    below.run("other", 1000, 100, accepts_loss=True)
+    asked = request("a again", 40, start=100, max_tokens=1)
+    below.story.tell(assign(structs.replace(asked, accepts_loss=True), P0))
+    below.land(wrong=1)
+    assert below.story.steps[0].num_computed.tolist() == [16]
+    assert below.load().num_corrupt == 1
+    below.story.step()
+    below.move_all()
+    below.story.assert_empty()
+
+
+def test_an_exact_request_is_not_served_by_a_lossy_tier_and_leaves_nothing_there() -> None:
+    below = Below(INT8)
+    below.run("a", 100, accepts_loss=True)
+    used = below.load().num_used
+    below.run("exact", 100)
+    assert below.load().num_used == used
+    crowd_out(below)
+    assert below.run("exact again", 100) == 0
+    assert below.load().num_hits == 0
+
+
+def test_exact_blocks_go_past_a_lossy_tier_to_one_that_is_not() -> None:
+    below = Below(INT8, DISK)
+    below.run("exact", 100)
+    below.run("a", 2000, accepts_loss=True)
+    assert (below.load(0).num_used, below.load(1).num_used) == (2, 2)
+    below.run("other", 1000, 100, accepts_loss=True)
+    assert below.run("exact again", 100) == 32
+    assert (below.load(0).num_hits, below.load(1).num_hits) == (0, 2)
+
+
+def test_a_block_that_did_not_fit_its_slot_is_not_there() -> None:
+    below = Below(DRAM)
+    story = below.story
+    story.tell(assign(request("a", 40, start=100, max_tokens=1), P0))
+    story.step()
+    (submit,) = story.moves
+    story.moves = []
+    (digests,) = submit.move.digests
+    story.tell(
+        MoveDone(
+            move_id=submit.move.move_id,
+            num_bytes=1,
+            num_spans=1,
+            transport="test",
+            started_ns=0,
+            finished_ns=1,
+            digests=((digests[0], NO_DIGEST),),
+        )
+    )
+    assert (below.load().num_used, below.load().num_failed) == (1, 1)
+    story.assert_empty()
