@@ -54,7 +54,6 @@ def test_what_is_not_asked_for_is_not_measured(model):
 def test_a_budget_admits_refuses_and_the_link_chooses(model):
     # int8 costs this model nothing that a short text shows; int4 may cost more than 0.1 %.
     chosen = choose(model, "0.1%", dram="", disk="")
-    print(chosen)
     assert [codec.name for codec in chosen.codecs] == ["raw", "int8"]
     disk = chosen.codecs[1]
     (block_bytes,) = model.layout(BLOCK_SIZE).block_bytes
