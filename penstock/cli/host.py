@@ -244,10 +244,10 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         tier_codecs=chosen.codecs,
         codec_notes=chosen.notes,
     )
-    make_executor: partial[ModelExecutor | RecordedExecutor] = partial(ModelExecutor, model)
-    if settings.kv_access_log is not None:
-        make_executor = partial(recorded_executor, model, settings.kv_access_log)
-    return facts, partial(_bind_model, make_executor, layout)
+    path = settings.kv_access_log
+    if path is not None:
+        return facts, partial(_bind_model, partial(recorded_executor, model, path), layout)
+    return facts, partial(_bind_model, partial(ModelExecutor, model), layout)
 
 
 def _describe_model(

@@ -135,6 +135,10 @@ class AccessLog:
             }
             self._lines.append(json.dumps(line, separators=(",", ":")))
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def end(self) -> None:
         """Write what was noted in this step, whole lines at once."""
         if not self._lines:

@@ -222,10 +222,10 @@ def read_accesses(path: Path, *, mass: float = 1.0) -> Accesses:
             raise BadRequest(f"{path}, line {number}: {error}") from error
     reads = [line for line in lines if line.step is not None]
     if mass < 1:
-        for number, line in enumerate(reads, 1):
-            if not line.mass or len(line.mass) != len(line.blocks):
+        for number, read in enumerate(reads, 1):
+            if not read.mass or len(read.mass) != len(read.blocks):
                 raise BadRequest(f"{path}, access {number}: there is no mass for every block")
-            line.blocks = _heaviest(line.blocks, line.mass, mass)
+            read.blocks = _heaviest(read.blocks, read.mass, mass)
     if not reads or min(min(line.blocks, default=0) for line in reads) < 0:
         raise BadRequest(f"{path} has no line with step and blocks, or a block below 0")
     sizes = [line.block_bytes for line in lines if line.block_bytes]

@@ -72,6 +72,7 @@ def test_recording_changes_no_token_and_is_what_the_simulator_reads(model, tmp_p
     path = tmp_path / "accesses.jsonl"
     accesses = AccessLog(path)
     assert decode(model, 3, accesses) == decode(model, 3, None)
+    accesses.close()
     layout = model.layout(BLOCK_SIZE)
     num_layers = len(layout.groups[0].layers)
     header, *lines = map(json.loads, path.read_text().splitlines())
@@ -106,3 +107,4 @@ def test_a_new_sequence_in_the_place_of_an_old_one_has_a_new_name(tmp_path: Path
     assert names(10, 11, 12) == ["r0"] * 3
     assert names(7, 8) == ["r1"] * 2
     assert accesses.request(1) is None
+    accesses.close()
