@@ -52,21 +52,16 @@ def test_what_is_not_asked_for_is_not_measured(model):
 
 
 def test_a_budget_admits_refuses_and_the_link_chooses(model):
-    # int8 costs this model nothing that a short text shows; int4 may cost more than 0.1 %.
+    # int8 and fp8 cost this model nothing that a short text shows; int4 may cost 0.13 %.
     chosen = choose(model, "0.1%", dram="", disk="")
-    assert [codec.name for codec in chosen.codecs] == ["raw", "int8"]
+    assert [codec.name for codec in chosen.codecs] == ["raw", "fp8"]
     disk = chosen.codecs[1]
     (block_bytes,) = model.layout(BLOCK_SIZE).block_bytes
     assert disk.is_lossy
-    assert 0.5 < disk.slot_bytes / block_bytes < 0.6
+    assert 0.53 < disk.slot_bytes / block_bytes < 0.54
     assert disk.decode_ns > 0
     told = {note.split(":")[0]: note for note in chosen.notes}
-    assert set(told) == {"lossless", "int8", "refused"} or set(told) == {
-        "lossless",
-        "int8",
-        "fp8",
-        "refused",
-    }
+    assert set(told) == {"lossless", "int8", "fp8", "refused"}
     assert "--kv-quality allows 0.100%" in told["refused"]
     assert "of greedy tokens the same" in told["int8"]
 
