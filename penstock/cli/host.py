@@ -31,7 +31,6 @@ from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
 from penstock.core.step import Sampled, Step
 from penstock.core.types import GIB, MIB, RequestId
-from penstock.kv.tiers import RAW
 from penstock.runtime.host import RunWorker, run_host
 from penstock.runtime.instant import DESCRIPTION, InstantExecutor, instant_layout
 from penstock.runtime.link import WorkerSpec
@@ -336,8 +335,6 @@ def _tensors(regions: tuple[Region, ...], layout: KVLayout) -> "list[Tensor]":
 
 def _load_instant(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
     progress("no model to load", 1.0)
-    if any(tier.codec not in ("", RAW) for tier in settings.tiers):
-        raise StartupFailed("--kv-tier: the instant executor computes no KV that could be encoded")
     engine = settings.engine
     folder = Path(engine.model).expanduser()
     config = _read_config(folder)

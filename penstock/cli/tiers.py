@@ -20,7 +20,7 @@ from penstock.core.tiers import TierConfig
 from penstock.core.types import GIB, MIB, NS_PER_MS, NS_PER_S
 from penstock.kv.tiers import RAW, Tier
 from penstock.runtime.link import WorkerSpec
-from penstock.runtime.settings import ClusterSettings, ModelFacts, TierCodec
+from penstock.runtime.settings import AUTO, ClusterSettings, ModelFacts, TierCodec
 from penstock.server.tokenizer import load_tokenizer
 from penstock.transfer.region import Region
 from penstock.transport.coded import CodedTier, slot_fingerprint
@@ -42,16 +42,23 @@ log = logging.getLogger(__name__)
 
 
 def check_tiers(
-    settings: ClusterSettings, layout: KVLayout | None, codecs: Sequence[TierCodec] = ()
+    settings: ClusterSettings,
+    layout: KVLayout | None,
+    codecs: Sequence[TierCodec] | None = None,
 ) -> None:
-    """Refuse what cannot be, before a worker is forked. Raises: `StartupFailed`."""
+    """Refuse what cannot be, before a worker is forked. `codecs` are those that were decided, None
+    while they have not been. Raises: `StartupFailed`.
+    """
     if not settings.tiers or layout is None:
         return
     if len(layout.groups) > 1 or layout.groups[0].window:
         raise StartupFailed("--kv-tier: models with sliding windows cannot use tiers yet")
     if not settings.is_prefix_caching:
         raise StartupFailed("--kv-tier is of no use with --no-prefix-caching")
-    for tier, codec in zip(settings.tiers, _codecs(settings, codecs), strict=True):
+    is_coded = any(tier.codec not in ("", RAW, AUTO) for tier in settings.tiers)
+    if codecs is not None and not codecs and is_coded:
+        raise StartupFailed("--kv-tier: codecs are measured on a model that runs on the CPU alone")
+    for tier, codec in zip(settings.tiers, _codecs(settings, codecs or ()), strict=True):
         if not _num_slots(tier.num_bytes, settings, codec, layout):
             raise StartupFailed(
                 f"--kv-tier {tier.name}: {tier.num_bytes / MIB:.1f} MiB hold no block of "

@@ -58,6 +58,14 @@ def test_what_cannot_be_is_refused_before_anything_starts():
         check_tiers(settings(TierSettings(name="dram", num_bytes=1)), LAYOUT)
 
 
+def test_codecs_that_nobody_measured_are_not_taken_for_raw():
+    coded = TierSettings(name="dram", num_bytes=MIB, codec="lossless")
+    check_tiers(settings(coded), LAYOUT)
+    with pytest.raises(StartupFailed, match="on the CPU alone"):
+        check_tiers(settings(coded), LAYOUT, [])
+    check_tiers(settings(coded), LAYOUT, [TierCodec(name="lossless", slot_bytes=9000)])
+
+
 def test_people_are_told_what_there_is_and_what_is_emulated():
     tiers = (
         TierSettings(name="cxl", num_bytes=2 * MIB),
