@@ -58,6 +58,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         tiers=tuple(options.kv_tier),
         kv_quality=options.kv_quality,
         kv_access_log=options.record_kv_access,
+        kv_eviction=options.kv_eviction,
     )
 
 

@@ -149,7 +149,7 @@ def open_tiers(
     return opened
 
 
-def tier_configs(tiers: Mapping[str, WorkerTier]) -> tuple[TierConfig, ...]:
+def tier_configs(tiers: Mapping[str, WorkerTier], eviction: str) -> tuple[TierConfig, ...]:
     """Return what the worker core is to know of its tiers."""
     return tuple(
         TierConfig(
@@ -163,6 +163,7 @@ def tier_configs(tiers: Mapping[str, WorkerTier]) -> tuple[TierConfig, ...]:
             is_lossy=tier.codec.is_lossy,
             slot_bytes=tier.store.block_bytes,
             decode_ns=tier.codec.decode_ns,
+            eviction=eviction,
         )
         for name, tier in tiers.items()
     )
@@ -224,7 +225,8 @@ def _num_slots(
 
 
 def _bytes_per_s(name: str, tier: WorkerTier) -> int:
-    """Return at what rate slots come out, decoded."""
-    rate = tier.codec.bytes_per_s or RATES[name]
-    size = tier.store.block_bytes
-    return int(size * NS_PER_S / (size * NS_PER_S / rate + tier.codec.decode_ns))
+    """Return at what rate blocks come out, in their own bytes: copied as slots, then decoded."""
+    store, codec = tier.store, tier.codec
+    block_bytes = tier.coded.codec.block_bytes if tier.coded else store.block_bytes
+    copy_ns = store.block_bytes * NS_PER_S / (codec.bytes_per_s or RATES[name])
+    return int(block_bytes * NS_PER_S / (copy_ns + codec.decode_ns))

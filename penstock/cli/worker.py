@@ -127,6 +127,7 @@ class _Joining:
             host=admitted.name,
             tiers=tuple(options.kv_tier),
             kv_quality=options.kv_quality,
+            kv_eviction=options.kv_eviction,
         )
 
     def _engine(self, theirs: EngineConfig) -> EngineConfig:

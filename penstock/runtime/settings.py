@@ -91,8 +91,9 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     what this one is called, "" for that of the controller. `decision_log` is a file for the
     decisions of the controller; each worker's go to that name with its own behind it.
     `control` is for the controller, which decides for all hosts. `tiers` are nearest first,
-    and `kv_quality` is what their codecs may cost the model. What decode steps attend to goes to
-    `kv_access_log` with a worker's process id behind it.
+    and give blocks up in the order that `kv_eviction` names (`kv/eviction.py`); `kv_quality` is
+    what their codecs may cost the model. What decode steps attend to goes to `kv_access_log` with
+    a worker's process id behind it.
     `start_timeout_s` bounds each silence while the model loads, by default ten minutes, or a day
     where it has to be fetched.
     """
@@ -119,6 +120,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     tiers: tuple[TierSettings, ...] = ()
     kv_quality: KvQuality = KvQuality()
     kv_access_log: str | None = None
+    kv_eviction: str = "lru"
 
     def __post_init__(self) -> None:
         """Check that the workers can serve. Raises: `StartupFailed` naming the flags."""

@@ -14,12 +14,10 @@ from penstock.core.block import accepts_loss
 from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
 from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
-from penstock.kv.eviction import EvictionOrder, make_order
+from penstock.kv.eviction import EvictionOrder, last_of_retained, make_order
 from penstock.kv.residency import Residency
-from penstock.kv.tiers import Tier
-
-RATE_WEIGHT = 0.2
-"""Weight of the latest move in the mean rate."""
+from penstock.kv.retention import Retention
+from penstock.kv.tiers import BlockKey, Tier
 
 
 class Shelf:
@@ -27,7 +25,13 @@ class Shelf:
     failure.
     """
 
-    def __init__(self, config: TierConfig, residency: Residency, block_bytes: int) -> None:
+    def __init__(
+        self,
+        config: TierConfig,
+        residency: Residency,
+        block_bytes: int,
+        retention: Retention,
+    ) -> None:
         self.name = config.name
         self.label = config.label or config.name
         self.num_slots = config.num_slots
@@ -42,6 +46,10 @@ class Shelf:
         self.is_lossy = config.is_lossy
         self.block_decode_ns = config.decode_ns
         self.slot_bytes = config.slot_bytes or block_bytes
+        self.num_wanted = self.num_declined = 0
+        self.num_reading = 0
+        """Blocks on their way out for requests."""
+        self._retention = retention
         self._tier = Tier(config.name)
         self._residency = residency
         self._block_bytes = block_bytes
@@ -49,9 +57,6 @@ class Shelf:
         self._order: EvictionOrder = make_order(config.eviction)
         self._digests: dict[BlockHash, Digest] = {}
         self._condemned: set[BlockHash] = set()
-        self._ns_per_byte = 1e9 / config.bytes_per_s
-        self._latency_ns = config.latency_ns
-        self._reading_bytes = 0
         self._slots.take(sorted(BlockId(kept.slot) for kept in config.kept))
         for kept in config.kept:
             address = kept.slot * self.slot_bytes
@@ -157,8 +162,7 @@ class Shelf:
     @property
     def num_moving(self) -> tuple[int, int]:
         """Blocks on their way in, and blocks that requests have on their way out."""
-        num_arriving = self.num_slots - self.num_free - len(self._digests)
-        return num_arriving, self._reading_bytes // self.slot_bytes
+        return self.num_slots - self.num_free - len(self._digests), self.num_reading
 
     def hold(self, names: Iterable[BlockHash]) -> None:
         """Keep blocks while a move reads them."""
@@ -210,10 +214,12 @@ class Shelf:
         self._order.touch(name)
 
     def hold_oldest(self, count: int) -> list[BlockHash]:
-        """Hold up to `count` of the blocks that are to be given up first, and return them."""
+        """Hold up to `count` of the blocks that are to be given up first, and return them; what is
+        to be retained only where there is nothing else.
+        """
         oldest: list[BlockHash] = []
         while len(oldest) < count:
-            victim = self._order.victim(lambda key: isinstance(key, bytes) and self._can_go(key))
+            victim = last_of_retained(self._order, self._can_go, self._is_retained)
             if victim is None:
                 break
             assert isinstance(victim, bytes), victim
@@ -221,31 +227,16 @@ class Shelf:
             self.hold(oldest[-1:])
         return oldest
 
-    def _can_go(self, key: bytes) -> bool:
-        return not self.is_held(BlockHash(key))
+    def _can_go(self, key: BlockKey) -> bool:
+        return isinstance(key, bytes) and not self.is_held(BlockHash(key))
+
+    def _is_retained(self, key: BlockKey) -> bool:
+        return isinstance(key, bytes) and self._retention.strength(BlockHash(key)) > 0
 
     def _arrive(self, name: BlockHash, digest: Digest) -> None:
         self._digests[name] = digest
         self._order.insert(name, 1.0)
         self.changes[name] = None
-
-    # ------------------------------------------------------------------------------ costs
-
-    def fetch_ns(self, num_blocks: int) -> float:
-        """Predict how long so many blocks take out of here, behind those on their way."""
-        num_bytes = num_blocks * self.slot_bytes + self._reading_bytes
-        return self._latency_ns + num_bytes * self._ns_per_byte
-
-    def begin_read(self, num_blocks: int) -> None:
-        """Note a move out of here, for predictions."""
-        self._reading_bytes += num_blocks * self.slot_bytes
-
-    def end_read(self, num_blocks: int, took_ns: int) -> None:
-        """Note how long it took, decoding included."""
-        num_bytes = num_blocks * self.slot_bytes
-        self._reading_bytes -= num_bytes
-        per_byte = max(0, took_ns - self._latency_ns) / num_bytes
-        self._ns_per_byte += RATE_WEIGHT * (per_byte - self._ns_per_byte)
 
     def load(self) -> TierLoad:
         """Return how full this is, and its totals."""
@@ -266,6 +257,8 @@ class Shelf:
             raw_bytes_out=self.raw_bytes_out,
             encode_ns=self.encode_ns,
             decode_ns=self.decode_ns,
+            num_wanted=self.num_wanted,
+            num_declined=self.num_declined,
         )
 
     def check(self) -> None:
@@ -273,3 +266,8 @@ class Shelf:
         self._slots.check()
         used_bytes = (self.num_slots - self.num_free) * self.slot_bytes
         assert used_bytes == self._residency.used_bytes(self._tier), (self.name, used_bytes)
+
+
+def takers_of(name: BlockHash, shelves: Sequence[Shelf]) -> list[Shelf]:
+    """Return the tiers that a block may lie in, in their order."""
+    return [shelf for shelf in shelves if shelf.takes(name)]

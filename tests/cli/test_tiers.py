@@ -34,7 +34,9 @@ def test_all_workers_of_a_host_share_the_tiers(tmp_path: Path):
     wanted = settings(*tiers, prefill=1)
     stores = open_tiers(wanted, spec(Role.PREFILL), LAYOUT)
     (block_bytes,) = LAYOUT.block_bytes
-    assert [config.name for config in tier_configs(stores)] == ["dram", "disk"]
+    configs = tier_configs(stores, "arc")
+    assert [config.name for config in configs] == ["dram", "disk"]
+    assert {config.eviction for config in configs} == {"arc"}
     assert [s.store.num_slots * block_bytes for s in stores.values()] == [MIB, 2 * MIB]
     assert (tmp_path / "prefill-0.kv").stat().st_size >= 2 * MIB
     others = open_tiers(wanted, spec(Role.DECODE), LAYOUT)
@@ -86,7 +88,7 @@ def test_slots_of_a_codec_are_smaller_and_so_more(tmp_path: Path):
     told = describe_tiers(wanted, LAYOUT, [codec])
     assert told.startswith(f"2 MiB disk {tmp_path} as int8 (slots of 0.30 blocks)")
     tiers = open_tiers(wanted, spec(Role.PREFILL), LAYOUT, [codec])
-    (config,) = tier_configs(tiers)
+    (config,) = tier_configs(tiers, "lru")
     assert config.num_slots == MIB // int8.encoded_bytes > MIB // block_bytes
     assert (config.codec, config.is_lossy, config.slot_bytes, config.decode_ns) == (
         "int8",
@@ -99,5 +101,5 @@ def test_slots_of_a_codec_are_smaller_and_so_more(tmp_path: Path):
     tiers["disk"].store.close()
     # A file of another codec is another file: what it holds would be decoded to something else.
     raw = open_tiers(settings(disk, kv_quality=KvQuality(0.01)), spec(Role.PREFILL), LAYOUT)
-    assert tier_configs(raw)[0].kept == ()
+    assert tier_configs(raw, "lru")[0].kept == ()
     raw["disk"].store.close()

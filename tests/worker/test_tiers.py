@@ -1,6 +1,6 @@
 """Blocks go down to tiers when nobody holds them, and come up before a request that wants them."""
 
-from msgspec import structs
+from msgspec.structs import replace
 
 from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
 from penstock.core.messages import BlocksChanged, Cancel, Tokens
@@ -22,11 +22,12 @@ INT8 = TierConfig(
 class Below:
     """A story whose tiers carry out what they are told, as digests alone."""
 
-    def __init__(self, *tiers: TierConfig, num_blocks: int = 7) -> None:
+    def __init__(self, *tiers: TierConfig, num_blocks: int = 7, max_num_seqs: int = 64) -> None:
         self.story = Story(
             P0,
             num_blocks=num_blocks,
             max_num_batched_tokens=200,
+            max_num_seqs=max_num_seqs,
             tiers=tiers,  # type: ignore[arg-type]
             is_defragmenting=False,
         )
@@ -36,7 +37,7 @@ class Below:
     def run(self, name: str, start: int, num_prompt: int = 40, **more: bool) -> int:
         """Run a request to its end, with all moves; return how many tokens it found cached."""
         asked = request(name, num_prompt, start=start, max_tokens=1)
-        self.story.tell(assign(structs.replace(asked, **more), P0))
+        self.story.tell(assign(replace(asked, **more), P0))
         self.move_all()
         (cached,) = self.story.steps[0].num_computed.tolist()
         self.story.step()
@@ -340,7 +341,7 @@ def test_a_wrong_slot_of_a_lossy_tier_is_not_decoded_and_its_block_computed() ->
     below.run("a", 100, accepts_loss=True)
     below.run("other", 1000, 100, accepts_loss=True)
     asked = request("a again", 40, start=100, max_tokens=1)
-    below.story.tell(assign(structs.replace(asked, accepts_loss=True), P0))
+    below.story.tell(assign(replace(asked, accepts_loss=True), P0))
     below.land(wrong=1)
     assert below.story.steps[0].num_computed.tolist() == [16]
     assert below.load().num_corrupt == 1
@@ -391,3 +392,39 @@ def test_a_block_that_did_not_fit_its_slot_is_not_there() -> None:
     )
     assert (below.load().num_used, below.load().num_failed) == (1, 1)
     story.assert_empty()
+
+
+def test_what_a_request_asked_to_keep_stays_in_pool_and_tier_while_others_go() -> None:
+    below = Below(DRAM, num_blocks=12)
+    story = below.story
+    kept = replace(request("kept", 40, start=100, max_tokens=1), retention_ns=10**9)
+    story.tell(assign(kept, P0))
+    story.step()
+    below.move_all()
+    for number in range(6):
+        below.run(f"other{number}", 1000 * (number + 1), 60)
+    cache = story.worker.kv.groups[0].pool.prefix_cache
+    names = story.worker.tiers.names()
+    assert set(names) >= {n for n in told(below, set()) if cache.find(n) in (0, 1)}
+    assert below.run("kept again", 100) == 32
+    assert below.load().num_hits == 0, "it never left the pool"
+    story.now_ns += 2 * 10**9
+    for number in range(6):
+        below.run(f"more{number}", 10_000 + 1000 * number, 60)
+    assert below.run("kept no longer", 100) == 0
+
+
+def test_a_pin_outlasts_what_is_retained_and_a_ttl_of_nothing_lets_go_of_it() -> None:
+    below = Below(num_blocks=12)
+    story = below.story
+
+    def run(name: str, start: int, **more: object) -> None:
+        story.tell(assign(replace(request(name, 40, start=start, max_tokens=1), **more), P0))
+        story.step()
+
+    run("pinned", 100, retention_ns=10**9, pin="docs")
+    retention = story.worker.kv.retention
+    names = [n for n in told(below, set()) if retention.strength(n) == 2]
+    assert len(names) == 2
+    run("let go", 100, pin="docs")
+    assert [retention.strength(n) for n in names] == [0, 0]
