@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer passes")
     parser.add_argument("--output", metavar="FILE")
     options = parser.parse_args()
-    passes = 3 if options.quick else 9
+    passes = 3 if options.quick else 5
     report = Report(
         "transfer",
         settings={
