@@ -30,6 +30,13 @@ class Split(NamedTuple):
     total_ns: float
 
 
+class Cut(NamedTuple):
+    """Fetch the first `num_fetched` blocks, then compute the others."""
+
+    num_fetched: int
+    total_ns: float
+
+
 class Option(NamedTuple):
     """A tier in which a block could be kept: what reading it there costs, and what writing does."""
 
@@ -100,6 +107,28 @@ def fetch_or_recompute(
     candidates = {0, max(0, meet - 1), meet, num_blocks}
     best = min(sorted(candidates), key=total_ns)
     return Split(best, total_ns(best))
+
+
+def fetch_then_recompute(
+    num_blocks: int,
+    fetch_ns: Callable[[int], float],
+    recompute_ns: Callable[[int], float],
+    *,
+    ends: Sequence[int] = (),
+) -> Cut:
+    """Return how many blocks to fetch from the front before the rest is computed after them.
+
+    For who cannot do both at once: blocks are computed from the prefix before them. Nothing is
+    fetched, or all, or one of `ends`, where what a block costs to fetch changes; of two that take
+    the same, the one that fetches less.
+    """
+    cuts = (
+        Cut(
+            n, (fetch_ns(n) if n else 0.0) + (recompute_ns(num_blocks - n) if n < num_blocks else 0)
+        )
+        for n in sorted({0, *ends, num_blocks})
+    )
+    return min(cuts, key=lambda cut: cut.total_ns)
 
 
 def write_mode(expected_uses: float, *, save_ns: float, write_ns: float) -> WriteMode:

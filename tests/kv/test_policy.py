@@ -10,6 +10,7 @@ from penstock.kv.policy import (
     choose_codec,
     choose_tier,
     fetch_or_recompute,
+    fetch_then_recompute,
     steady_ns,
     write_mode,
 )
@@ -108,3 +109,18 @@ def test_tier_by_gain_and_room():
     assert choose(1.0, num_bytes=65) is Tier.DISK
     assert choose(0.1) is None
     assert choose(1.0, options=()) is None
+
+
+def test_a_prefix_is_fetched_as_far_as_that_is_quicker_than_computing_after_it() -> None:
+    def fetch_ns(count: int) -> float:
+        """Four blocks lie near, the others far."""
+        return count * 10.0 + max(0, count - 4) * 1000.0
+
+    def cut(num_blocks: int, block_ns: float) -> int:
+        found = fetch_then_recompute(num_blocks, fetch_ns, lambda n: n * block_ns, ends=[4])
+        total_ns = (fetch_ns(found.num_fetched)) + (num_blocks - found.num_fetched) * block_ns
+        assert found.total_ns == total_ns
+        return found.num_fetched
+
+    assert [cut(10, block_ns) for block_ns in (5.0, 10.0, 100.0, 5000.0)] == [0, 0, 4, 10]
+    assert cut(0, 100.0) == 0
