@@ -4,7 +4,6 @@ No state, no constants that stand for a machine: every cost comes in as predicte
 Called by `kv/orchestrator.py`, and by whoever wants to know beforehand (a router, a study).
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -21,13 +20,6 @@ class WriteMode(Enum):
     """When it is evicted."""
     NEVER = "never"
     """It is dropped: computing it again is cheaper than carrying it."""
-
-
-class Split(NamedTuple):
-    """Compute the first `num_recomputed` blocks while the others are fetched."""
-
-    num_recomputed: int
-    total_ns: float
 
 
 class Cut(NamedTuple):
@@ -77,36 +69,6 @@ def choose_codec(
         allowed,
         key=lambda c: (steady_ns(c, link, num_lanes, blocks_per_descriptor), c.block_bytes, c.loss),
     )
-
-
-def fetch_or_recompute(
-    num_blocks: int,
-    fetch_ns: Callable[[int], float],
-    recompute_ns: Callable[[int], float],
-) -> Split:
-    """Return how many blocks to compute from the front while the rest is fetched.
-
-    `fetch_ns(n)` is the predicted time to fetch n blocks at this moment's queue lengths, and
-    `recompute_ns(n)` to compute the first n; both must not decrease. Everything is fetched, or all
-    computed, where that is fastest: a part is only computed when fetching really runs beside it.
-    O(log blocks).
-    Source: Jin et al., Compute or load KV cache? Why not both? (Cake), arXiv 2410.03065.
-    """
-    if num_blocks == 0:
-        return Split(0, 0.0)
-    # Computing grows and fetching shrinks with the number computed: they meet once.
-    meet = bisect_left(
-        range(num_blocks), True, key=lambda n: recompute_ns(n) >= fetch_ns(num_blocks - n)
-    )
-
-    def total_ns(num_recomputed: int) -> float:
-        num_fetched = num_blocks - num_recomputed
-        compute = recompute_ns(num_recomputed) if num_recomputed else 0.0
-        return max(compute, fetch_ns(num_fetched) if num_fetched else 0.0)
-
-    candidates = {0, max(0, meet - 1), meet, num_blocks}
-    best = min(sorted(candidates), key=total_ns)
-    return Split(best, total_ns(best))
 
 
 def fetch_then_recompute(

@@ -47,6 +47,7 @@ def test_what_comes_while_others_compute_is_no_exposed_time() -> None:
     below.story.step()
     below.move_all()
     below.story.assert_empty()
+    below.assert_nothing_held()
 
 
 def test_when_its_turn_comes_first_it_is_late_urgent_and_exposed_from_then_on() -> None:
@@ -75,6 +76,7 @@ def test_when_its_turn_comes_first_it_is_late_urgent_and_exposed_from_then_on() 
     assert first.exposed_ns == exposed_ns
     below.move_all()
     below.story.assert_empty()
+    below.assert_nothing_held()
 
 
 def test_what_is_cancelled_before_its_move_begins_is_taken_back() -> None:
@@ -89,6 +91,7 @@ def test_what_is_cancelled_before_its_move_begins_is_taken_back() -> None:
         below.story.step()
     below.move_all()
     below.story.assert_empty()
+    below.assert_nothing_held()
 
 
 def pause_twice(below: Below) -> int:

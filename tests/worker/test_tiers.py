@@ -92,6 +92,12 @@ class Below:
         )
         return move
 
+    def assert_nothing_held(self) -> None:
+        """No move is under way, so none reads a block of a tier."""
+        for shelf in self.story.worker.tiers.shelves:
+            assert not [name for name in shelf.names() if shelf.is_held(name)], shelf.name
+            assert shelf.num_moving == (0, 0), shelf.name
+
     def load(self, index: int = 0) -> TierLoad:
         return self.story.worker.load().tiers[index]
 
