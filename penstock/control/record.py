@@ -8,8 +8,9 @@ from msgspec import structs
 
 from penstock.control.cost import WorkerCost
 from penstock.core.descriptors import WorkerInfo
-from penstock.core.messages import Load, TokenOutput
-from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState
+from penstock.core.events import Send
+from penstock.core.messages import Assign, Load, TokenOutput
+from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState, Timeline
 from penstock.core.types import RequestId, Role, WorkerId
 
 SEATS_AHEAD: Final = 1.125
@@ -117,7 +118,9 @@ class RequestRecord:
         "attempts",
         "booking",
         "decode",
+        "early",
         "expected_ns",
+        "has_moved",
         "is_decoding",
         "output_token_ids",
         "prefill",
@@ -142,6 +145,10 @@ class RequestRecord:
         self.decode: WorkerRecord | None = None
         self.booking: Booking | None = None
         self.output_token_ids: list[int] = []
+        self.has_moved = False
+        """True when this attempt has been told to go on at another worker than it began at."""
+        self.early: list[TokenOutput] | None = None
+        """What the other one has said so far; None when it may be heard."""
 
     @property
     def request_id(self) -> RequestId:
@@ -180,11 +187,32 @@ class RequestRecord:
             self.wire_id = RequestId(f"{self.request_id}~{self.attempts}")
         self.attempts += 1
         self.prefill, self.decode = prefill, decode
+        self.has_moved, self.early = False, None
         if not self.output_token_ids and self.wire_id == self.request_id:
             return self.request
         return structs.replace(
             self.request, request_id=self.wire_id, output_token_ids=tuple(self.output_token_ids)
         )
+
+    def assignment(self, request: Request) -> Send:
+        """Return what tells this attempt's workers of `request`, as `begin_attempt` gave it."""
+        assert self.prefill is not None
+        assert self.decode is not None
+        prefill_worker = self.prefill.info.worker_id
+        timeline = Timeline(
+            arrived_ns=self.arrived_ns,
+            prefill_worker=prefill_worker,
+            prompt_tokens=len(request.prompt_token_ids),
+        )
+        decode_worker = self.decode.info.worker_id
+        assign = Assign(request=request, decode_worker=decode_worker, timeline=timeline)
+        return Send(prefill_worker, assign)
+
+    def end_attempt(self) -> None:
+        """Wait for another attempt, with the output so far."""
+        self.prefill = self.decode = None
+        self.is_decoding = False
+        self.move_to(RequestState.QUEUED)
 
     def under_own_id(self, output: TokenOutput) -> TokenOutput:
         """Return a worker's output under the id that the client's side knows."""

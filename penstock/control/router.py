@@ -9,6 +9,7 @@ from typing import Final
 
 from penstock.control.cost import F
 from penstock.control.explain import Decision, Explanations
+from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.lengths import OutputLengths
 from penstock.control.policies import POLICIES, USES_PREFIXES, Ask, Choice
@@ -16,8 +17,8 @@ from penstock.control.policies.policy import breaks_tpot, lacks_room, predict
 from penstock.control.record import Booking, RequestRecord, WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import StartupFailed
-from penstock.core.request import Request
-from penstock.core.types import NS_PER_MS, RequestId
+from penstock.core.request import Request, RequestState
+from penstock.core.types import NS_PER_MS, RequestId, WorkerId
 
 TPOT_SHARE: Final = 0.9
 """Of the TPOT that is asked for, the part that steps may take: the rest is for what disturbs them,
@@ -98,6 +99,42 @@ class Router:
         )
         return request
 
+    def ask_to_go_on(self, record: RequestRecord, now_ns: int) -> Ask:
+        """Return what a request asks for that decodes already."""
+        return self._ask(record.request, record.output_token_ids, now_ns, looks_up=False)
+
+    def steps_of_seats(self, ask: Ask) -> Float64:
+        """Return the step of every worker that could decode a request within the TPOT that is usual
+        or asked for, with it, [num_slots]; `CLOSED` and more for the others.
+        """
+        fleet = self._fleet
+        steps: Float64 = fleet.step + fleet.coefficients[F] * ask.num_tokens
+        is_slow = steps > ask.slo_tpot_ns * TPOT_SHARE
+        return steps + fleet.decode_closed + lacks_room(fleet, ask) + is_slow * CLOSED
+
+    def move(self, record: RequestRecord, to: WorkerRecord, now_ns: int) -> None:
+        """Book a request that decodes on another worker from now on: where it is now is where its
+        KV comes from.
+        """
+        booking, source = record.booking, record.decode
+        assert booking is not None
+        assert source is not None
+        self.release(record, now_ns)
+        record.prefill, record.decode, record.booking = source, to, booking
+        record.has_moved = True
+        source.num_requests += 1
+        booking.arriving_tokens = record.num_tokens
+        to.arriving_tokens += record.num_tokens
+        self._book_decode(booking, to)
+        self._fleet.refresh(source)
+
+    def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
+        """Note that a request that moves is heard from where it was to go."""
+        is_there = record.decode is not None and speaker == record.decode.info.worker_id
+        if record.state is RequestState.HANDING_OFF and is_there:
+            self.note_landed(record)
+            record.move_to(RequestState.DECODING)
+
     def note_prefilled(self, record: RequestRecord, now_ns: int) -> None:
         """Take a prefill that is done off its worker's books."""
         booking, worker = record.booking, record.prefill
@@ -145,6 +182,7 @@ class Router:
         now_ns: int,
     ) -> None:
         self._fleet.work_ns += booking.prefill_ns
+        self._fleet.num_booked += 1
         prefill.num_prefills += 1
         prefill.prefill_tokens += record.request.num_tokens
         prefill.backlog_ns += booking.prefill_ns
@@ -153,14 +191,17 @@ class Router:
             prefill.num_requests += 1
             booking.arriving_tokens = record.num_tokens
             decode.arriving_tokens += record.num_tokens
+        self._book_decode(booking, decode)
+        if decode is not prefill:
+            self._fleet.refresh(prefill)
+
+    def _book_decode(self, booking: Booking, decode: WorkerRecord) -> None:
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
         decode.kv_tokens += booking.kv_tokens
         decode.context_tokens += booking.context_tokens
         decode.num_requests += 1
-        self._fleet.refresh(prefill)
-        if decode is not prefill:
-            self._fleet.refresh(decode)
+        self._fleet.refresh(decode)
 
     def _ask(
         self,
