@@ -248,12 +248,12 @@ class Controller:
                 if output.finish_reason is None:  # the cancel crossed these tokens, or was lost
                     commands.append(Send(event.worker_id, Cancel(request_id=output.request_id)))
                 continue
-            if record.has_moved and not is_due(record, event.worker_id, output):
+            if record.been and not is_due(record, event.worker_id, output):
                 continue
             record.output_token_ids += output.token_ids
             if not record.is_decoding:
                 self._start_decoding(record, output, now_ns)
-            elif record.has_moved:
+            elif record.been:
                 self.router.note_moved(record, event.worker_id)
             outputs.append(record.under_own_id(output))
             if output.finish_reason is not None:

@@ -116,11 +116,11 @@ class RequestRecord:
     __slots__ = (
         "arrived_ns",
         "attempts",
+        "been",
         "booking",
         "decode",
         "early",
         "expected_ns",
-        "has_moved",
         "is_decoding",
         "output_token_ids",
         "prefill",
@@ -145,8 +145,8 @@ class RequestRecord:
         self.decode: WorkerRecord | None = None
         self.booking: Booking | None = None
         self.output_token_ids: list[int] = []
-        self.has_moved = False
-        """True when this attempt has been told to go on at another worker than it began at."""
+        self.been: tuple[WorkerRecord, ...] = ()
+        """Who has had this attempt before; somebody once it was told to go on elsewhere."""
         self.early: list[TokenOutput] | None = None
         """What the other one has said so far; None when it may be heard."""
 
@@ -187,7 +187,7 @@ class RequestRecord:
             self.wire_id = RequestId(f"{self.request_id}~{self.attempts}")
         self.attempts += 1
         self.prefill, self.decode = prefill, decode
-        self.has_moved, self.early = False, None
+        self.been, self.early = (), None
         if not self.output_token_ids and self.wire_id == self.request_id:
             return self.request
         return structs.replace(

@@ -4,7 +4,7 @@ A worker that has changed sides computes prompts, and each of its steps may be a
 still decodes waits for them. Such a sequence is moved to a worker that is meant to decode, if one
 has a seat and room for it within the TPOT, and if the time that it saves over what is left of its
 answer is more than the copy of its KV takes, behind those that go with it. What cannot go now is
-looked at again; nobody is moved twice, nor to where it has been.
+looked at again; nobody is moved to where it has been.
 
 The worker that had it says all its tokens and then that it has offered it (`Offered`), so what its
 successor says before that is kept back: tokens reach the client in order whatever the links do.
@@ -85,8 +85,9 @@ class Relocation:
         fleet = self._fleet
         ask = self._router.ask_to_go_on(record, now_ns)
         steps = self._router.steps_of_seats(ask)
-        for worker in record.holders:
-            steps[worker.slot] = CLOSED
+        for worker in (*record.been, *record.holders):
+            if worker is fleet.workers.get(worker.info.worker_id):
+                steps[worker.slot] = CLOSED
         slot = int(steps.argmin())
         if steps[slot] >= CLOSED:
             return None
@@ -103,9 +104,9 @@ class Relocation:
 
 
 def _is_movable(record: RequestRecord) -> bool:
-    """True for what decodes, and has not moved before."""
+    """True for what decodes, and is not on its way."""
     is_decoding = record.state is RequestState.DECODING and record.is_decoding
-    return is_decoding and not record.has_moved
+    return is_decoding and record.early is None
 
 
 def is_due(record: RequestRecord, speaker: WorkerId, output: TokenOutput) -> bool:

@@ -3,7 +3,9 @@
 Both loads are ratios to what the SLOs allow, 1 is full:
 
     prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
-    decode    all sequences, over those that the decode workers could run within the TPOT
+    decode    all sequences there are, or will be at once if requests go on to come as of late
+              (their rate times their expected time), over those that the decode workers could run
+              within the TPOT; or the tokens of KV that they are to hold, over what they can
 
 What waits at the controller counts on the side that it waits for: where a prefill worker would take
 the next one, all of them wait for seats or room to decode.
@@ -116,7 +118,9 @@ class Roles:
         self._queue = queue
         self._work_ns = 0.0
         self._looked_ns = 0
+        self._seat_ns = 0.0
         self._use = 0.0
+        self._coming = 0.0
         self._wants_decode = 0.0
         self._context_tokens = USUAL_TOKENS
         self._favours: Role | None = None
@@ -186,7 +190,10 @@ class Roles:
         weight = 1.0 if elapsed_ns > 10 * NS_PER_S else SMOOTHING
         self._use += (use - self._use) * weight
         self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
+        coming = (self._fleet.seat_ns - self._seat_ns) / elapsed_ns
+        self._coming += (coming - self._coming) * weight
         self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
+        self._seat_ns = self._fleet.seat_ns
         num_decodes = sum(w.num_decodes for w in decode)
         context_tokens = sum(w.context_tokens for w in decode)
         self._context_tokens = max(context_tokens / num_decodes, 1) if num_decodes else USUAL_TOKENS
@@ -217,9 +224,12 @@ class Roles:
         """Return the sequences that decode, or are to, over the seats within the TPOT."""
         seats = sum(map(self._seats, workers))
         # Those on workers that have changed sides, too: they are to come, or would else come back.
-        num_decodes = sum(w.num_decodes for w in self._fleet if self._fleet.is_candidate(w))
+        everybody = [w for w in self._fleet if self._fleet.is_candidate(w)]
+        num_decodes = sum(w.num_decodes for w in everybody)
         num_decodes += self._wants_decode * len(self._queue)
-        return num_decodes / seats if seats else 0.0
+        room = sum(w.capacity_tokens for w in workers)
+        held = sum(w.kv_tokens for w in everybody) / room if room else 0.0
+        return max(num_decodes / seats, self._coming / seats, held) if seats else 0.0
 
     def _seats(self, worker: WorkerRecord) -> float:
         """Return how many sequences of the usual length a worker could decode within the TPOT."""

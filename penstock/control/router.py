@@ -12,7 +12,7 @@ from penstock.control.explain import Decision, Explanations
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.lengths import OutputLengths
-from penstock.control.policies import POLICIES, USES_PREFIXES, Ask, Choice
+from penstock.control.policies import POLICIES, USES_DRAWS, USES_PREFIXES, Ask, Choice
 from penstock.control.policies.policy import breaks_tpot, lacks_room, predict
 from penstock.control.record import Booking, RequestRecord, WorkerRecord
 from penstock.core.config import ControllerConfig
@@ -42,6 +42,7 @@ class Router:
             raise StartupFailed(f"--policy: {config.policy!r} is none of {known}")
         self._choose = POLICIES[config.policy]
         self._uses_prefixes = config.policy in USES_PREFIXES
+        self._draws = config.policy in USES_DRAWS
         self._num_placed = 0
 
     def choose(self, record: RequestRecord, now_ns: int) -> tuple[Ask, Choice] | None:
@@ -84,6 +85,8 @@ class Router:
             context=ask.num_tokens + ask.expected_output_tokens // 2,
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
+        decode_ns = ask.expected_output_tokens * prediction.tpot_ns
+        fleet.seat_ns += prediction.ttft_ns + decode_ns
         self.explanations.note(
             Decision(
                 record.request_id,
@@ -120,8 +123,8 @@ class Router:
         assert booking is not None
         assert source is not None
         self.release(record, now_ns)
+        record.been += record.holders
         record.prefill, record.decode, record.booking = source, to, booking
-        record.has_moved = True
         source.num_requests += 1
         booking.arriving_tokens = record.num_tokens
         to.arriving_tokens += record.num_tokens
@@ -223,7 +226,7 @@ class Router:
             num_tokens=len(request.prompt_token_ids) + num_output,
             expected_output_tokens=self.lengths.expect(request.params.max_tokens - num_output),
             cached_tokens=cached,
-            draw=_draw(request.request_id),
+            draw=_draw(request.request_id) if self._draws else 0,
             turn=self._num_placed,
             now_ns=now_ns,
             slo_ttft_ns=(slo_ttft_ms or config.usual_ttft_ms) * NS_PER_MS,

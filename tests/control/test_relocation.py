@@ -84,12 +84,19 @@ def moving(*names: str) -> tuple[Story, str, str]:
     return story, old, message.decode_worker
 
 
-def test_nobody_moves_twice_and_what_ends_meanwhile_has_ended() -> None:
+def test_nobody_moves_to_where_it_has_been_and_what_ends_meanwhile_has_ended() -> None:
     story, old, new = moving("p0", "d0", "d1", "d2")
     story.offered(old, "r")
     story.tokens(new, "r", 2)
-    assert not flip(story, new)
-    story.tokens(new, "r", 3, is_last=True)
+    ((_, message),) = flip(story, new)
+    third = message.decode_worker
+    assert third not in (old, new)
+    story.offered(new, "r")
+    story.tokens(third, "r", 3)
+    for worker in (old, new, "p0"):
+        story.tell(SetRole(worker_id=WorkerId(worker), role=Role.DECODE, is_pinned=True))
+    assert not flip(story, third)
+    story.tokens(third, "r", 4, is_last=True)
     story, old, new = moving("p0", "d0", "d1")
     story.tokens(old, "r", 2, is_last=True)
     assert story.controller.status().finished == 1
