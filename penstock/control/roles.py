@@ -17,12 +17,13 @@ overloaded  both are full, or one and nothing is to be had from the other
 
 A worker changes sides when the side that it leaves stays clearly below what the other one has now
 (hysteresis) and is not full itself, when that has been so for several looks in a row, and when the
-last change is some time ago (cooldown; half of it for more of the same): what a flip must not do is
-be taken back. Where one is not enough several go at once, first those whose hardware is better at
-the work to come than at theirs, then the idlest. A flip is a label: it holds from the next
-assignment on, moves no process and drops no cache; sequences that decode where prompts come in now
-end there, or are moved where that pays (`control/relocation.py`). A side never becomes empty, and a
-worker that a person has pinned stays.
+last change is some time ago (cooldown; less for more of the same, more for the way back while no
+side is full, or when workers have come and gone before): what a flip must not do is be taken back.
+Where one is not enough several go at once, first those whose hardware is better at the work to come
+than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves no
+process and drops no cache; sequences that decode where prompts come in now end there, or are moved
+where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a person
+has pinned stays.
 
 Source: Arrow's loads (arXiv 2505.11916) in place of FlowKV's, whose formula is not published.
 """
@@ -40,11 +41,11 @@ from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.types import NS_PER_MS, NS_PER_S, Role
 
-ACT_ABOVE: Final = 0.7
+ACT_ABOVE: Final = 0.8
 """Loads below this are nobody's concern, however unequal."""
 GAIN_MIN: Final = 0.15
 """Part of the larger load by which that of the side that gives must stay below it."""
-FULL: Final = 1.0
+FULL: Final = 0.9
 """No side gives what would bring it above this: it would want it back."""
 LOOKS_MIN: Final = 3
 SMOOTHING: Final = 0.3
@@ -52,6 +53,10 @@ FLIPS_SHARE: Final = 4
 """At most one worker in so many changes sides at a time."""
 SETTLE_SHARE: Final = 0.5
 """Of the cooldown, until more workers follow to the same side."""
+WAY_BACK: Final = 4.0
+"""Times the cooldown, until workers go the other way without a side that is full."""
+PATIENCE_MAX: Final = 8.0
+"""The same where they have come and gone again and again: no split is right, or all are full."""
 TARGET_LOAD: Final = 0.8
 USUAL_TOKENS: Final = 1000.0
 """Context of a sequence while none decodes."""
@@ -127,6 +132,7 @@ class Roles:
         self._num_looks = 0
         self._flipped_ns: int | None = None
         self._flipped_to: Role | None = None
+        self._patience = 1.0
 
     @property
     def is_needed(self) -> bool:
@@ -150,7 +156,7 @@ class Roles:
             return []
         flips = self._choose(favours)
         if flips:
-            self._flipped_ns, self._flipped_to = now_ns, favours
+            self._note_flips(favours, now_ns)
             self._num_looks = 0
             self.num_flips += len(flips)
         return [(worker, favours) for worker in flips]
@@ -171,9 +177,23 @@ class Roles:
         return max(1, round(prefill + 0.5)) + max(1, round(decode + 0.5))
 
     def _is_cool(self, to: Role, now_ns: int) -> bool:
+        if self._flipped_ns is None:
+            return True
         cooldown_ns = self._config.role_cooldown_ms * NS_PER_MS
-        cooldown_ns *= SETTLE_SHARE if to is self._flipped_to else 1.0
-        return self._flipped_ns is None or now_ns - self._flipped_ns >= cooldown_ns
+        if to is self._flipped_to:
+            cooldown_ns *= SETTLE_SHARE
+        else:
+            cooldown_ns *= max(self._patience, 1.0 if self.loads.of(to) >= 1 else WAY_BACK)
+        return now_ns - self._flipped_ns >= cooldown_ns
+
+    def _note_flips(self, to: Role, now_ns: int) -> None:
+        """Be more patient after a way back that came soon, and less after one that did not."""
+        if self._flipped_ns is not None and to is not self._flipped_to:
+            soon_ns = 4 * self._patience * self._config.role_cooldown_ms * NS_PER_MS
+            is_soon = now_ns - self._flipped_ns < soon_ns
+            self._patience *= 2.0 if is_soon else 0.5
+            self._patience = min(max(self._patience, 1.0), PATIENCE_MAX)
+        self._flipped_ns, self._flipped_to = now_ns, to
 
     def _side(self, role: Role) -> list[WorkerRecord]:
         """Return who works on a side: everybody on both where nobody is meant for one."""
