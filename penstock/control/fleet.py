@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from penstock.control.cost import D, TransferCosts
 from penstock.control.fit import Float64
-from penstock.control.prefix_index import Int64, PrefixIndex
+from penstock.control.prefix_index import PrefixIndex
 from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.descriptors import WorkerInfo
@@ -240,13 +240,13 @@ class Fleet:
         step_error = sum(errors) / len(errors) if errors else 0.0
         return step_error, self.transfers.all_pairs.error
 
-    def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Int64:
+    def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Float64:
         """Return how many tokens of a prompt behind `root` every slot has, [num_slots]."""
-        tokens: Int64 | None = None
+        tokens: Float64 | None = None
         for size in self._block_sizes:
             found = self.index.tokens(token_ids, size, root)
             tokens = found if tokens is None else np.maximum(tokens, found)
-        return np.zeros(len(self._by_slot), np.int64) if tokens is None else tokens
+        return np.zeros(len(self._by_slot)) if tokens is None else tokens
 
     def _resize(self, num_slots: int) -> None:
         added = num_slots - len(self._by_slot)

@@ -245,8 +245,8 @@ class Roles:
         seats = sum(map(self._seats, workers))
         # Those on workers that have changed sides, too: they are to come, or would else come back.
         everybody = [w for w in self._fleet if self._fleet.is_candidate(w)]
-        num_decodes = sum(w.num_decodes for w in everybody)
-        num_decodes += self._wants_decode * len(self._queue)
+        num_decodes = self._wants_decode * len(self._queue)
+        num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
         held = sum(w.kv_tokens for w in everybody) / room if room else 0.0
         return max(num_decodes / seats, self._coming / seats, held) if seats else 0.0
