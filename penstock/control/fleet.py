@@ -37,6 +37,7 @@ _COLUMNS: Final = (
     "backlog",
     "backlog_least",
     "free_at",
+    "spare_at",
     "step",
     "seats",
     "kv_free",
@@ -64,6 +65,7 @@ class Fleet:
     backlog: Float64
     backlog_least: Float64
     free_at: Float64
+    spare_at: Float64
     step: Float64
     seats: Float64
     kv_free: Float64
@@ -165,6 +167,7 @@ class Fleet:
         self.backlog[slot] = worker.backlog_ns
         self.backlog_least[slot] = worker.backlog_ns / 2
         self.free_at[slot] = worker.free_at_ns
+        self.spare_at[slot] = worker.spare_at_ns
         self.seats[slot] = worker.num_decodes
         self.prefill_tokens[slot] = worker.prefill_tokens
         self.decode_tokens[slot] = worker.decode_tokens

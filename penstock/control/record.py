@@ -55,6 +55,7 @@ class WorkerRecord:
         "role",
         "seats_max",
         "slot",
+        "spare_at_ns",
     )
 
     def __init__(self, info: WorkerInfo, slot: int) -> None:
@@ -74,6 +75,8 @@ class WorkerRecord:
         self.num_prefills = 0
         self.backlog_ns = 0.0
         self.free_at_ns = 0.0
+        self.spare_at_ns = 0.0
+        """When what it decodes has made up for the prompts that it has computed beside."""
         self.arriving_tokens = 0
         self.decode_tokens = 0
         self.num_decodes = 0

@@ -24,6 +24,7 @@ TPOT_SHARE: Final = 0.9
 """Of the TPOT that is asked for, the part that steps may take: the rest is for what disturbs them,
 such as blocks that arrive and sequences that turn out longer than expected.
 """
+SPARE_MIN: Final = 0.02
 
 
 class Router:
@@ -49,7 +50,8 @@ class Router:
         """Return what was asked and chosen, or None when nobody is open. Changes no book."""
         if not self._fleet.workers:
             return None
-        ask = self._ask(record.request, record.output_token_ids, now_ns)
+        waited_ns = now_ns - record.queued_ns
+        ask = self._ask(record.request, record.output_token_ids, now_ns, waited_ns=waited_ns)
         choice = self._choose(self._fleet, ask)
         return None if choice is None else (ask, choice)
 
@@ -85,6 +87,8 @@ class Router:
             context=ask.num_tokens + ask.expected_output_tokens // 2,
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
+        if prefill is decode and fleet.has_pairs:
+            self._note_stall(prefill, prediction.prefill_ns, ask)
         decode_ns = ask.expected_output_tokens * prediction.tpot_ns
         fleet.seat_ns += prediction.ttft_ns + decode_ns
         self.explanations.note(
@@ -198,6 +202,15 @@ class Router:
         if decode is not prefill:
             self._fleet.refresh(prefill)
 
+    def _note_stall(self, worker: WorkerRecord, prefill_ns: float, ask: Ask) -> None:
+        """Note a prompt on a worker that decodes: its sequences are behind, and catch up in what
+        their steps leave of the TPOT.
+        """
+        budget_ns = ask.slo_tpot_ns * TPOT_SHARE
+        spare = max(1 - self._fleet.step.item(worker.slot) / budget_ns, SPARE_MIN)
+        worker.spare_at_ns = max(worker.spare_at_ns, ask.now_ns) + prefill_ns / spare
+        self._fleet.refresh(worker)
+
     def _book_decode(self, booking: Booking, decode: WorkerRecord) -> None:
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
@@ -213,6 +226,7 @@ class Router:
         now_ns: int,
         *,
         looks_up: bool = True,
+        waited_ns: int = 0,
     ) -> Ask:
         config = self._config
         cached = None
@@ -231,6 +245,7 @@ class Router:
             now_ns=now_ns,
             slo_ttft_ns=(slo_ttft_ms or config.usual_ttft_ms) * NS_PER_MS,
             slo_tpot_ns=(slo_tpot_ms or config.usual_tpot_ms) * NS_PER_MS,
+            waited_ns=waited_ns,
             tpot_bound_ns=slo_tpot_ms * TPOT_SHARE * NS_PER_MS if slo_tpot_ms else CLOSED,
         )
 

@@ -15,8 +15,8 @@ class Ask(Struct, frozen=True, gc=False):
 
     `num_tokens` are prompt and output so far. `cached_tokens` are how many of them each slot has,
     [num_slots], None where nobody looked. `draw` is 64 bits that depend on the request alone,
-    `turn` counts the requests that were placed. SLOs in ns; `tpot_bound_ns` is `CLOSED` where there
-    is none to keep.
+    `turn` counts the requests that were placed, `waited_ns` is since this one came. SLOs in ns;
+    `tpot_bound_ns` is `CLOSED` where there is none to keep.
     """
 
     num_tokens: int
@@ -28,6 +28,7 @@ class Ask(Struct, frozen=True, gc=False):
     slo_ttft_ns: float
     slo_tpot_ns: float
     tpot_bound_ns: float
+    waited_ns: float = 0.0
 
 
 class Choice(Struct, frozen=True, gc=False):

@@ -5,7 +5,9 @@ so a few of the best of either side are looked at together. Against the pair sta
 would do both. What that costs others is counted too: a prompt on a worker that decodes makes each
 of its sequences wait, which is weighed by the two SLOs, and it takes a decode worker's time, which
 is not meant for it. So a hand-off is left out when it costs more than it saves: the prompt is
-short, or mostly cached there, or the prefill workers are busy for long.
+short, or mostly cached there, or the prefill workers are busy for long. Sequences whose steps are
+shorter than their TPOT catch up, so a decode worker is a slow prefill worker, too: what its steps
+leave of the TPOT is the part of its time that prompts may have when they wait at the controller.
 
 Source: the regimes of FlowKV, Arrow's loads in SLOs, conditional disaggregation as in Dynamo and
 AMPD; the rule is ours.
@@ -22,6 +24,8 @@ from penstock.control.policies.policy import Ask, Choice, breaks_tpot, lacks_roo
 
 FINALISTS: Final = 3
 """Of either side, looked at in pairs."""
+WAIT_SHARE: Final = 0.25
+"""Of the TTFT's SLO: who has waited so long may go wherever there is time for it."""
 FIRST_STEPS: Final = 1.5
 """A step is under way when the KV arrives, and half of it is still to come."""
 
@@ -47,7 +51,7 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
     is_bound = ask.tpot_bound_ns < CLOSED
     if is_bound:
         no_room += breaks_tpot(fleet, ask, step)
-    alone = _alone(fleet, ask, compute)
+    alone = _alone(fleet, ask, compute, begin)
     alone += begin
     alone += no_room
     if is_bound:
@@ -80,12 +84,24 @@ def _turn_ns(fleet: Fleet, begin: Float64, step: Float64, closed: Float64) -> fl
     return soonest + float((step * FIRST_STEPS + closed).min())
 
 
-def _alone(fleet: Fleet, ask: Ask, compute: Float64) -> Float64:
-    """Return what serving a request alone costs beyond its own prefill, for each slot."""
+def _alone(fleet: Fleet, ask: Ask, compute: Float64, begin: Float64) -> Float64:
+    """Return what serving a request alone costs beyond its own prefill, for each slot.
+
+    Where there are workers for prompts, those that decode have to catch up first with the one
+    before; and who has waited for long is in nobody's way any more.
+    """
     output_ns = ask.expected_output_tokens * ask.slo_tpot_ns
     charge = fleet.seats * (ask.slo_ttft_ns / output_ns)
     charge += fleet.alone_charge
-    charge *= compute
+    if fleet.has_pairs:
+        charge *= max(0.0, 1 - ask.waited_ns / (WAIT_SHARE * ask.slo_ttft_ns))
+        charge *= compute
+        behind = fleet.spare_at - ask.now_ns
+        behind += compute
+        behind -= begin
+        charge += np.maximum(behind, 0.0, out=behind)
+    else:
+        charge *= compute
     charge += fleet.alone_closed
     return charge
 
