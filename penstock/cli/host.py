@@ -134,7 +134,7 @@ def _work(
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
-        tiers=tier_configs(stores),
+        tiers=tier_configs(stores, settings.kv_eviction),
         host=place.host,
     )
     core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
