@@ -49,6 +49,7 @@ from penstock.transport.native.library import load_library
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import MISSING, is_installed, is_worthwhile
 from penstock.transport.nixl_owner import NixlOwner
+from penstock.transport.probe import Prober
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tcp import Tcp
@@ -150,6 +151,7 @@ def _work(
         endpoints=tuple(owner.endpoint for owner in owners),
         engine=facts.description,
         tiers=tier_regions(stores),
+        probe=_prober(settings, ways).probe,
         requests=partial(_requests, core),
     )
     run_worker(config, parts, place)
@@ -186,6 +188,17 @@ def _ways(
         for region in regions:
             owner.add(region)
     return ways, owners
+
+
+def _prober(settings: ClusterSettings, used: list[Way]) -> Prober:
+    """Return what tries every transport there is to a peer, whichever of them are in use."""
+    key_file = settings.network.key_file if settings.network else ""
+    made: dict[str, Callable[[], Way]] = {
+        SharedMemory.kind: SharedMemory,
+        Nixl.kind: Nixl,
+        Tcp.kind: lambda: Tcp(cluster_key(Path(key_file) if key_file else None)),
+    }
+    return Prober(made, [way.kind for way in used])
 
 
 def _populate(pools: tuple[SharedPool, ...]) -> None:
