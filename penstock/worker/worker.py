@@ -303,8 +303,7 @@ class Worker:
     def _send_away(self, now_ns: int) -> list[Command]:
         """Offer sequences that are to go on elsewhere, as soon as no step computes them.
 
-        What has ended, is on its way already, has let go of blocks, or has more to compute than one
-        token stays.
+        What has ended, is on its way already, or cannot go (`Sequence.can_go`) stays.
         """
         if self._plan is not None or not self._leaving:
             return []
@@ -379,8 +378,8 @@ class Worker:
         block_size = self.config.layout.block_size
         if self.config.is_prefix_caching:
             sequence.name_blocks(block_size)
-        num_computed, window = sequence.num_computed, sequence.window
-        self.kv.advance(sequence.request_id, num_computed, sequence.hashes, window=window)
+        known, window = sequence.num_computed, sequence.window
+        self.kv.advance(sequence.request_id, known, sequence.hashes, window=window)
 
     # -------------------------------------------------------------------------------- what one sees
 
