@@ -375,9 +375,8 @@ class Worker:
 
     def _advance(self, sequence: Sequence) -> None:
         """Tell the cache about newly valid KV, when that completes a block or leaves a window."""
-        block_size = self.config.layout.block_size
         if self.config.is_prefix_caching:
-            sequence.name_blocks(block_size)
+            sequence.name_blocks(self.config.layout.block_size)
         known, window = sequence.num_computed, sequence.window
         self.kv.advance(sequence.request_id, known, sequence.hashes, window=window)
 
