@@ -20,6 +20,7 @@ import torch
 
 from penstock.core.errors import StartupFailed
 from penstock.engine.architectures import LiftFailed
+from penstock.engine.device import Device, find_device
 from penstock.engine.hugging_face import HfModule, HuggingFaceModel
 from penstock.engine.kernels.select import select_kernels
 from penstock.engine.lift import find_architecture, lift
@@ -67,15 +68,15 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     Raises: `StartupFailed` when there is no such model, or it is not supported or computes wrongly.
     """
     with _one_thread():
-        if config.device != "cpu":
-            raise StartupFailed(f"--device {config.device}: only cpu is supported")
+        device = find_device(config.device)
         folder = find_folder(config)
         hf_config = read_config(folder, config)
         text: Any = hf_config.get_text_config()
         loading = _Loading(
             config=config,
             hf_config=hf_config,
-            dtype=choose_dtype(config),
+            device=device,
+            dtype=choose_dtype(config.dtype, device),
             max_model_len=_max_model_len(config, text),
             progress=progress,
         )
@@ -90,6 +91,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
             description=description,
             forward=forward,
             kernels=loading.kernels(loading.dtype),
+            device=device,
         )
 
 
@@ -125,6 +127,7 @@ class _Loading:
 
     config: EngineConfig
     hf_config: PreTrainedConfig
+    device: Device
     dtype: torch.dtype
     max_model_len: int
     progress: Progress
@@ -134,7 +137,7 @@ class _Loading:
         return str(self.dtype).removeprefix("torch.")
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
-        return select_kernels(torch.device(self.config.device), dtype)
+        return select_kernels(self.device, dtype)
 
     def choose(self) -> tuple[Forward, str]:
         """Return what runs the model and its description."""
@@ -191,7 +194,7 @@ class _Loading:
 
     def _load(self) -> PreTrainedModel:
         self.progress("reading weights", 0.0)
-        model = load_weights(self.config, self.hf_config, self.dtype)
+        model = load_weights(self.config, self.hf_config, self.dtype, self.device.torch_device)
         self.progress("reading weights", 1.0)
         return model
 
@@ -209,7 +212,10 @@ class _Loading:
     def _probes(self) -> list[Probe]:
         vocab_size: int = self.hf_config.get_text_config().vocab_size
         return make_probes(
-            vocab_size, self.max_model_len, is_rope_by_length=self._is_rope_by_length
+            vocab_size,
+            self.max_model_len,
+            is_rope_by_length=self._is_rope_by_length,
+            device=self.device.torch_device,
         )
 
     def _check(
