@@ -15,6 +15,7 @@ from penstock.engine.triton.activate import activate
 from penstock.engine.triton.heads import store_heads
 from penstock.engine.triton.norm import add_norm
 from penstock.engine.triton.paged_attention import Sequences, SplitSpace, paged_attention
+from penstock.engine.triton.sample import SamplingRows, sample_rows, sample_space
 from tests.engine.triton.compiling import Compiler
 
 
@@ -61,6 +62,14 @@ def activation(width: int) -> None:
     activate(x, Activation.SILU, torch.empty(2, width, dtype=torch.bfloat16), gated=True)
 
 
+def sampling(num_rows: int, vocab_size: int) -> None:
+    real = torch.empty(num_rows)
+    whole = torch.empty(num_rows, dtype=torch.int64)
+    rows = SamplingRows(real, real, real.double(), whole.int(), whole, whole)
+    space = sample_space(num_rows, vocab_size, torch.device("cpu"))
+    sample_rows(torch.empty(num_rows, vocab_size), rows, space, whole)
+
+
 LAUNCHES = {
     "prefill": lambda: attention(2048, 32, 8, 128),
     "prefill, heads of 80": lambda: attention(2048, 32, 32, 80),
@@ -76,6 +85,7 @@ LAUNCHES = {
     "norm": lambda: norm(4096),
     "norm of an odd width": lambda: norm(2880),
     "activation": lambda: activation(12288),
+    "sampling": lambda: sampling(8, 151936),
 }
 
 
