@@ -7,6 +7,7 @@ decoder and the attention back ends read the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,18 +46,28 @@ class Batch:
     max_query_len: int
     num_decodes: int = 0
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device, what is not there yet copied."""
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor, in the order of `with_tensors`."""
+        first = [self.token_ids, self.positions, self.query_start, self.kv_len, self.logits_rows]
+        return [*first, *self.slots, *self.block_tables]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """Return the same batch with other tensors, as many as `tensors` returns."""
+        token_ids, positions, query_start, kv_len, logits_rows, *groups = tensors
         return replace(
             self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            slots=tuple(slots.to(device) for slots in self.slots),
-            query_start=self.query_start.to(device),
-            kv_len=self.kv_len.to(device),
-            block_tables=tuple(table.to(device) for table in self.block_tables),
-            logits_rows=self.logits_rows.to(device),
+            token_ids=token_ids,
+            positions=positions,
+            slots=tuple(groups[: len(self.slots)]),
+            query_start=query_start,
+            kv_len=kv_len,
+            block_tables=tuple(groups[len(self.slots) :]),
+            logits_rows=logits_rows,
         )
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device, what is not there yet copied."""
+        return self.with_tensors([tensor.to(device) for tensor in self.tensors()])
 
 
 def make_batch(step: Step, block_size: int) -> Batch:

@@ -39,6 +39,11 @@ class Device:
         return torch.device(CUDA, self.index) if self.kind == CUDA else torch.device("cpu")
 
     @property
+    def is_cuda(self) -> bool:
+        """True where tensors are in a GPU's memory."""
+        return self.kind == CUDA
+
+    @property
     def has_triton(self) -> bool:
         """True where the Triton kernels run."""
         return self.kind != "cpu"

@@ -77,7 +77,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
             hf_config=hf_config,
             device=device,
             dtype=choose_dtype(config.dtype, device),
-            max_model_len=_max_model_len(config, text),
+            max_model_len=max_model_len_of(config, text),
             progress=progress,
         )
         forward, description = loading.choose()
@@ -116,7 +116,7 @@ def describe_model(config: EngineConfig) -> ModelDescription:
     return ModelDescription(
         folder=folder,
         vocab_size=text.vocab_size,
-        max_model_len=_max_model_len(config, text),
+        max_model_len=max_model_len_of(config, text),
         eos_token_ids=read_eos_token_ids(folder, hf_config),
     )
 
@@ -170,7 +170,7 @@ class _Loading:
                 f"--max-model-len to {_original_positions(self.hf_config.get_text_config())}"
             )
         try:
-            return self._checked(lambda model: HuggingFaceModel.adopt(model, self.max_model_len))
+            return self._checked(self._adopt)
         except _NotAsDeclared as difference:
             raise StartupFailed(f"{kind} models are not supported: {difference}") from difference
 
@@ -204,6 +204,9 @@ class _Loading:
         # Hugging Face renames attributes now and then.
         except (LiftFailed, AttributeError) as difference:
             raise _NotAsDeclared(str(difference)) from difference
+
+    def _adopt(self, model: PreTrainedModel) -> Forward:
+        return HuggingFaceModel.adopt(model, self.max_model_len, packs=not self.device.is_cuda)
 
     @property
     def _is_rope_by_length(self) -> bool:
@@ -242,8 +245,11 @@ class _NotAsDeclared(Exception):
     """What was to run the model differs from Hugging Face."""
 
 
-def _max_model_len(config: EngineConfig, text: HfModule) -> int:
-    """Return the longest sequence to be served: as asked for, or what the model is made for."""
+def max_model_len_of(config: EngineConfig, text: HfModule) -> int:
+    """Return the longest sequence to be served: as asked for, or what the model is made for.
+
+    Raises: `StartupFailed` when neither says, or what was asked for is too long or too short.
+    """
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     wanted: int | None = config.max_model_len or longest
     if wanted is None:

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from penstock.core.errors import StartupFailed
-from penstock.engine.device import CUDA, Device
 from penstock.engine.hugging_face import HfModule
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from penstock.core.config import EngineConfig
+    from penstock.engine.device import Device
 
 _SAMPLES_PER_FILE: Final = 16
 _SAMPLE_BYTES: Final = 4096
@@ -94,7 +94,7 @@ def choose_dtype(name: str, device: Device) -> torch.dtype:
     if name != "auto":
         return cast("torch.dtype", getattr(torch, name))
     if (
-        device.kind == CUDA
+        device.is_cuda
         or torch.cpu._is_avx512_bf16_supported()
         or torch.cpu._is_amx_tile_supported()
     ):
