@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from penstock.cli.values import kv_tier, parse_bytes, positive, seconds
+from penstock.cli.values import kv_tier, parse_bytes, positive, seconds, share
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -62,6 +62,7 @@ def add_worker(commands: "Commands") -> None:
         choices=(16, 32, 64, 128),
         help="tokens of a KV block here (default: the cluster's)",
     )
+    add_device(workers, default="cpu")
     add_limits(workers)
     network = parser.add_argument_group("other hosts")
     add_key(network)
@@ -82,6 +83,26 @@ def add_worker(commands: "Commands") -> None:
         "--decision-log",
         metavar="PATH",
         help="write what the workers (PATH.<worker>) decide, as JSON lines",
+    )
+
+
+def add_device(group: "Group", *, default: str) -> None:
+    """Add where the model runs."""
+    add = group.add_argument
+    add(
+        "--device",
+        default=default,
+        metavar="DEVICE",
+        help="cpu, cuda (workers are shared out among the GPUs), cuda:N, or auto: a GPU if there "
+        f"is one (default: {default})",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=share,
+        default=0.9,
+        metavar="PART",
+        help="part of a GPU's memory that all workers on it take together, in equal shares "
+        "(default: 0.9)",
     )
 
 

@@ -27,7 +27,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
     `model` is a folder or a Hugging Face name. `dtype` "auto" takes bfloat16 where the device
     multiplies it natively, float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker.
-    `load_format` "dummy" makes random weights.
+    `load_format` "dummy" makes random weights. `device` is cpu, cuda, cuda:N or auto; of a GPU's
+    memory all workers on it together take `gpu_memory_utilization`, in equal shares.
     """
 
     model: str
@@ -41,9 +42,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     max_model_len: int | None = None
     seed: int = 0
+    gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
         """Check ranges. Raises: `StartupFailed` naming the flag."""
+        share = self.gpu_memory_utilization
+        _require(0 < share <= 1, "--gpu-memory-utilization", share)
         _require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "--dtype", self.dtype)
         _require(
             self.block_size in (16, 32, 64, 128), "--block-size (16|32|64|128)", self.block_size

@@ -104,6 +104,15 @@ def probe_cuda() -> tuple[CudaFacts, ...]:
     return msgspec.json.decode(_in_child(_ask), type=tuple[CudaFacts, ...])
 
 
+def is_kernel_compiler_present() -> bool:
+    """Tell whether Triton is installed, and not set to interpret what it should compile."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return not triton.knobs.runtime.interpret
+
+
 def _ask() -> bytes:
     found = []
     if torch.cuda.is_available():

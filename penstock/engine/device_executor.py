@@ -83,6 +83,12 @@ class DeviceExecutor:
         with torch.inference_mode():
             self._graphs.warm_up()
 
+    def prepare(self) -> None:
+        """Make the calling thread one that may run steps."""
+        device = self._model.device
+        if device.is_cuda:
+            torch.cuda.set_device(device.torch_device)
+
     def execute(self, step: Step) -> tuple[Sampled, ...]:
         """Compute the step, write its KV, and return a token for each of its samples, in order."""
         return self.launch(step).tokens()

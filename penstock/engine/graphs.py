@@ -12,9 +12,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
+
+from penstock.engine.decoder import Decoder, DenseMlp
+
+if TYPE_CHECKING:
+    from penstock.engine.model import Forward, LoadedModel
 
 Run = Callable[[], None]
 WARM_UPS: Final = 2
@@ -73,6 +78,23 @@ class CudaGraphs:
             run()
         replay: Run = graph.replay
         return replay
+
+
+def choose_capture(model: LoadedModel) -> Capture:
+    """Return what captures a model's steps: CUDA graphs, unless it runs code that cannot be."""
+    if model.device.is_cuda and is_capturable(model.forward):
+        return CudaGraphs(model.device.torch_device)
+    return EagerReplay()
+
+
+def is_capturable(forward: Forward) -> bool:
+    """Tell whether nothing of a forward waits for the device or asks it for a number.
+
+    That is known of the flat decoder, but for blocks that stay as Hugging Face has them.
+    """
+    return isinstance(forward, Decoder) and all(
+        isinstance(layer.mlp, DenseMlp) or layer.mlp.is_capturable for layer in forward.layers
+    )
 
 
 class DecodeGraphs:

@@ -47,6 +47,15 @@ class KnowsPeers(Protocol):
         """Let go of this incarnation; a newer one is left alone."""
 
 
+@dataclass(frozen=True)
+class WorkerEngine:
+    """What runs a worker's steps, what its thread does first, and a line about it for people."""
+
+    execute: Callable[[Step], tuple[Sampled, ...]]
+    prepare: Callable[[], None]
+    description: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerParts:
     """What a composition root puts into a worker process, made there after the fork.
