@@ -33,6 +33,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
             dtype=options.dtype,
             device=options.device,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=options.enforce_eager,
             load_format=options.load_format,
             model_impl=options.model_impl,
             revision=options.revision,

@@ -26,7 +26,7 @@ from penstock.engine.device import (
     probe_cuda,
 )
 from penstock.engine.device_executor import DeviceExecutor
-from penstock.engine.graphs import choose_capture
+from penstock.engine.graphs import EagerReplay, choose_capture
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel, num_blocks
 from penstock.engine.plan import ModelPlan, plan_model
@@ -149,7 +149,7 @@ def _bind(
     executor = DeviceExecutor(
         model,
         tuple(memory.tensors()),
-        choose_capture(model),
+        EagerReplay() if settings.engine.enforce_eager else choose_capture(model),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=facts.max_model_len,
     )

@@ -135,6 +135,7 @@ class _Joining:
             block_size=self._options.block_size or theirs.block_size,
             device=self._options.device,
             gpu_memory_utilization=self._options.gpu_memory_utilization,
+            enforce_eager=self._options.enforce_eager,
             kv_cache_bytes=self._options.kv_cache_memory,
             # Whether code may run here that comes with a model is said here and nowhere else.
             trust_remote_code=self._options.trust_remote_code,

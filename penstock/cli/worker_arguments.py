@@ -104,6 +104,11 @@ def add_device(group: "Group", *, default: str) -> None:
         help="part of a GPU's memory that all workers on it take together, in equal shares "
         "(default: 0.9)",
     )
+    add(
+        "--enforce-eager",
+        action="store_true",
+        help="on a GPU, launch decode steps operation by operation instead of as CUDA graphs",
+    )
 
 
 def add_limits(group: "Group") -> None:

@@ -28,7 +28,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `model` is a folder or a Hugging Face name. `dtype` "auto" takes bfloat16 where the device
     multiplies it natively, float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker.
     `load_format` "dummy" makes random weights. `device` is cpu, cuda, cuda:N or auto; of a GPU's
-    memory all workers on it together take `gpu_memory_utilization`, in equal shares.
+    memory all workers on it together take `gpu_memory_utilization`, in equal shares. With
+    `enforce_eager` no CUDA graphs are captured.
     """
 
     model: str
@@ -43,6 +44,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     seed: int = 0
     gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges. Raises: `StartupFailed` naming the flag."""
