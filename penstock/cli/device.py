@@ -30,6 +30,7 @@ from penstock.engine.graphs import EagerReplay, choose_capture
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel, num_blocks
 from penstock.engine.plan import ModelPlan, plan_model
+from penstock.runtime.executor import Rounds
 from penstock.runtime.link import WorkerSpec
 from penstock.runtime.settings import ClusterSettings, ModelFacts
 from penstock.runtime.worker import WorkerEngine, WorkerPlace
@@ -155,5 +156,8 @@ def _bind(
     )
     executor.warm_up()
     return WorkerEngine(
-        execute=executor.execute, prepare=executor.prepare, description=model.description
+        execute=executor.execute,
+        prepare=executor.prepare,
+        description=model.description,
+        rounds=Rounds(executor.rounds, settings.engine.block_size),
     )

@@ -48,6 +48,8 @@ POPULATED_BYTES = 2 * GIB
 """Part of a KV cache whose pages are taken before a request touches them."""
 POPULATED_PIECE_BYTES = 32 * MIB
 
+MAX_ROUNDS = 32
+"""Tokens for which a sequence that decodes on a device gets its blocks beforehand."""
 Progress = Callable[[str, float], None]
 MakeParts = Callable[
     [ClusterSettings, ModelFacts, WorkerSpec, WorkerPlace], tuple[WorkerMemory, WorkerEngine]
@@ -103,6 +105,7 @@ def _work(
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
         is_defragmenting=memory.is_movable,
+        max_rounds=MAX_ROUNDS if engine.rounds is not None else 1,
         tiers=memory.tier_configs,
         host=place.host,
     )
@@ -112,6 +115,7 @@ def _work(
         execute=engine.execute,
         digest=memory.digest,
         prepare=engine.prepare,
+        rounds=engine.rounds,
         move=memory.move,
         peers=memory.peers,
         regions=memory.regions,

@@ -84,6 +84,10 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """What is below the pool, nearest first; only where there is one KV group without a window."""
     host: str = ""
     """Workers of one host read each other's tiers."""
+    max_rounds: int = 1
+    """Decode steps that the executor may run in a row, each reported by itself and the next one
+    under way meanwhile: while the device computes, its tokens are taken in.
+    """
     max_repeats: int = 1
     """Decode steps that the executor may run in a row while nobody waits. Whoever asks for more
     than one has an executor that stops when something else comes: the simulator.

@@ -102,24 +102,26 @@ class DeviceExecutor:
             self.num_rows_sent += self._state.update(step, num_rows, self._staging)
             return self._replay(step, num_rows)
 
-    def rounds(self, step: Step, goes_on: Callable[[], bool]) -> Iterator[tuple[Sampled, ...]]:
+    def rounds(
+        self, step: Step, is_wanted: Callable[[], bool]
+    ) -> Iterator[tuple[tuple[Sampled, ...], bool]]:
         """Run a step up to `step.repeats` times in a row, each on the tokens just sampled.
 
-        Whenever tokens are yielded the next round is under way already, unless `goes_on` has said
-        no. Steps that are not replayed, or sampled on the host in part, are run once.
+        Yields what a round has sampled and whether another one is under way, which then was
+        launched before these tokens were waited for. Steps that are not replayed, or are sampled on
+        the host in part, are run once.
         """
         pending = self.launch(step)
         num_rows = self._graphs.rows_for(len(step.num_new)) if _is_decode(step) else None
-        is_repeatable = num_rows is not None and all(is_plain_draw(s) for s in step.samples)
-        for _ in range(step.repeats - 1 if is_repeatable else 0):
-            if not goes_on():
-                break
-            assert num_rows is not None, step.step_id
-            with torch.inference_mode():
-                ahead = self._replay(step, num_rows)
-            yield pending.tokens()
-            pending = ahead
-        yield pending.tokens()
+        if num_rows is not None and all(is_plain_draw(sample) for sample in step.samples):
+            for _ in range(step.repeats - 1):
+                if not is_wanted():
+                    break
+                with torch.inference_mode():
+                    ahead = self._replay(step, num_rows)
+                yield pending.tokens(), True
+                pending = ahead
+        yield pending.tokens(), False
 
     # -------------------------------------------------------------------------- replayed decoding
 

@@ -26,7 +26,7 @@ from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, WorkerId
 from penstock.runtime.clock import HostTime, LoopClock
-from penstock.runtime.executor import ThreadExecutor
+from penstock.runtime.executor import Rounds, ThreadExecutor
 from penstock.runtime.heart import Heart, Return
 from penstock.runtime.journal import open_journal
 from penstock.runtime.messaging import Messenger, open_network
@@ -54,6 +54,7 @@ class WorkerEngine:
     execute: Callable[[Step], tuple[Sampled, ...]]
     prepare: Callable[[], None]
     description: str
+    rounds: Rounds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class WorkerParts:
     engine: str
     requests: Callable[[], Iterable[RequestId]] = tuple
     tiers: tuple[TierRegion, ...] = ()
+    rounds: Rounds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,7 @@ class _WorkerProcess:
             digest=self._parts.digest,
             prepare=self._parts.prepare,
             now=place.time.now_ns,
+            rounds=self._parts.rounds,
         )
         self._moves = LaneTransport(self._messenger, self._parts.move)
         log = open_journal(self._place.decision_log, f".{config.worker_id}.{config.epoch}")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.events import StepDone
 from penstock.core.request import Request
-from penstock.core.step import Sampled, Step
+from penstock.core.step import Sampled, Step, next_round
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import take_digests
 from penstock.transfer.region import Bytes2D
@@ -46,7 +46,8 @@ class StepCost:
 class SimExecutor:
     """The executor port: calls `model` and answers after the time `cost` says.
 
-    It takes digests of blocks in `pools`; none if there are none.
+    It takes digests of blocks in `pools`; none if there are none. With `rounds` it runs a step that
+    may be repeated again and again, each round under way before the one before it is heard of.
     """
 
     def __init__(
@@ -55,11 +56,15 @@ class SimExecutor:
         cost: StepCost,
         model: Execute,
         pools: tuple[Bytes2D, ...],
+        *,
+        block_size: int = 1,
     ) -> None:
         self._clock = clock
         self._pools = pools
         self._cost = cost
         self._model = model
+        self._block_size = block_size
+        self._ended_step = 0
 
     def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
         """Answer at the simulated time at which the step would be over."""
@@ -71,6 +76,9 @@ class SimExecutor:
             # content in it.
             sampled = self._model(step)
             digests = zip(self._pools, step.digests_of, strict=bool(self._pools))
+            goes_on = step.repeats > 1 and self._ended_step != step.step_id
+            if goes_on:
+                self.run(next_round(step, sampled, self._block_size), done)
             done(
                 StepDone(
                     step_id=step.step_id,
@@ -78,10 +86,15 @@ class SimExecutor:
                     digests=tuple(take_digests(pool, ids) for pool, ids in digests),
                     started_ns=started_ns,
                     finished_ns=finished_ns,
+                    goes_on=goes_on,
                 )
             )
 
         self._clock.call_at(finished_ns, finish)
+
+    def end(self, step_id: int) -> None:
+        """Begin no more rounds of that step."""
+        self._ended_step = step_id
 
 
 def chain_layout(block_size: int, windows: tuple[int, ...] = (0,)) -> KVLayout:

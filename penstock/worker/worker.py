@@ -276,6 +276,7 @@ class Worker:
             sequence, more = admitted
             self.sequences[sequence.request_id] = sequence
             commands += more
+        commands += self.scheduler.end_if_outdated(self._plan, bool(self._leaving))
         while self._plan is None:
             self._plan = self.scheduler.schedule()
             ready = self.scheduler.stamp_started(now_ns)
@@ -334,6 +335,8 @@ class Worker:
     def _finish_step(self, event: StepDone, now_ns: int) -> list[Command]:
         plan, self._plan = self._plan, None
         assert plan is not None, event.step_id
+        if event.goes_on:
+            self._plan = plan.followed(event.sampled, self.config.layout.block_size)
         assert plan.step.step_id == event.step_id, (plan.step.step_id, event.step_id)
         # A step that fails is a bug: the process ends and the controller takes its requests
         # elsewhere.
@@ -346,7 +349,7 @@ class Worker:
                 self.kv.note_digests(group, zip(block_ids, digests, strict=True))
         drawn = plan.run_ahead(event.sampled)
         for sequence, num_new in plan.parts:
-            if sequence.state is SequenceState.CLOSING:
+            if sequence.state is SequenceState.CLOSING and not event.goes_on:
                 self._forget(sequence)
                 continue
             if sequence.state is not SequenceState.RUNNING:

@@ -75,10 +75,12 @@ class Harness:
         """Decode in one step that may be repeated, and go on until so many rounds were taken in."""
         new = dict.fromkeys(indices, 1)
         step = self._step(new, repeats)
-        taken: list[int] = []
-        for number, results in enumerate(self.executor.rounds(step, lambda: len(taken) < wanted)):
+        taken: list[bool] = []
+        for results, goes_on in self.executor.rounds(step, lambda: len(taken) < wanted):
             self._take(new, step, results)
-            taken.append(number)
+            taken.append(goes_on)
+        assert not any(taken[-1:])
+        assert all(taken[:-1])
 
     def _step(self, new: dict[int, int], repeats: int = 1) -> Step:
         samples = []
