@@ -7,11 +7,16 @@ next one is computed, until the step is ended or has been run as often as it may
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Event
+from typing import Final
 
 from penstock.core.events import StepDone
 from penstock.core.step import Sampled, Step, next_round
 from penstock.core.types import Digest
 from penstock.runtime.lane import Lane
+
+HEARD_TIMEOUT_S: Final = 10.0
+"""How long a step thread waits for a loop that has stopped, before it goes on without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class ThreadExecutor:
         self._digest = digest
         self._rounds = rounds
         self._ended_step = 0
+        self._heard = Event()
         self._lane: Lane[StepDone] = Lane("steps", on_crash=self._crash, prepare=prepare)
         self._done: Callable[[StepDone], None] | None = None
         self._step_id = 0
@@ -84,7 +90,11 @@ class ThreadExecutor:
             event = self._done_with(step, sampled, started_ns, goes_on=goes_on)
             if not goes_on:
                 return event
+            self._heard.clear()
             self._lane.report(self._hear_round, event)
+            # Whether there is to be a round behind the one under way is known once the core has
+            # heard of this one; the device is busy meanwhile.
+            self._heard.wait(HEARD_TIMEOUT_S)
             started_ns = self._started_ns = event.finished_ns
             step = next_round(step, sampled, self._rounds.block_size)
         raise AssertionError(f"step {step_id} had no last round")
@@ -105,6 +115,7 @@ class ThreadExecutor:
         self._given_ns = time.monotonic_ns()
         assert self._done is not None, event.step_id
         self._done(event)
+        self._heard.set()
 
     def _finish(self, event: StepDone) -> None:
         done, self._done = self._done, None

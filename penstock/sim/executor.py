@@ -46,8 +46,8 @@ class StepCost:
 class SimExecutor:
     """The executor port: calls `model` and answers after the time `cost` says.
 
-    It takes digests of blocks in `pools`; none if there are none. With `rounds` it runs a step that
-    may be repeated again and again, each round under way before the one before it is heard of.
+    It takes digests of blocks in `pools`; none if there are none. A step that may be repeated is
+    run in rounds, each under way before the one before it is heard of.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class SimExecutor:
 
     def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
         """Answer at the simulated time at which the step would be over."""
+        self._round(step, done, goes_on=step.repeats > 1)
+
+    def _round(self, step: Step, done: Callable[[StepDone], None], *, goes_on: bool) -> None:
         started_ns = self._clock.now_ns()
         finished_ns = started_ns + self._cost.duration_ns(step)
 
@@ -76,9 +79,6 @@ class SimExecutor:
             # content in it.
             sampled = self._model(step)
             digests = zip(self._pools, step.digests_of, strict=bool(self._pools))
-            goes_on = step.repeats > 1 and self._ended_step != step.step_id
-            if goes_on:
-                self.run(next_round(step, sampled, self._block_size), done)
             done(
                 StepDone(
                     step_id=step.step_id,
@@ -89,6 +89,11 @@ class SimExecutor:
                     goes_on=goes_on,
                 )
             )
+            if goes_on:
+                # What follows the next round is launched when this one has been heard of.
+                following = next_round(step, sampled, self._block_size)
+                is_wanted = following.repeats > 1 and self._ended_step != step.step_id
+                self._round(following, done, goes_on=is_wanted)
 
         self._clock.call_at(finished_ns, finish)
 

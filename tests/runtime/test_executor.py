@@ -86,13 +86,12 @@ def test_rounds_are_reported_one_by_one_until_the_step_is_ended():
     async def run() -> None:
         def rounds(step: Step, is_wanted):
             for number in range(step.repeats):
+                # What came before has been heard of by now.
+                assert len(reported) == number
                 goes_on = number + 1 < step.repeats and is_wanted()
                 yield (Sampled(100 + number),), goes_on
                 if not goes_on:
                     return
-                # Until the loop has heard of it: else it could not end the step in time.
-                while heard.qsize() + len(taken) <= number:
-                    time.sleep(0.001)
 
         digested: list[tuple[int, ...]] = []
 
@@ -102,9 +101,15 @@ def test_rounds_are_reported_one_by_one_until_the_step_is_ended():
 
         heard: asyncio.Queue[StepDone] = asyncio.Queue()
         taken: list[StepDone] = []
+        reported: list[StepDone] = []
+
+        def hear(event: StepDone) -> None:
+            reported.append(event)
+            heard.put_nowait(event)
+
         executor = ThreadExecutor(lambda step: (), digest=digest, rounds=Rounds(rounds, 4))
         executor.start()
-        executor.run(decode_step(3, repeats=4), heard.put_nowait)
+        executor.run(decode_step(3, repeats=4), hear)
         while len(taken) < 4:
             taken.append(await asyncio.wait_for(heard.get(), 10))
         assert [event.sampled[0].token_id for event in taken] == [100, 101, 102, 103]
@@ -114,9 +119,9 @@ def test_rounds_are_reported_one_by_one_until_the_step_is_ended():
         ends = [event.finished_ns for event in taken]
         assert [event.started_ns for event in taken[1:]] == ends[:-1]
 
-        taken.clear()
+        reported.clear()
         executor.end(4)
-        executor.run(decode_step(4, repeats=4), heard.put_nowait)
+        executor.run(decode_step(4, repeats=4), hear)
         assert not (await asyncio.wait_for(heard.get(), 10)).goes_on
         assert executor.close(5)
 
