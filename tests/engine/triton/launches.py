@@ -23,6 +23,7 @@ from penstock.engine.triton.norm import add_norm
 from penstock.engine.triton.paged_attention import Sequences, SplitSpace, paged_attention
 from penstock.engine.triton.sample import SamplingRows, sample_rows, sample_space
 from tests.engine.triton.compiling import Compiler
+from tests.engine.triton.move_launches import MOVE_LAUNCHES
 
 
 def attention(
@@ -103,6 +104,7 @@ LAUNCHES = {
     "activation": lambda: activation(12288),
     "sampling": lambda: sampling(8, 151936),
     "rows that decode": lambda: decode_rows(64, 2),
+    **MOVE_LAUNCHES,
 }
 
 
