@@ -7,12 +7,13 @@ worker that is replaced loads anew, and that weights are on a GPU once for each 
 `--device interpreter` goes the same way on a machine without a GPU, for tests and development.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import msgspec
 
-from penstock.cli.memory import WorkerMemory, device_memory, host_memory
-from penstock.core.config import EngineConfig
+from penstock.cli.memory import DevicePools, WorkerMemory, device_memory, host_memory
+from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB, MIB
 from penstock.engine.device import (
@@ -30,9 +31,10 @@ from penstock.engine.graphs import EagerReplay, choose_capture
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel, num_blocks
 from penstock.engine.plan import ModelPlan, plan_model
+from penstock.engine.pools import make_pools
 from penstock.runtime.executor import Rounds
 from penstock.runtime.link import WorkerSpec
-from penstock.runtime.settings import ClusterSettings, ModelFacts
+from penstock.runtime.settings import AUTO, ClusterSettings, ModelFacts
 from penstock.runtime.worker import WorkerEngine, WorkerPlace
 
 INTERPRETED_KV_BYTES = 64 * MIB
@@ -90,12 +92,17 @@ def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
     gpus = probe_cuda()
     if not gpus or int(index or 0) >= len(gpus):
         raise StartupFailed(no_cuda(settings.engine.device))
-    is_whole = not settings.prefill and not settings.decode
-    if not is_whole or settings.mixed > 1 or settings.network is not None or settings.tiers:
-        raise StartupFailed(
-            f"--device {settings.engine.device}: blocks in the memory of a GPU are not moved yet: "
-            "only --mixed 1, without --listen and --kv-tier, can be served from one"
-        )
+    refused = {
+        "--listen": settings.network is not None,
+        "--handoff push": settings.handoff is Handoff.PUSH,
+        f"--transport {settings.transport}": settings.transport != AUTO,
+    }
+    for flag, is_asked_for in refused.items():
+        if is_asked_for:
+            raise StartupFailed(
+                f"--device {settings.engine.device} does not go with {flag}: blocks in the memory "
+                "of a GPU are pulled by workers on GPUs of the same host, by CUDA IPC"
+            )
     return gpus[int(index) : int(index) + 1] if index else gpus
 
 
@@ -138,15 +145,17 @@ def _make_worker(
         raise StartupFailed(f"the model has become {layout}, and was to be {facts.layout}")
     device = find_device(engine.device)
     if device.is_cuda:
-        memory = device_memory(facts, device)
+        pools = make_pools(layout, facts.num_blocks, device)
+        on_device = DevicePools(tuple(pools), device.index)
+        memory = device_memory(settings, facts, spec, place, on_device)
     else:
         memory = host_memory(settings, facts, spec, place)
-    return memory, _bind(model, memory, settings, facts)
+    return _bind(model, memory, settings, facts)
 
 
 def _bind(
     model: LoadedModel, memory: WorkerMemory, settings: ClusterSettings, facts: ModelFacts
-) -> WorkerEngine:
+) -> tuple[WorkerMemory, WorkerEngine]:
     executor = DeviceExecutor(
         model,
         tuple(memory.tensors()),
@@ -155,9 +164,10 @@ def _bind(
         max_model_len=facts.max_model_len,
     )
     executor.warm_up()
-    return WorkerEngine(
+    engine = WorkerEngine(
         execute=executor.execute,
         prepare=executor.prepare,
         description=model.description,
         rounds=Rounds(executor.rounds, settings.engine.block_size),
     )
+    return replace(memory, digest=executor.beside(memory.digest)), engine

@@ -104,7 +104,6 @@ def _work(
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
-        is_defragmenting=memory.is_movable,
         max_rounds=MAX_ROUNDS if engine.rounds is not None else 1,
         tiers=memory.tier_configs,
         host=place.host,

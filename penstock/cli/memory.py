@@ -32,6 +32,7 @@ from penstock.runtime.settings import (
 from penstock.runtime.worker import KnowsPeers, WorkerPlace
 from penstock.transfer.generation import COUNTER_BYTES, counters
 from penstock.transfer.region import Region
+from penstock.transport.cuda_driver import CudaDriver, Driver
 from penstock.transport.key import cluster_key
 from penstock.transport.mover import BlockMover
 from penstock.transport.nixl import Nixl
@@ -41,13 +42,11 @@ from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
-from penstock.transport.verify import digests_of, no_digests, verified
+from penstock.transport.verify import digests_by, digests_of, no_digests, verified, verified_by
 from penstock.transport.way import Way
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from penstock.engine.device import Device
 
 POPULATED_BYTES = 2 * GIB
 """Part of a KV cache whose pages are taken before a request touches them."""
@@ -70,8 +69,6 @@ class WorkerMemory:
     endpoints: tuple[Endpoint, ...] = ()
     tier_configs: tuple[TierConfig, ...] = ()
     tiers: tuple[TierRegion, ...] = ()
-    is_movable: bool = True
-    """Whether blocks can be moved at all."""
 
 
 def host_memory(
@@ -107,20 +104,65 @@ def host_memory(
     )
 
 
-def device_memory(facts: ModelFacts, device: "Device") -> WorkerMemory:
-    """Return pools in a device's memory. Nothing moves their blocks: see `check_device`.
+def device_memory(
+    settings: ClusterSettings,
+    facts: ModelFacts,
+    spec: WorkerSpec,
+    place: WorkerPlace,
+    pools: "DevicePools",
+) -> WorkerMemory:
+    """Return pools in a GPU's memory, which workers on GPUs of this host pull from each other.
 
-    Raises: `StartupFailed` when there is not enough of it.
+    Counters of generations are in the host's memory, as are tiers.
+    Raises: `BackendUnavailable` for memory that cannot be shared.
     """
-    from penstock.engine.pools import make_pools
+    from penstock.runtime.device_moves import device_moves
+    from penstock.transport.device_tiers import DeviceTierMover
 
-    assert facts.layout is not None, facts
-    pools = make_pools(facts.layout, facts.num_blocks, device)
-    return WorkerMemory(tensors=lambda: pools, digest=no_digests, move=_refuse, is_movable=False)
+    layout = facts.layout
+    assert layout is not None, facts
+    moves = device_moves(pools.tensors, device=pools.index, make_driver=pools.make_driver)
+    shared_counters = tuple(SharedPool(count, COUNTER_BYTES) for count in facts.num_blocks)
+    mover = BlockMover(layout, moves.regions, [moves.way, SharedMemory()], place.time.now_ns)
+    stores = open_tiers(settings, spec, layout)
+    siblings = SiblingTiers(spec.worker_id, layout.fingerprint())
+    execute = verified_by(mover.execute, moves.takes)
+    if stores:
+        tiers = DeviceTierMover(
+            moves.regions[0],
+            stores,
+            moves.takes[0],
+            moves.make_driver,
+            make_codec=moves.make_codec,
+            clock=place.time.now_ns,
+            siblings=siblings,
+        )
+        execute = partial(_either, execute, tiers.execute)
+    return WorkerMemory(
+        tensors=lambda: list(pools.tensors),
+        digest=partial(digests_by, takes=moves.takes),
+        move=execute,
+        generations=tuple(counters(pool.region.blocks) for pool in shared_counters),
+        peers=(mover, siblings),
+        regions=(*moves.descriptors, *(pool.descriptor for pool in shared_counters)),
+        tier_configs=tier_configs(stores),
+        tiers=tier_regions(stores),
+    )
 
 
-def _refuse(move: Move) -> MoveDone:
-    raise AssertionError(f"blocks of a device are not moved: {move}")
+@dataclass(frozen=True, slots=True)
+class DevicePools:
+    """A pool for each KV group on device `index`, and how its driver is reached."""
+
+    tensors: "tuple[Tensor, ...]"
+    index: int = 0
+    make_driver: Callable[[], Driver] = CudaDriver
+
+
+def _either(
+    from_peers: Callable[[Move], MoveDone], between_tiers: Callable[[Move], MoveDone], move: Move
+) -> MoveDone:
+    return from_peers(move) if move.tiers is None else between_tiers(move)
 
 
 def _tensors(regions: Sequence[Region], layout: KVLayout) -> "list[Tensor]":

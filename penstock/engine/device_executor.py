@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from penstock.engine.model import LoadedModel
     from penstock.engine.sampler import Int64
 
+Result = TypeVar("Result")
 _MASK: Final = (1 << 64) - 1
 
 
@@ -88,6 +89,22 @@ class DeviceExecutor:
         device = self._model.device
         if device.is_cuda:
             torch.cuda.set_device(device.torch_device)
+
+    def beside(self, act: Callable[[Step], Result]) -> Callable[[Step], Result]:
+        """Return the same act on a stream that does not wait for rounds which run ahead.
+
+        For what is done with a step whose tokens were read: all that it wrote is there.
+        """
+        device = self._model.device
+        if not device.is_cuda:
+            return act
+        stream = torch.cuda.Stream(device.torch_device)  # type: ignore[no-untyped-call]
+
+        def aside(step: Step) -> Result:
+            with torch.cuda.stream(stream):
+                return act(step)
+
+        return aside
 
     def execute(self, step: Step) -> tuple[Sampled, ...]:
         """Compute the step, write its KV, and return a token for each of its samples, in order."""

@@ -1,16 +1,17 @@
 """Workers on a device: what is asked for, what there is, and what each of them gets."""
 
+import msgspec
 import pytest
 import torch
 
 from penstock.cli import device
 from penstock.cli.device import choose_device, load_on_device
 from penstock.cli.host import load
-from penstock.core.config import EngineConfig
+from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB
 from penstock.engine.device import CudaFacts
-from penstock.runtime.settings import ClusterSettings
+from penstock.runtime.settings import ClusterSettings, NetworkSettings
 from tests.engine.tiny_models import save_model
 
 H200 = CudaFacts("NVIDIA H200", 140 * GIB, 139 * GIB)
@@ -50,6 +51,27 @@ def test_a_gpu_that_is_not_there_is_refused(model, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(StartupFailed, match=r"cuda:3: .*CUDA_VISIBLE_DEVICES"):
         load_on_device(settings(model, device="cuda:3"))
+
+
+def test_what_a_gpus_blocks_cannot_do_is_refused(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    pushing = msgspec.structs.replace(settings(model), handoff=Handoff.PUSH)
+    with pytest.raises(StartupFailed, match="does not go with --handoff push"):
+        load_on_device(pushing)
+    listening = msgspec.structs.replace(settings(model), network=NetworkSettings(host="::1"))
+    with pytest.raises(StartupFailed, match="does not go with --listen"):
+        load_on_device(listening)
+
+
+def test_two_workers_on_a_gpu_have_half_of_it_each(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    one, _ = load_on_device(settings(model))
+    pair = msgspec.structs.replace(settings(model), prefill=1, decode=1, mixed=0)
+    two, _ = load_on_device(pair)
+    gpus(monkeypatch, H200, H200)
+    apart, _ = load_on_device(pair)
+    assert two.num_blocks[0] == pytest.approx(one.num_blocks[0] / 2, rel=0.02)
+    assert apart.num_blocks == one.num_blocks
 
 
 def test_auto_is_a_gpu_if_it_can_be_used(model, monkeypatch):
