@@ -140,6 +140,10 @@ class DeviceExecutor:
                 pending = ahead
         yield pending.tokens(), False
 
+    def logits(self, num_rows: int) -> Tensor:
+        """Return the logits `[num_rows, vocab_size]` float32 of the last replayed step, a view."""
+        return self._logits[:num_rows]
+
     # -------------------------------------------------------------------------- replayed decoding
 
     def _replay(self, step: Step, num_rows: int) -> Pending:

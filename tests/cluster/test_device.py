@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from penstock import LLM, SamplingParams
 from penstock.cli.cluster import BUILTIN_MODEL
@@ -43,5 +44,12 @@ def generate(folder: Path, device: str) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on a GPU then")
 def test_prefill_and_decode_workers_on_a_device(folder):
     assert generate(folder, "interpreter") == generate(folder, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_prefill_and_decode_workers_on_a_gpu(folder):
+    assert generate(folder, "cuda") == generate(folder, "cpu")

@@ -11,7 +11,7 @@ from penstock.engine import graphs
 from penstock.engine.architectures import ARCHITECTURES
 from penstock.engine.device import find_device
 from penstock.engine.device_executor import DeviceExecutor
-from penstock.engine.graphs import CudaGraphs, EagerReplay
+from penstock.engine.graphs import Capture, CudaGraphs, EagerReplay, choose_capture
 from penstock.engine.kernels.select import select_kernels
 from penstock.engine.lift import lift
 from penstock.engine.model import LoadedModel
@@ -62,8 +62,14 @@ def here(name) -> LoadedModel:
     return load(name, "cpu")
 
 
-def on_device(model: LoadedModel, *, block_size: int = 16, max_num_seqs: int = 4) -> Harness:
-    capture = CudaGraphs(model.device.torch_device) if torch.cuda.is_available() else EagerReplay()
+def on_device(
+    model: LoadedModel,
+    *,
+    block_size: int = 16,
+    max_num_seqs: int = 4,
+    capture: Capture | None = None,
+) -> Harness:
+    capture = capture or choose_capture(model)
     make = partial(DeviceExecutor, capture=capture, max_num_seqs=max_num_seqs, max_model_len=256)
     harness = Harness(model, block_size, make_executor=make)
     harness.executor.warm_up()
@@ -147,6 +153,24 @@ def test_rounds_run_ahead_and_stop(here, there):
     assert outputs_of(harnesses[1], 2) == outputs_of(harnesses[0], 2)
     # Two rows at first, and then at most what the window has let go: no round sent anything.
     assert harnesses[1].executor.num_rows_sent <= 4
+
+
+@pytest.mark.gpu
+def test_a_graph_computes_what_is_launched(there):
+    """The same kernels over the same memory: bit for bit."""
+    found = []
+    for capture in (CudaGraphs(there.device.torch_device), EagerReplay()):
+        harness = on_device(there, capture=capture)
+        harness.add(PROMPTS[0], DRAWN)
+        harness.add(PROMPTS[1])
+        harness.step({0: 17, 1: 4})
+        logits = []
+        for _ in range(20):
+            harness.step({0: 1, 1: 1})
+            logits.append(harness.executor.logits(2).clone())
+        found.append((outputs_of(harness, 2), torch.stack(logits)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_what_the_host_samples_is_run_once(there):
