@@ -74,7 +74,7 @@ class Surveys:
                 question.done.set_result(None)
 
     async def survey(self, controller: Controller, query: KVQuery) -> KVSurvey:
-        """Ask the workers that are up; they know requests by ids of their own.
+        """Ask the workers that are up, in the order of their names; requests have other ids there.
 
         Raises: `UnknownRequest` when none of the requests is live.
         """
@@ -86,7 +86,8 @@ class Surveys:
                 "request",
             )
         wire_ids = tuple(record.wire_id for record in records)
-        everybody = list(controller.workers)
+        # By name: who came when is chance, and a page begins where the one before it ended.
+        everybody = sorted(controller.workers)
         wanted = everybody if query.worker_id is None else [query.worker_id]
         return await self.ask(wanted, query, wire_ids)
 
