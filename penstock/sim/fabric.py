@@ -53,13 +53,15 @@ class FabricCost:
 class Fabric:
     """All links of a simulated cluster; nodes join and leave."""
 
-    def __init__(self, clock: SimClock, cost: FabricCost, host_of: dict[WorkerId, int]) -> None:
+    def __init__(
+        self, clock: SimClock, cost: FabricCost, host_of: dict[WorkerId, int], *, seed: int = 0
+    ) -> None:
         self.clock = clock
         self.cost = cost
         self.num_messages = 0
         self._host_of = host_of
         self._nodes: dict[WorkerId, tuple[int, Deliver]] = {}
-        self._rng = random.Random(0)
+        self._rng = random.Random(seed)
         self._draws: dict[tuple[WorkerId, WorkerId, str], Stretches[int]] = {}
         self._last_ns: dict[tuple[WorkerId, WorkerId], int] = {}
         self.links = SharedLinks(clock, _capacities(set(host_of.values()), cost))

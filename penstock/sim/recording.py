@@ -25,7 +25,7 @@ from penstock.core.messages import Cancel, Hello, Load, RequestFailed, Submit, T
 from penstock.core.node import LogEntry
 from penstock.core.request import Request
 from penstock.core.step import PullSample, StepSample
-from penstock.core.types import NS_PER_MS, NS_PER_S, WorkerId
+from penstock.core.types import NS_PER_MS, NS_PER_S, RequestId, WorkerId
 from penstock.sim.fabric import FabricCost
 from penstock.sim.fleet import Member
 from penstock.sim.observe import Served
@@ -55,6 +55,8 @@ class Recording:
     """What a log says: requests in order of arrival, as their clients saw them, and the workers."""
 
     requests: list[tuple[Request, Served]] = field(default_factory=list)
+    submitted_ns: dict[RequestId, int] = field(default_factory=dict)
+    """When the controller was given them, after the server had read, checked and tokenised."""
     workers: dict[WorkerId, WorkerInfo] = field(default_factory=dict)
     steps: dict[WorkerId, list[StepSample]] = field(default_factory=dict)
     pulls: list[PullSample] = field(default_factory=list)
@@ -164,6 +166,7 @@ class _Reader:
                         request.arrived_ns or now_ns, request.num_tokens, request.params.max_tokens
                     )
                     self._open[request.request_id] = request, served
+                    recording.submitted_ns[request.request_id] = now_ns
                     recording.requests.append((request, served))
                 case Hello(info=info):
                     recording.workers.setdefault(info.worker_id, info)

@@ -52,7 +52,8 @@ class ServeSpec:
     `is_defragmenting` is off because its plans take as long to make as all else, and what they
     save, microseconds of a pull, is beneath what is asked here. A dead worker stays away for
     `respawn_ns`, and as long takes one that the controller asks for, on the host and the hardware
-    of the first of its role; everybody is looked at once per `sample_ns`.
+    of the first of its role; everybody is looked at once per `sample_ns`. `seed` is of what is
+    drawn where a calibration says how uneven steps and messages are.
     """
 
     members: tuple[Member, ...]
@@ -68,6 +69,7 @@ class ServeSpec:
     max_repeats: int = 64
     respawn_ns: int = 10 * NS_PER_S
     sample_ns: int = NS_PER_S
+    seed: int = 0
 
     @property
     def tells_names(self) -> bool:
@@ -114,7 +116,9 @@ class ModelledWorker:
             names_interval_ns=NAMES_INTERVAL_NS if spec.tells_names else None,
         )
         self.core = Worker(self.config)
-        self.executor = ModelledExecutor(fabric.clock, hardware.times, hardware.spread, is_crowded)
+        self.executor = ModelledExecutor(
+            fabric.clock, hardware.times, hardware.spread, is_crowded, seed=spec.seed
+        )
         self.is_alive = True
         self.has_left = False
         self._fabric = fabric
@@ -169,7 +173,7 @@ class ModelledCluster:
         self.spec = spec
         self.clock = SimClock()
         self._hosts = {WorkerId(m.name): m.host for m in spec.members}
-        self.fabric = Fabric(self.clock, spec.fabric, self._hosts)
+        self.fabric = Fabric(self.clock, spec.fabric, self._hosts, seed=spec.seed)
         self.controller = Controller(spec.controller)
         self.workers: dict[str, ModelledWorker] = {}
         self._coming: set[str] = set()
@@ -205,6 +209,7 @@ class ModelledCluster:
         self.clock.run(until_ns=int(limit_s * NS_PER_S), is_over=lambda: self.is_over)
         self.observation.ended_ns = self.clock.now_ns()
         self.observation.unfinished = len(self._under_way)
+        self.observation.num_events = self.clock.num_called
         self.observation.note_books(self.fabric, self.workers.values())
         limits = self.controller.status().limits
         self.observation.started, self.observation.retired = limits.started, limits.retired
