@@ -163,7 +163,9 @@ def _bind(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=facts.max_model_len,
     )
-    executor.warm_up()
+    # Without a GPU nothing is compiled, and a prompt takes its time.
+    most = settings.max_num_batched_tokens
+    executor.warm_up((most, most // 4, 2) if model.device.is_cuda else ())
     engine = WorkerEngine(
         execute=executor.execute,
         prepare=executor.prepare,

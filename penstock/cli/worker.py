@@ -136,6 +136,7 @@ class _Joining:
             device=self._options.device,
             gpu_memory_utilization=self._options.gpu_memory_utilization,
             enforce_eager=self._options.enforce_eager,
+            attention_backend=self._options.attention_backend,
             kv_cache_bytes=self._options.kv_cache_memory,
             # Whether code may run here that comes with a model is said here and nowhere else.
             trust_remote_code=self._options.trust_remote_code,

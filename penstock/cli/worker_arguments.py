@@ -109,6 +109,13 @@ def add_device(group: "Group", *, default: str) -> None:
         action="store_true",
         help="on a GPU, launch decode steps operation by operation instead of as CUDA graphs",
     )
+    add(
+        "--attention-backend",
+        choices=("triton", "fa3", "flashinfer"),
+        default="triton",
+        help="on a GPU, what attends for prompts: our own kernel, or a library that is installed "
+        "(default: triton)",
+    )
 
 
 def add_limits(group: "Group") -> None:

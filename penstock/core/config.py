@@ -29,7 +29,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     multiplies it natively, float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker.
     `load_format` "dummy" makes random weights. `device` is cpu, cuda, cuda:N or auto; of a GPU's
     memory all workers on it together take `gpu_memory_utilization`, in equal shares. With
-    `enforce_eager` no CUDA graphs are captured.
+    `enforce_eager` no CUDA graphs are captured; `attention_backend` is what attends for prompts
+    there: triton, fa3 or flashinfer.
     """
 
     model: str
@@ -45,11 +46,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     seed: int = 0
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    attention_backend: str = "triton"
 
     def __post_init__(self) -> None:
         """Check ranges. Raises: `StartupFailed` naming the flag."""
         share = self.gpu_memory_utilization
         _require(0 < share <= 1, "--gpu-memory-utilization", share)
+        _require(
+            self.attention_backend in ("triton", "fa3", "flashinfer"),
+            "--attention-backend",
+            self.attention_backend,
+        )
         _require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "--dtype", self.dtype)
         _require(
             self.block_size in (16, 32, 64, 128), "--block-size (16|32|64|128)", self.block_size

@@ -8,14 +8,15 @@ one thread. `ModelExecutor` is its counterpart for the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import torch
 
-from penstock.core.step import Sampled
+from penstock.core.request import SamplingParams
+from penstock.core.step import Sampled, SampleRow, Step
 from penstock.engine.batch import make_batch
 from penstock.engine.decode_state import DecodeShape, DecodeState
 from penstock.engine.graphs import DecodeGraphs, GraphKey
@@ -27,7 +28,6 @@ from penstock.engine.triton.sample import SamplingRows, sample_rows, sample_spac
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from penstock.core.step import SampleRow, Step
     from penstock.engine.batch import Batch
     from penstock.engine.graphs import Capture, Run
     from penstock.engine.model import LoadedModel
@@ -61,6 +61,8 @@ class DeviceExecutor:
         self._model, self._kernels = model, _triton_kernels(model)
         self._forward = model.forward.bind(model.kernels, pools)
         self._block_size = block_size
+        fewest = min(len(pool) for pool in pools)
+        self._capacity_tokens = min(max_model_len, fewest * block_size)
         self._staging, self._readback = Staging(model.device), Readback(model.device)
         self._graphs = DecodeGraphs(capture, self._decode, self._key, max_num_seqs)
         num_rows = self._graphs.sizes[-1]
@@ -79,10 +81,28 @@ class DeviceExecutor:
         self.num_rows_sent = 0
         """Rows of decoding steps that had to be sent to the device, since the start."""
 
-    def warm_up(self) -> None:
-        """Capture every graph, while no row is live."""
+    def warm_up(self, prompt_tokens: Sequence[int] = ()) -> None:
+        """Capture every graph, and run prompts of so many tokens, which compiles their kernels.
+
+        While no row is live and no block has anything of use: prompts are written to the first
+        ones, as far as those go.
+        """
         with torch.inference_mode():
             self._graphs.warm_up()
+        for count in prompt_tokens:
+            self.execute(self._prompt(min(count, self._capacity_tokens)))
+
+    def _prompt(self, num_tokens: int) -> Step:
+        num_blocks = -(-num_tokens // self._block_size)
+        table = np.arange(num_blocks, dtype=np.int32)[None]
+        return Step(
+            step_id=0,
+            token_ids=np.zeros(num_tokens, np.int64),
+            num_new=np.array([num_tokens], np.int32),
+            num_computed=np.zeros(1, np.int32),
+            block_tables=(table,) * self._state.shape.num_groups,
+            samples=(SampleRow(0, SamplingParams(seed=0), num_tokens, num_tokens, []),),
+        )
 
     def prepare(self) -> None:
         """Make the calling thread one that may run steps."""

@@ -137,7 +137,7 @@ class _Loading:
         return str(self.dtype).removeprefix("torch.")
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
-        return select_kernels(self.device, dtype)
+        return select_kernels(self.device, dtype, self.config.attention_backend)
 
     def choose(self) -> tuple[Forward, str]:
         """Return what runs the model and its description."""

@@ -181,6 +181,17 @@ def test_what_the_host_samples_is_run_once(there):
     assert len(harness.outputs(0)) == 2
 
 
+def test_prompts_warm_up_what_they_will_need_and_nothing_else(here, there):
+    harness = on_device(there)
+    harness.executor.warm_up([5])
+    assert harness.executor.num_rows_sent == 0
+    wanted = Harness(here)
+    for each in (wanted, harness):
+        each.add(PROMPTS[1], DRAWN)
+        each.run(2)
+    assert harness.outputs(0) == wanted.outputs(0)
+
+
 def test_more_rows_than_any_graph_has_are_a_batch(there, monkeypatch):
     monkeypatch.setattr(graphs, "ROWS_MAX", 1)
     harness = on_device(there, max_num_seqs=2)

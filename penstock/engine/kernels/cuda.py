@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from penstock.engine.attention.libraries import Chunks
 from penstock.engine.kernels.reference import ReferenceKernels
 from penstock.engine.triton.activate import activate
 from penstock.engine.triton.heads import store_heads
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from penstock.engine.attention import AttentionSpec
+    from penstock.engine.attention.libraries import PrefillAttention
     from penstock.engine.batch import Batch
     from penstock.engine.kernels import Activation, HeadsSpec, Norm
 
@@ -40,10 +42,14 @@ class CudaKernels(ReferenceKernels):
 
     name = "triton"
 
-    def __init__(self, num_multiprocessors: int) -> None:
-        """Take the number of multiprocessors that attention is to fill."""
+    def __init__(self, num_multiprocessors: int, prefill: PrefillAttention | None = None) -> None:
+        """Take the number of multiprocessors that attention is to fill, and what attends for
+        chunks of prompts in place of our own kernel.
+        """
         super().__init__()
         self.num_multiprocessors = num_multiprocessors
+        self._prefill = prefill
+        self._chunks: tuple[Batch, dict[int, Chunks]] | None = None
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """Return the norm of every row."""
@@ -89,6 +95,13 @@ class CudaKernels(ReferenceKernels):
         """Return the attention output of every query row: decoding rows in a call of their own."""
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for part in _parts(spec, batch, len(query)):
+            prefill = self._prefill
+            if part.max_query_len > 1 and prefill is not None and prefill.can(spec, query.dtype):
+                chunks = self._chunks_of(batch, spec.group, part)
+                first = len(query) - part.num_rows
+                cache = key_cache, value_cache
+                output[first:] = prefill.attend(spec, query[first:], cache, chunks)
+                continue
             splits = self._split_space(spec, query, part)
             paged_attention(spec, query, (key_cache, value_cache), part, output, splits=splits)
         return output
@@ -107,6 +120,16 @@ class CudaKernels(ReferenceKernels):
     def num_splits(self, spec: AttentionSpec, num_sequences: int) -> int:
         """Return among how many programs a launch divides the slots of sequences that decode."""
         return decode_splits(num_sequences, spec.num_kv_heads, self.num_multiprocessors)
+
+    def _chunks_of(self, batch: Batch, group: int, part: Sequences) -> Chunks:
+        """Return a batch's chunks, the same object for every layer of a group."""
+        if self._chunks is None or self._chunks[0] is not batch:
+            self._chunks = batch, {}
+        found = self._chunks[1]
+        if group not in found:
+            start = part.query_start - part.query_start[0]
+            found[group] = Chunks(start, part.kv_len, part.block_table, part.max_query_len)
+        return found[group]
 
     def _split_space(
         self, spec: AttentionSpec, query: Tensor, part: Sequences
