@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.core.request import SamplingParams
 from penstock.engine import graphs
@@ -153,6 +154,45 @@ def test_rounds_run_ahead_and_stop(here, there):
     assert outputs_of(harnesses[1], 2) == outputs_of(harnesses[0], 2)
     # Two rows at first, and then at most what the window has let go: no round sent anything.
     assert harnesses[1].executor.num_rows_sent <= 4
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a graph cannot hold: operations that ask the device for a number."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.REFUSED, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class Watched:
+    """Captures by watching: what is run must be fit for a graph."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def capture(self, run):
+        def watched() -> None:
+            self.runs += 1
+            with NoWaiting():
+                run()
+
+        return watched
+
+
+@pytest.mark.parametrize("kind", ["ministral", "qwen3_moe"])
+def test_nothing_that_is_captured_waits_for_the_device(kind):
+    model = load(kind, "cuda" if torch.cuda.is_available() else "interpreter")
+    watched = Watched()
+    harness = on_device(model, capture=watched)
+    harness.add(PROMPTS[1], DRAWN)
+    harness.step({0: 4})
+    harness.step({0: 1})
+    assert watched.runs == 1
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits for the device"):
+        watched.capture(lambda: torch.ones(1).item())()
 
 
 @pytest.mark.gpu
