@@ -60,6 +60,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         handoff=Handoff(options.handoff),
         control=controller_config(options, num_workers),
         tiers=tuple(options.kv_tier),
+        kv_eviction=options.kv_eviction,
     )
 
 

@@ -184,7 +184,10 @@ def _plan_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     progress("planning the model", 0.0)
     from penstock.cli.device import load_on_device
 
-    return load_on_device(settings)
+    planned = load_on_device(settings)
+    # What the front shows until the last worker is up.
+    progress("loading in each worker", 0.0)
+    return planned
 
 
 def _describe_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeParts]:

@@ -99,7 +99,7 @@ def host_memory(
         peers=(mover, siblings),
         regions=tuple(pool.descriptor for pool in shared),
         endpoints=tuple(owner.endpoint for owner in owners),
-        tier_configs=tier_configs(stores),
+        tier_configs=tier_configs(stores, settings.kv_eviction),
         tiers=tier_regions(stores),
     )
 
@@ -145,7 +145,7 @@ def device_memory(
         generations=tuple(counters(pool.region.blocks) for pool in shared_counters),
         peers=(mover, siblings),
         regions=(*moves.descriptors, *(pool.descriptor for pool in shared_counters)),
-        tier_configs=tier_configs(stores),
+        tier_configs=tier_configs(stores, settings.kv_eviction),
         tiers=tier_regions(stores),
     )
 

@@ -78,7 +78,7 @@ def open_tiers(
     return stores
 
 
-def tier_configs(stores: dict[str, TierStore]) -> tuple[TierConfig, ...]:
+def tier_configs(stores: dict[str, TierStore], eviction: str) -> tuple[TierConfig, ...]:
     """Return what the worker core is to know of its tiers."""
     return tuple(
         TierConfig(
@@ -88,6 +88,7 @@ def tier_configs(stores: dict[str, TierStore]) -> tuple[TierConfig, ...]:
             latency_ns=LATENCY_NS,
             kept=tuple(store.contents()),
             label=store.kind,
+            eviction=eviction,
         )
         for name, store in stores.items()
     )

@@ -125,6 +125,7 @@ class _Joining:
             pulse=self._settings.pulse,
             host=admitted.name,
             tiers=tuple(options.kv_tier),
+            kv_eviction=options.kv_eviction,
         )
 
     def _engine(self, theirs: EngineConfig) -> EngineConfig:

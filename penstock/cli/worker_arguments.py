@@ -158,6 +158,14 @@ def add_limits(group: "Group") -> None:
         "be given for each, nearest first (default: nowhere)",
     )
     add(
+        "--kv-eviction",
+        choices=("lru", "arc", "cost"),
+        default="lru",
+        help="what a tier gives up first: lru, what was used longest ago; arc, balanced between "
+        "what was used once and what was used again; cost, what was used least, with age "
+        "(default: lru)",
+    )
+    add(
         "--transport",
         choices=("auto", "shm", "nixl", "tcp"),
         default="auto",

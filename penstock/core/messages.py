@@ -26,7 +26,7 @@ from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, R
 from penstock.core.request import Request, Timeline
 from penstock.core.residency import Survey, Surveyed
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
-from penstock.core.tiers import ShelfChanged, ShelfUsed, TierLoad
+from penstock.core.tiers import PrefetchLoad, ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import (
     BlockHash,
     BlockId,
@@ -148,7 +148,7 @@ class Load(Tagged, frozen=True):
     again because it could not be pulled, `leases_expired` offers nobody claimed. `step_samples` and
     `pull_samples` are some of what was done since the last report, the latest of each kind.
     `fragmentation` is, per group, the share of the blocks that may be written which lie outside the
-    longest run of them: 0 is one run.
+    longest run of them: 0 is one run. `prefetches` only where there are tiers.
     """
 
     worker_id: WorkerId
@@ -169,6 +169,7 @@ class Load(Tagged, frozen=True):
     pull_samples: tuple[PullSample, ...] = ()
     fragmentation: tuple[float, ...] = ()
     tiers: tuple[TierLoad, ...] = ()
+    prefetches: PrefetchLoad | None = None
 
 
 class BlocksChanged(Tagged, frozen=True):

@@ -59,7 +59,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `output_token_ids` is not empty when the request is continued after a preemption, a migration or
     a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
-    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. A lower
+    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. Its KV
+    is to be kept for `retention_ns` after its end, before all others' if it is a `pin`. A lower
     `priority` is more urgent; requests of one `fairness_key` share what keys are given in turn. The
     SLOs, in ms, are those of the cluster where there are none.
     """
@@ -70,6 +71,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     accepts_loss: bool = False
+    retention_ns: int = 0
+    pin: str = ""
     priority: int = 0
     arrived_ns: int = 0
     fairness_key: str = ""
@@ -80,6 +83,11 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def root(self) -> BlockHash:
         """The name that is before that of its first block."""
         return root_hash(self.cache_salt, accepts_loss=self.accepts_loss)
+
+    @property
+    def pin_id(self) -> str:
+        """What its pin is called: tenants have names of their own."""
+        return f"{self.cache_salt}/{self.pin}"
 
     @property
     def num_tokens(self) -> int:
@@ -117,7 +125,8 @@ REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
 class Timeline(Struct, kw_only=True, omit_defaults=True):
     """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request
     travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
-    anything to put into them (`reserved_ns` counts from the offer on).
+    anything to put into them (`reserved_ns` counts from the offer on). `exposed_ns` is how long it
+    waited for blocks out of tiers although it was its turn: a part of what is called queue.
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
     the client saw beyond them is the residual.
@@ -140,12 +149,14 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     pull_verified: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    exposed_ns: int = 0
 
     def take_prefill(self, other: "Timeline") -> None:
         """Take over what the prefill worker has stamped since this was sent."""
         self.prefill_started_ns = other.prefill_started_ns
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
+        self.exposed_ns = other.exposed_ns
 
     def ledger(self, delivered_ns: int) -> dict[str, float]:
         """Return the parts of TTFT in seconds; they and `residual` add up to `ttft`.

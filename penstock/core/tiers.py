@@ -40,7 +40,9 @@ class TierLoad(Struct, frozen=True, array_like=True):
 
     `num_hits` blocks were brought back in time of need, in `bytes_out`; `bytes_in` went in.
     `num_corrupt` came back wrong and were dropped, `num_failed` could not be written,
-    `num_evicted` were given up for others. Requests waited `exposed_ns` for moves out of here.
+    `num_evicted` were given up for others. Requests whose turn it was waited `exposed_ns` for moves
+    out of here. `num_wanted` blocks were here when a request came that lacked them, `num_declined`
+    were not written here, because what they would save was not worth it.
 
     What was brought out of siblings' tiers of that name counts where it was brought to:
     `num_shared` of the hits, and `num_stale` that were not any more what the sibling had named.
@@ -59,6 +61,22 @@ class TierLoad(Struct, frozen=True, array_like=True):
     exposed_ns: int = 0
     num_shared: int = 0
     num_stale: int = 0
+    num_wanted: int = 0
+    num_declined: int = 0
+
+
+class PrefetchLoad(Struct, frozen=True, array_like=True):
+    """What came of blocks that were wished for before they were needed, since the worker's start.
+
+    Used: there in time; late: on their way by then; missed: not begun by then; wasted: brought and
+    not used before they were given up; dropped: withdrawn before anything was begun.
+    """
+
+    num_used: int = 0
+    num_late: int = 0
+    num_missed: int = 0
+    num_wasted: int = 0
+    num_dropped: int = 0
 
 
 class ShelfChanged(Struct, frozen=True, tag=True, kw_only=True):

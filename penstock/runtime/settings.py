@@ -71,7 +71,8 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     one host. `network` lets other hosts take part; without it nothing listens to them. `host` is
     what this one is called, "" for that of the controller. `decision_log` is a file for the
     decisions of the controller; each worker's go to that name with its own behind it.
-    `control` is for the controller, which decides for all hosts. `tiers` are nearest first.
+    `control` is for the controller, which decides for all hosts. `tiers` are nearest first,
+    and give blocks up in the order that `kv_eviction` names (`kv/eviction.py`).
     `start_timeout_s` bounds each silence while the model loads, by default ten minutes, or a day
     where it has to be fetched.
     """
@@ -96,6 +97,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     handoff: Handoff = Handoff.STREAM
     control: ControllerConfig = ControllerConfig()
     tiers: tuple[TierSettings, ...] = ()
+    kv_eviction: str = "lru"
 
     def __post_init__(self) -> None:
         """Check that the workers can serve. Raises: `StartupFailed` naming the flags."""

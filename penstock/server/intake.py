@@ -16,7 +16,7 @@ import msgspec
 
 from penstock.core.errors import BadRequest, PromptTooLong, UnknownModel
 from penstock.core.request import Request, SamplingParams
-from penstock.core.types import RequestId
+from penstock.core.types import NS_PER_S, RequestId
 from penstock.server.schema import (
     ChatCompletionRequest,
     ChatMessage,
@@ -267,6 +267,8 @@ class Intake:
             raise BadRequest(
                 f"{count} choices in one request, {self.settings.max_choices} at most", "n"
             )
+        if body.kv_pin is not None and body.retention_ttl is None:
+            raise BadRequest("`kv_pin` needs a `retention_ttl`: 0 lets go of the pin", "kv_pin")
         query_id = f"{kind}-{caller.request_id}"
         if caller.is_own_id:
             # It may come twice, for a retry say; what the cluster sees must be unique.
@@ -278,6 +280,8 @@ class Intake:
                 params=_with_seed(params, i),
                 cache_salt=body.cache_salt or "",
                 accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
+                retention_ns=int((body.retention_ttl or 0.0) * NS_PER_S),
+                pin=body.kv_pin or "",
                 priority=body.priority or 0,
                 arrived_ns=caller.arrived_ns,
                 fairness_key=caller.fairness_key,

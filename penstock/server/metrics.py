@@ -29,7 +29,7 @@ from penstock.core.service import ClusterStatus, WorkerStatus
 from penstock.core.types import NS_PER_S
 from penstock.server.choice import Choice
 from penstock.server.errors import error_kind
-from penstock.server.tier_metrics import TIER_HELP, TIER_TOTALS
+from penstock.server.tier_metrics import TIER_HELP, tier_totals
 
 REGIMES = ("normal", "imbalanced", "overloaded")
 _STEPS = (1.0, 2.5, 5.0)
@@ -261,11 +261,8 @@ class Metrics(Collector):
             return
         usage: Series = {key: tier.num_used / tier.num_slots for key, tier in tiers.items()}
         yield self._gauge("kv_tier_usage_perc", usage, names)
-        for name, field in TIER_TOTALS.items():
-            totals: Series = {key: getattr(tier, field) for key, tier in tiers.items()}
-            yield self._counter(name, totals, names)
-        exposed: Series = {key: tier.exposed_ns / NS_PER_S for key, tier in tiers.items()}
-        yield self._counter("kv_tier_exposed_seconds", exposed, names)
+        for name, labels, totals in tier_totals(tiers, loads):
+            yield self._counter(name, totals, ("worker", "role", labels))
 
     # --------------------------------------------------------------------------------------- forms
 

@@ -106,6 +106,7 @@ def _ledger_of(choice: Choice) -> Ledger:
     entry: Ledger = dict(timeline.ledger(choice.delivered_ns or choice.first_ns))
     for name in _PROVEN:
         entry[name] = getattr(timeline, name)
+    entry["exposed"] = timeline.exposed_ns / NS_PER_S
     entry["held"] = max(0, timeline.pulled_ns - timeline.held_ns) / NS_PER_S
     return entry
 

@@ -14,7 +14,7 @@ from penstock.control.controller import Controller
 from penstock.control.policies import USES_PREFIXES
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, WorkerConfig
-from penstock.core.events import Event, Move, MoveDone, Retire, WorkerLost
+from penstock.core.events import Configured, Event, Move, MoveDone, Retire, WorkerLost
 from penstock.core.messages import (
     Hello,
     Message,
@@ -187,6 +187,7 @@ class ModelledCluster:
         self._node = Node(self.controller, clock=self.clock, transport=transport, log=log)
         self.fabric.join(CONTROLLER, 0, self._node.deliver)
         self.fabric.join(FRONT, 0, self._take)
+        self._node.deliver(Configured(spec.controller))
 
     def run(
         self,

@@ -20,6 +20,7 @@ from penstock.core.block import extend_hashes
 from penstock.core.config import WorkerConfig
 from penstock.core.request import Request, Timeline
 from penstock.core.types import BlockHash, FinishReason, RequestId, WorkerId
+from penstock.kv.retention import Retention
 
 
 class SequenceState(Enum):
@@ -140,6 +141,16 @@ class Sequence:
         if len(self.tokens) // block_size > len(self.hashes):
             salt, accepts_loss = self.request.cache_salt, self.request.accepts_loss
             extend_hashes(self.hashes, self.tokens, block_size, salt, accepts_loss=accepts_loss)
+
+    def retain(self, retention: Retention) -> None:
+        """Have the named blocks of a sequence that ends kept as long as the request asks for."""
+        request, until_ns = self.request, retention.now_ns + self.request.retention_ns
+        if request.pin and request.retention_ns:
+            retention.pin(request.pin_id, self.hashes, until_ns)
+        elif request.pin:
+            retention.unpin(request.pin_id)
+        elif request.retention_ns:
+            retention.retain(self.hashes, until_ns)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; say why, if it is the last one."""

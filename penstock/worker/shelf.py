@@ -13,18 +13,22 @@ from itertools import islice
 from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
 from penstock.core.types import BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
-from penstock.kv.eviction import EvictionOrder, make_order
+from penstock.kv.eviction import EvictionOrder, last_of_retained, make_order
 from penstock.kv.residency import Residency
-from penstock.kv.tiers import RAW, Tier
-
-RATE_WEIGHT = 0.2
-"""Weight of the latest move in the mean rate."""
+from penstock.kv.retention import Retention
+from penstock.kv.tiers import RAW, BlockKey, Tier
 
 
 class Shelf:
     """One tier. `resumes_ns` is when it may be written again after a failure."""
 
-    def __init__(self, config: TierConfig, residency: Residency, block_bytes: int) -> None:
+    def __init__(
+        self,
+        config: TierConfig,
+        residency: Residency,
+        block_bytes: int,
+        retention: Retention,
+    ) -> None:
         self.name = config.name
         self.label = config.label or config.name
         self.num_slots = config.num_slots
@@ -33,7 +37,11 @@ class Shelf:
         """Names that came or went since this was last emptied."""
         self.num_hits = self.num_shared = self.bytes_in = self.bytes_out = 0
         self.num_corrupt = self.num_stale = self.num_failed = self.num_evicted = 0
+        self.num_wanted = self.num_declined = 0
+        self.num_reading = 0
+        """Blocks on their way out for requests."""
         self.exposed_ns = 0
+        self._retention = retention
         self._tier = Tier(config.name)
         self._residency = residency
         self._block_bytes = block_bytes
@@ -41,9 +49,6 @@ class Shelf:
         self._order: EvictionOrder = make_order(config.eviction)
         self._digests: dict[BlockHash, Digest] = {}
         self._condemned: set[BlockHash] = set()
-        self._ns_per_byte = 1e9 / config.bytes_per_s
-        self._latency_ns = config.latency_ns
-        self._reading_bytes = 0
         self._slots.take(sorted(BlockId(kept.slot) for kept in config.kept))
         for kept in config.kept:
             is_new = residency.add(kept.name, self._tier, RAW, block_bytes, kept.slot * block_bytes)
@@ -136,8 +141,7 @@ class Shelf:
     @property
     def num_moving(self) -> tuple[int, int]:
         """Blocks on their way in, and blocks that requests have on their way out."""
-        num_arriving = self.num_slots - self.num_free - len(self._digests)
-        return num_arriving, self._reading_bytes // self._block_bytes
+        return self.num_slots - self.num_free - len(self._digests), self.num_reading
 
     def hold(self, names: Iterable[BlockHash]) -> None:
         """Keep blocks while a move reads them."""
@@ -189,10 +193,12 @@ class Shelf:
         self._order.touch(name)
 
     def hold_oldest(self, count: int) -> list[BlockHash]:
-        """Hold up to `count` of the blocks that are to be given up first, and return them."""
+        """Hold up to `count` of the blocks that are to be given up first, and return them; what is
+        to be retained only where there is nothing else.
+        """
         oldest: list[BlockHash] = []
         while len(oldest) < count:
-            victim = self._order.victim(lambda key: isinstance(key, bytes) and self._can_go(key))
+            victim = last_of_retained(self._order, self._can_go, self._is_retained)
             if victim is None:
                 break
             assert isinstance(victim, bytes), victim
@@ -200,31 +206,16 @@ class Shelf:
             self.hold(oldest[-1:])
         return oldest
 
-    def _can_go(self, key: bytes) -> bool:
-        return not self.is_held(BlockHash(key))
+    def _can_go(self, key: BlockKey) -> bool:
+        return isinstance(key, bytes) and not self.is_held(BlockHash(key))
+
+    def _is_retained(self, key: BlockKey) -> bool:
+        return isinstance(key, bytes) and self._retention.strength(BlockHash(key)) > 0
 
     def _arrive(self, name: BlockHash, digest: Digest) -> None:
         self._digests[name] = digest
         self._order.insert(name, 1.0)
         self.changes[name] = None
-
-    # ------------------------------------------------------------------------------ costs
-
-    def fetch_ns(self, num_blocks: int) -> float:
-        """Predict how long so many blocks take out of here, behind those on their way."""
-        num_bytes = num_blocks * self._block_bytes + self._reading_bytes
-        return self._latency_ns + num_bytes * self._ns_per_byte
-
-    def begin_read(self, num_blocks: int) -> None:
-        """Note a move out of here, for predictions."""
-        self._reading_bytes += num_blocks * self._block_bytes
-
-    def end_read(self, num_blocks: int, took_ns: int) -> None:
-        """Note how long it took."""
-        num_bytes = num_blocks * self._block_bytes
-        self._reading_bytes -= num_bytes
-        per_byte = max(0, took_ns - self._latency_ns) / num_bytes
-        self._ns_per_byte += RATE_WEIGHT * (per_byte - self._ns_per_byte)
 
     def load(self) -> TierLoad:
         """Return how full this is, and its totals."""
@@ -241,6 +232,8 @@ class Shelf:
             exposed_ns=self.exposed_ns,
             num_shared=self.num_shared,
             num_stale=self.num_stale,
+            num_wanted=self.num_wanted,
+            num_declined=self.num_declined,
         )
 
     def check(self) -> None:

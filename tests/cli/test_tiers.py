@@ -32,7 +32,9 @@ def test_all_workers_of_a_host_share_the_tiers(tmp_path: Path):
     wanted = settings(*tiers, prefill=1)
     stores = open_tiers(wanted, spec(Role.PREFILL), LAYOUT)
     (block_bytes,) = LAYOUT.block_bytes
-    assert [config.name for config in tier_configs(stores)] == ["dram", "disk"]
+    configs = tier_configs(stores, "arc")
+    assert [config.name for config in configs] == ["dram", "disk"]
+    assert {config.eviction for config in configs} == {"arc"}
     assert [s.num_slots * block_bytes for s in stores.values()] == [MIB, 2 * MIB]
     assert (tmp_path / "prefill-0.kv").stat().st_size >= 2 * MIB
     others = open_tiers(wanted, spec(Role.DECODE), LAYOUT)

@@ -223,3 +223,12 @@ def test_long_texts_are_tokenised_in_a_thread():
     _complete(intake=intake, prompt="x" * 11)
     intake.close()
     assert seen == [True, False]
+
+
+def test_how_long_kv_is_to_be_kept_goes_along_and_a_pin_needs_a_time():
+    (request,) = _complete(prompt="hi", retention_ttl=1.5, cache_salt="t", kv_pin="docs").requests
+    assert (request.retention_ns, request.pin_id) == (1_500_000_000, "t/docs")
+    (request,) = _complete(prompt="hi").requests
+    assert (request.retention_ns, request.pin) == (0, "")
+    with pytest.raises(BadRequest, match="kv_pin"):
+        _complete(prompt="hi", kv_pin="docs")

@@ -1,5 +1,7 @@
 """Blocks go down to tiers when nobody holds them, and come up before a request that wants them."""
 
+from msgspec.structs import replace
+
 from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
 from penstock.core.messages import BlocksChanged, Cancel, Tokens
 from penstock.core.tiers import KeptBlock, TierConfig, TierLoad
@@ -13,11 +15,12 @@ DISK = TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000)
 class Below:
     """A story whose tiers carry out what they are told, as digests alone."""
 
-    def __init__(self, *tiers: TierConfig, num_blocks: int = 7) -> None:
+    def __init__(self, *tiers: TierConfig, num_blocks: int = 7, max_num_seqs: int = 64) -> None:
         self.story = Story(
             P0,
             num_blocks=num_blocks,
             max_num_batched_tokens=200,
+            max_num_seqs=max_num_seqs,
             tiers=tiers,  # type: ignore[arg-type]
             is_defragmenting=False,
         )
@@ -68,6 +71,12 @@ class Below:
             )
         )
         return move
+
+    def assert_nothing_held(self) -> None:
+        """No move is under way, so none reads a block of a tier."""
+        for shelf in self.story.worker.tiers.shelves:
+            assert not [name for name in shelf.names() if shelf.is_held(name)], shelf.name
+            assert shelf.num_moving == (0, 0), shelf.name
 
     def load(self, index: int = 0) -> TierLoad:
         return self.story.worker.load().tiers[index]
@@ -293,3 +302,39 @@ def test_the_controller_hears_of_what_was_there_at_the_start() -> None:
     below = Below(TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000, kept=kept))
     below.run("a", 100)
     assert kept[0].name in told(below, set())
+
+
+def test_what_a_request_asked_to_keep_stays_in_pool_and_tier_while_others_go() -> None:
+    below = Below(DRAM, num_blocks=12)
+    story = below.story
+    kept = replace(request("kept", 40, start=100, max_tokens=1), retention_ns=10**9)
+    story.tell(assign(kept, P0))
+    story.step()
+    below.move_all()
+    for number in range(6):
+        below.run(f"other{number}", 1000 * (number + 1), 60)
+    cache = story.worker.kv.groups[0].pool.prefix_cache
+    names = story.worker.tiers.names()
+    assert set(names) >= {n for n in told(below, set()) if cache.find(n) in (0, 1)}
+    assert below.run("kept again", 100) == 32
+    assert below.load().num_hits == 0, "it never left the pool"
+    story.now_ns += 2 * 10**9
+    for number in range(6):
+        below.run(f"more{number}", 10_000 + 1000 * number, 60)
+    assert below.run("kept no longer", 100) == 0
+
+
+def test_a_pin_outlasts_what_is_retained_and_a_ttl_of_nothing_lets_go_of_it() -> None:
+    below = Below(num_blocks=12)
+    story = below.story
+
+    def run(name: str, start: int, **more: object) -> None:
+        story.tell(assign(replace(request(name, 40, start=start, max_tokens=1), **more), P0))
+        story.step()
+
+    run("pinned", 100, retention_ns=10**9, pin="docs")
+    retention = story.worker.kv.retention
+    names = [n for n in told(below, set()) if retention.strength(n) == 2]
+    assert len(names) == 2
+    run("let go", 100, pin="docs")
+    assert [retention.strength(n) for n in names] == [0, 0]
