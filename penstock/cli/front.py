@@ -101,7 +101,7 @@ class Front:
         facts = ready.result()
         served = self._served(facts, await tokenizer)
         settings, cluster = self._server_settings(), self._cluster
-        app = create_app(cluster, served, settings, cluster, cluster)
+        app = create_app(cluster, served, settings, cluster, cluster, cluster)
         await stack.enter_async_context(app.router.lifespan_context(app))
         self._gate.app = app
         # What is here now stays: the collector need not look at it again between two tokens.

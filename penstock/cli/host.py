@@ -121,6 +121,7 @@ def _work(
         endpoints=memory.endpoints,
         engine=engine.description,
         tiers=memory.tiers,
+        probe=memory.probe,
         requests=partial(_requests, core),
     )
     run_worker(config, parts, place)

@@ -22,6 +22,7 @@ from penstock.core.tiers import TierConfig
 from penstock.core.types import GIB, MIB, Digest
 from penstock.kv.pool import Generations
 from penstock.runtime.link import WorkerSpec
+from penstock.runtime.links import Probe
 from penstock.runtime.settings import (
     AUTO,
     INSTANT_EXECUTOR,
@@ -38,6 +39,7 @@ from penstock.transport.mover import BlockMover
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import is_worthwhile
 from penstock.transport.nixl_owner import NixlOwner
+from penstock.transport.probe import Prober
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tcp import Tcp
@@ -69,6 +71,7 @@ class WorkerMemory:
     endpoints: tuple[Endpoint, ...] = ()
     tier_configs: tuple[TierConfig, ...] = ()
     tiers: tuple[TierRegion, ...] = ()
+    probe: Probe = lambda _info, _moved_bytes: ()
 
 
 def host_memory(
@@ -101,6 +104,7 @@ def host_memory(
         endpoints=tuple(owner.endpoint for owner in owners),
         tier_configs=tier_configs(stores, settings.kv_eviction),
         tiers=tier_regions(stores),
+        probe=_prober(settings, ways).probe,
     )
 
 
@@ -204,6 +208,17 @@ def _ways(
         for region in regions:
             owner.add(region)
     return ways, owners
+
+
+def _prober(settings: ClusterSettings, used: list[Way]) -> Prober:
+    """Return what tries every transport there is to a peer, whichever of them are in use."""
+    key_file = settings.network.key_file if settings.network else ""
+    made: dict[str, Callable[[], Way]] = {
+        SharedMemory.kind: SharedMemory,
+        Nixl.kind: Nixl,
+        Tcp.kind: lambda: Tcp(cluster_key(Path(key_file) if key_file else None)),
+    }
+    return Prober(made, [way.kind for way in used])
 
 
 def _populate(pools: tuple[SharedPool, ...]) -> None:

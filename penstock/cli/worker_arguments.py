@@ -177,7 +177,7 @@ def add_limits(group: "Group") -> None:
         choices=("stream", "whole", "push"),
         default="stream",
         help="how the KV of a prompt crosses: pulled as its blocks are finished, pulled when all "
-        "are, or written by the prefill worker as it computes (default: stream)",
+        "are, or written by the prefill worker as it computes, on one host (default: stream)",
     )
     add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
     add(

@@ -127,6 +127,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
     anything to put into them (`reserved_ns` counts from the offer on). `exposed_ns` is how long it
     waited for blocks out of tiers although it was its turn: a part of what is called queue.
+    `pull_copy_ns` is how long bytes were copied, in all parts of a pull together.
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
     the client saw beyond them is the residual.
@@ -146,6 +147,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     pull_bytes: int = 0
     pull_spans: int = 0
     pull_moves: int = 0
+    pull_copy_ns: int = 0
     pull_verified: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -157,6 +159,20 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
+        self.pull_copy_ns += other.pull_copy_ns
+
+    def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:
+        """Count a part of the pull that has landed, and the time that copying it took."""
+        self.transport = transport if num_spans else self.transport
+        self.pull_bytes += num_bytes
+        self.pull_spans += num_spans
+        self.pull_moves += 1
+        self.pull_copy_ns += copied_ns
+
+    @property
+    def pull_bytes_per_s(self) -> float:
+        """Rate at which the KV was copied; 0 where nothing was."""
+        return self.pull_bytes * NS_PER_S / self.pull_copy_ns if self.pull_copy_ns > 0 else 0.0
 
     def ledger(self, delivered_ns: int) -> dict[str, float]:
         """Return the parts of TTFT in seconds; they and `residual` add up to `ttft`.

@@ -126,6 +126,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             raise StartupFailed("--kv-tier: disk comes last, nothing sinks out of it")
         if self.transport not in TRANSPORTS:
             raise StartupFailed(f"--transport: {self.transport!r} is none of {TRANSPORTS}")
+        if self.handoff is Handoff.PUSH and self.transport not in (AUTO, "shm"):
+            raise StartupFailed(
+                f"--handoff push: over {self.transport} blocks are only read: leave --transport "
+                "out, or use --handoff stream"
+            )
 
         self._check_limits()
 

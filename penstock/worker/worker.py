@@ -128,7 +128,7 @@ class Worker:
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)
-                self.offers.meet(info.worker_id, info.layout)
+                self.offers.meet(info)
                 self.tiers.meet(info)
                 return []
             case PeerDown(worker_id=worker_id):

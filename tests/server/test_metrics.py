@@ -117,7 +117,9 @@ def test_what_was_moved_is_told_by_the_transport_really_used():
     assert _value(metrics, "handoff_seconds_sum", **shm) == pytest.approx(0.004)
     assert _value(metrics, "handoff_bytes_total", **shm) == 8192
     assert _value(metrics, "handoff_bytes_per_second_count", **shm) == 2
-    assert _value(metrics, "handoff_bytes_per_second_sum", **shm) == pytest.approx(2 * 4096 / 0.002)
+    assert _value(metrics, "handoff_bytes_per_second_sum", **shm) == pytest.approx(
+        2 * 4096 / 0.0002
+    )
     assert _value(metrics, "handoff_verified_total", **shm) == 0
     assert _value(metrics, "handoff_spans_sum") == 4
 
