@@ -340,8 +340,7 @@ class Worker:
         if event.goes_on:
             self._plan = plan.followed(event.sampled, self.config.layout.block_size)
         assert plan.step.step_id == event.step_id, (plan.step.step_id, event.step_id)
-        # A step that fails is a bug: the process ends and the controller takes its requests
-        # elsewhere.
+        # A failed step is a bug: the process ends, and its requests go elsewhere.
         assert event.error is None, event.error
         self._reporter.note_step(plan.step, event)
         commands: list[Command] = []
@@ -365,9 +364,8 @@ class Worker:
             sequence, _ = plan.parts[sample.row]
             if sequence.state is not SequenceState.RUNNING:
                 continue
-            output = take_token(sequence, ahead, last, self.config.worker_id, now_ns)
-            outputs.append(output)
-            if output.finish_reason is not None:
+            outputs.append(take_token(sequence, ahead, last, self.config.worker_id, now_ns))
+            if outputs[-1].finish_reason is not None:
                 self._stop(sequence)
         if outputs:
             tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
