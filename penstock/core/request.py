@@ -111,11 +111,11 @@ _ENDINGS = frozenset({RequestState.FINISHED, RequestState.ABORTED, RequestState.
 
 REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
     # A single worker that does both goes from queued straight to decoding; a lost worker puts a
-    # request back in the queue.
+    # request back in the queue. What decodes may be handed on to another worker.
     RequestState.QUEUED: frozenset({RequestState.PREFILLING, RequestState.DECODING}) | _ENDINGS,
     RequestState.PREFILLING: frozenset({RequestState.HANDING_OFF, RequestState.QUEUED}) | _ENDINGS,
     RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED}) | _ENDINGS,
-    RequestState.DECODING: frozenset({RequestState.QUEUED}) | _ENDINGS,
+    RequestState.DECODING: frozenset({RequestState.HANDING_OFF, RequestState.QUEUED}) | _ENDINGS,
     RequestState.FINISHED: frozenset(),
     RequestState.ABORTED: frozenset(),
     RequestState.FAILED: frozenset(),

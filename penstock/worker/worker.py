@@ -87,6 +87,8 @@ class Worker:
         """
         self.kv.retention.tell_time(now_ns)
         said = self._react(event, now_ns)
+        # Their last tokens are said before it is said that they are offered.
+        said += self._send_away(now_ns)
         self.tiers.bring(now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
@@ -274,7 +276,7 @@ class Worker:
 
     def _go_on(self, now_ns: int) -> list[Command]:
         """Start every pull that has room, and a step if none is under way."""
-        commands = self._send_away(now_ns)
+        commands: list[Command] = []
         while self._has_seat():
             headroom = len(self.scheduler.running)
             admitted = self.pulls.admit(self._arrivals.next(), headroom, now_ns)
