@@ -36,23 +36,23 @@ class Plan:
         """Return the next round of a step that goes on."""
         return Plan(next_round(self.step, sampled, block_size), self.parts)
 
-    def run_ahead(self, sampled: tuple[Sampled, ...]) -> list[tuple[tuple[int, ...], Sampled]]:
-        """Take in all rounds but the last of a step that was run several times.
+    def run_ahead(
+        self, sampled: tuple[Sampled, ...]
+    ) -> list[tuple[Sequence, tuple[int, ...], Sampled]]:
+        """Take in all rounds but the last of a step that was run several times at one go.
 
-        Returns, for each sample, the tokens of those rounds and what it got in the last. None of
-        them can end a sequence.
+        Returns, for each sample, whose it is, the tokens of those rounds and what it got in the
+        last. None of them can end a sequence.
         """
-        size = len(self.step.samples)
-        if len(sampled) == size:
-            return [((), last) for last in sampled]
+        samples = self.step.samples
         drawn = []
-        for i, sample in enumerate(self.step.samples):
-            *before, last = sampled[i::size]
+        for i, sample in enumerate(samples):
+            *before, last = sampled[i :: len(samples)]
             ahead = tuple(s.token_id for s in before)
             sequence = self.parts[sample.row][0]
             sequence.tokens += ahead
             sequence.num_computed += len(ahead)
-            drawn.append((ahead, last))
+            drawn.append((sequence, ahead, last))
         return drawn
 
 

@@ -25,11 +25,10 @@ from penstock.core.messages import (
     Progress,
     Release,
     Renew,
-    Tokens,
     Withdraw,
 )
 from penstock.core.tiers import ShelfChanged, ShelfUsed
-from penstock.core.types import CONTROLLER, RequestId, WorkerId
+from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
 from penstock.worker.books import check_sequences
@@ -37,7 +36,7 @@ from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.defragment import DEFRAGMENT_KEY, Defragmenter
 from penstock.worker.lease import LEASE_KEY
 from penstock.worker.numbers import Numbers
-from penstock.worker.output import not_handed_off, take_token
+from penstock.worker.output import not_handed_off, take_token, tell_tokens
 from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
@@ -362,17 +361,13 @@ class Worker:
             if sequence.decode_worker:
                 commands += self._hand_off(sequence, now_ns)
         outputs = []
-        for sample, (ahead, last) in zip(plan.step.samples, drawn, strict=True):
-            sequence, _ = plan.parts[sample.row]
+        for sequence, ahead, last in drawn:
             if sequence.state is not SequenceState.RUNNING:
                 continue
             outputs.append(take_token(sequence, ahead, last, self.config.worker_id, now_ns))
             if outputs[-1].finish_reason is not None:
                 self._stop(sequence)
-        if outputs:
-            tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
-            commands.append(Send(CONTROLLER, tokens))
-        return commands
+        return commands + tell_tokens(outputs, self.config.worker_id)
 
     def _advance(self, sequence: Sequence) -> None:
         """Tell the cache about newly valid KV, when that completes a block or leaves a window."""
