@@ -97,6 +97,8 @@ def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
         "--handoff push": settings.handoff is Handoff.PUSH,
         f"--transport {settings.transport}": settings.transport != AUTO,
     }
+    if settings.kv_access_log is not None:
+        raise StartupFailed("--record-kv-access: only attention on the CPU can be recorded")
     for flag, is_asked_for in refused.items():
         if is_asked_for:
             raise StartupFailed(

@@ -18,6 +18,7 @@ from msgspec import Struct
 from penstock.cli.memory import WorkerMemory, host_memory
 from penstock.cli.tiers import (
     check_tiers,
+    choose_codecs,
     describe_tiers,
 )
 from penstock.core.config import WorkerConfig
@@ -39,6 +40,10 @@ from penstock.transport.nixl_agent import MISSING, is_installed
 from penstock.worker.worker import Worker
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from penstock.engine.executor import ModelExecutor
+    from penstock.engine.kv_access import RecordedExecutor
     from penstock.engine.model import LoadedModel
 
 KV_SHARE = 0.5
@@ -74,8 +79,9 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
         settings = _with_device(settings)
         find = _load_model if settings.engine.device == "cpu" else _plan_model
     facts, make_parts = find(settings, progress)
-    check_tiers(settings, facts.layout)
-    facts = msgspec.structs.replace(facts, tiers=describe_tiers(settings))
+    check_tiers(settings, facts.layout, facts.tier_codecs)
+    told = describe_tiers(settings, facts.layout, facts.tier_codecs)
+    facts = msgspec.structs.replace(facts, tiers=told)
     return facts, partial(_work, settings, facts, make_parts)
 
 
@@ -148,7 +154,8 @@ def _pin(index: int, threads: int) -> None:
 
 def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeParts]:
     # What workers need is imported here as well: they find it in memory when they are forked.
-    from penstock.engine.executor import ModelExecutor  # noqa: F401
+    from penstock.engine.executor import ModelExecutor
+    from penstock.engine.kv_access import recorded_executor
     from penstock.engine.loading import load_model
     from penstock.engine.weights import find_folder
 
@@ -158,6 +165,8 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     folder = find_folder(engine)
     model = load_model(engine, progress)
     layout, num_blocks = model.layout(engine.block_size), _num_blocks(model, settings)
+    check_tiers(settings, layout)
+    chosen = choose_codecs(settings, model, folder, progress)
     facts = ModelFacts(
         folder=str(folder),
         layout=layout,
@@ -167,8 +176,13 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
         description=model.description,
+        tier_codecs=chosen.codecs,
+        codec_notes=chosen.notes,
     )
-    return facts, partial(_bind_model, model)
+    path = settings.kv_access_log
+    if path is not None:
+        return facts, partial(_bind_model, partial(recorded_executor, model, path))
+    return facts, partial(_bind_model, partial(ModelExecutor, model))
 
 
 def _with_device(settings: ClusterSettings) -> ClusterSettings:
@@ -242,7 +256,7 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
 
 
 def _bind_model(
-    model: "LoadedModel",
+    make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor | RecordedExecutor]",
     settings: ClusterSettings,
     facts: ModelFacts,
     spec: WorkerSpec,
@@ -250,10 +264,8 @@ def _bind_model(
 ) -> tuple[WorkerMemory, WorkerEngine]:
     import torch
 
-    from penstock.engine.executor import ModelExecutor
-
     memory = host_memory(settings, facts, spec, place)
-    executor = ModelExecutor(model, tuple(memory.tensors()))
+    executor = make_executor(tuple(memory.tensors()))
 
     def prepare() -> None:
         # OpenMP keeps the number of threads per thread that asks, so the asking one sets it.

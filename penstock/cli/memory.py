@@ -13,7 +13,13 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from penstock.cli.tiers import open_tiers, tier_configs, tier_regions, with_tiers
+from penstock.cli.tiers import (
+    open_tiers,
+    sibling_tiers,
+    tier_configs,
+    tier_regions,
+    with_tiers,
+)
 from penstock.core.block import KVLayout
 from penstock.core.descriptors import Endpoint, RegionDescriptor, TierRegion
 from penstock.core.events import Move, MoveDone
@@ -41,7 +47,6 @@ from penstock.transport.nixl_agent import is_worthwhile
 from penstock.transport.nixl_owner import NixlOwner
 from penstock.transport.probe import Prober
 from penstock.transport.shm import SharedMemory, SharedPool
-from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
 from penstock.transport.verify import digests_by, digests_of, no_digests, verified, verified_by
@@ -87,8 +92,8 @@ def host_memory(
     Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
     mover = BlockMover(layout, regions, ways, place.time.now_ns)
-    stores = open_tiers(settings, spec, layout)
-    siblings = SiblingTiers(spec.worker_id, layout.fingerprint())
+    stores = open_tiers(settings, spec, layout, facts.tier_codecs)
+    siblings = sibling_tiers(spec, facts)
     move = with_tiers(
         verified(mover.execute, regions), stores, regions, place.time.now_ns, siblings
     )
@@ -128,13 +133,13 @@ def device_memory(
     moves = device_moves(pools.tensors, device=pools.index, make_driver=pools.make_driver)
     shared_counters = tuple(SharedPool(count, COUNTER_BYTES) for count in facts.num_blocks)
     mover = BlockMover(layout, moves.regions, [moves.way, SharedMemory()], place.time.now_ns)
-    stores = open_tiers(settings, spec, layout)
-    siblings = SiblingTiers(spec.worker_id, layout.fingerprint())
+    stores = open_tiers(settings, spec, layout, facts.tier_codecs)
+    siblings = sibling_tiers(spec, facts)
     execute = verified_by(mover.execute, moves.takes)
     if stores:
         tiers = DeviceTierMover(
             moves.regions[0],
-            stores,
+            {name: tier.slots for name, tier in stores.items()},
             moves.takes[0],
             moves.make_driver,
             make_codec=moves.make_codec,

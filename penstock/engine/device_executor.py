@@ -253,8 +253,9 @@ class DeviceExecutor:
 
 
 def _is_decode(step: Step) -> bool:
-    """Tell whether every sequence has one new token and gets the next."""
-    return len(step.token_ids) == len(step.num_new) == len(step.samples)
+    """Tell whether every sequence has one new token and gets the next, with all its blocks."""
+    is_whole = step.gaps is None
+    return is_whole and len(step.token_ids) == len(step.num_new) == len(step.samples)
 
 
 def _triton_kernels(model: LoadedModel) -> CudaKernels:
