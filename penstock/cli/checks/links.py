@@ -27,7 +27,7 @@ def check_links(extent: Extent, client: ChatClient) -> Iterator[Finding]:
     try:
         workers = [worker["id"] for worker in client.get("/cluster")["workers"]]
     except PenstockError as error:
-        yield failed("server", str(error), "penstock doctor --cluster URL --api-key KEY: see --help")
+        yield failed("server", str(error), "say --cluster URL and --api-key KEY as it has them")
         return
     if len(workers) < 2:
         yield ok("workers", f"{len(workers)} up: there is no pair to hand anything over")
