@@ -3,7 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from penstock.cli.values import kv_tier, parse_bytes, positive, seconds
+from penstock.cli.values import kv_quality, kv_tier, parse_bytes, positive, seconds
+from penstock.kv.quality import KvQuality
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -115,15 +116,7 @@ def add_limits(group: "Group") -> None:
         metavar="SIZE",
         help="KV cache of each worker, such as 1GiB (default: a share of the free memory)",
     )
-    add(
-        "--kv-tier",
-        type=kv_tier,
-        action="append",
-        default=[],
-        metavar="TIER",
-        help="keep what falls out of the KV caches in dram=SIZE, cxl=SIZE or disk=FOLDER,SIZE; may "
-        "be given for each, nearest first (default: nowhere)",
-    )
+    _add_tiers(group)
     add(
         "--kv-eviction",
         choices=("lru", "arc", "cost"),
@@ -153,6 +146,31 @@ def add_limits(group: "Group") -> None:
         default=10.0,
         metavar="S",
         help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
+    )
+
+
+def _add_tiers(group: "Group") -> None:
+    add = group.add_argument
+    add(
+        "--kv-tier",
+        type=kv_tier,
+        action="append",
+        default=[],
+        metavar="TIER",
+        help="keep what falls out of the KV caches in dram=SIZE, cxl=SIZE or disk=FOLDER,SIZE; may "
+        "be given for each, nearest first (default: nowhere). With ,codec=NAME blocks lie there as "
+        "raw, lossless, fp8, int8, int4 or sparse, or auto: what is quickest within --kv-quality",
+    )
+    add(
+        "--kv-quality",
+        type=kv_quality,
+        default=KvQuality(),
+        metavar="BUDGET",
+        help="how much the loss of the model may rise by codecs of tiers: exact (default: blocks "
+        "come back bit for bit), or such as 0.1%%, or 0.1%%,99%% with the least share of greedy "
+        "tokens that stay the same. Codecs are measured on the model as it is loaded, and those "
+        "above the budget refused. Tiers without a codec are then auto; a request whose body says "
+        '"kv_quality": "exact" never gets what has been through a lossy codec',
     )
 
 

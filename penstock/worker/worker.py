@@ -87,6 +87,8 @@ class Worker:
         """
         self.kv.retention.tell_time(now_ns)
         said = self._react(event, now_ns)
+        # Their last tokens are said before it is said that they are offered.
+        said += self._send_away(now_ns)
         self.tiers.bring(now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
@@ -274,7 +276,7 @@ class Worker:
 
     def _go_on(self, now_ns: int) -> list[Command]:
         """Start every pull that has room, and a step if none is under way."""
-        commands = self._send_away(now_ns)
+        commands: list[Command] = []
         while self._has_seat():
             headroom = len(self.scheduler.running)
             admitted = self.pulls.admit(self._arrivals.next(), headroom, now_ns)
@@ -301,7 +303,7 @@ class Worker:
     def _send_away(self, now_ns: int) -> list[Command]:
         """Offer sequences that are to go on elsewhere, as soon as no step computes them.
 
-        What has ended, is on its way already, or has more to compute than one token stays.
+        What has ended, is on its way already, or cannot go (`Sequence.can_go`) stays.
         """
         if self._plan is not None or not self._leaving:
             return []
@@ -309,7 +311,7 @@ class Worker:
         commands = []
         for request_id, decode_worker in leaving.items():
             sequence = self.sequences.get(request_id)
-            if sequence is not None and sequence.is_decoding and decode_worker in self._peers:
+            if sequence is not None and sequence.can_go and decode_worker in self._peers:
                 sequence.hand_to(decode_worker)
                 commands += self._hand_off(sequence, now_ns)
         return commands
@@ -373,10 +375,10 @@ class Worker:
 
     def _advance(self, sequence: Sequence) -> None:
         """Tell the cache about newly valid KV, when that completes a block or leaves a window."""
-        block_size = self.config.layout.block_size
         if self.config.is_prefix_caching:
-            sequence.name_blocks(block_size)
-        self.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
+            sequence.name_blocks(self.config.layout.block_size)
+        known, window = sequence.num_computed, sequence.window
+        self.kv.advance(sequence.request_id, known, sequence.hashes, window=window)
 
     # -------------------------------------------------------------------------------- what one sees
 
