@@ -71,7 +71,7 @@ def main() -> int:
         measures = [m for m in measures if m.name.startswith(tuple(options.only))]
     if options.without:
         measures = [m for m in measures if not m.name.startswith(tuple(options.without))]
-    failed = run_all(lab, measures, options.deadline_s)
+    failed = run_all(lab, measures, options.deadline_s, options.output)
     finish(lab, options.output, options.table)
     return failed
 

@@ -43,6 +43,7 @@ def test_every_path_is_walked(tmp_path):
 STOPS = """
 import sys, time
 sys.path[:0] = ["bench", "."]
+import tempfile
 import torch
 import h200_run
 from h200.lab import Absent, Lab, Measure, Target, Wrong
@@ -53,11 +54,14 @@ def breaks(lab): raise ValueError("a bug")
 def absent(lab): raise Absent("no such part")
 def figure(lab): lab.add("after", [1.0], "s", target=Target(2.0))
 
+kept = tempfile.mkdtemp() + "/kept.json"
 lab = Lab(torch.device("cpu"), False, Report("h200"))
 parts = [Measure("a", absent), Measure("b", breaks), Measure("c", figure)]
-assert h200_run.run_all(lab, parts, 60.0) == 1
-assert h200_run.run_all(lab, [Measure("d", wrong, is_check=True), Measure("e", figure)], 60.0) == 1
-assert h200_run.run_all(lab, parts, -1.0) == 0
+assert h200_run.run_all(lab, parts, 60.0, kept) == 1
+ends = [Measure("d", wrong), Measure("e", figure)]
+assert h200_run.run_all(lab, ends, 60.0, kept) == 1
+assert h200_run.run_all(lab, parts, -1.0, kept) == 0
+assert "after" in open(kept).read()
 print(h200_run.markdown(lab))
 """
 
