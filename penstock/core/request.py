@@ -161,7 +161,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
-        self.pull_copy_ns += other.pull_copy_ns
+        self.pull_copy_ns = max(self.pull_copy_ns, other.pull_copy_ns)  # one side of the two copies
 
     def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:
         """Count a part of the pull that has landed, and the time that copying it took."""
