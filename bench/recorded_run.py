@@ -1,7 +1,8 @@
 """A real cluster under open-loop load, with its decision logs and what its clients saw.
 
 `record` starts `penstock serve` with a decision log, sends requests at random times at several
-rates in turns, and returns each turn as a `Segment`. Used by `bench/sim_vs_real.py`.
+rates in turns, and returns each turn as a `Segment`; `recorded` reads them from the file that it
+leaves beside the log. Used by `bench/sim_vs_real.py`.
 """
 
 import asyncio
@@ -11,11 +12,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from load import Answer, Client
 from serve import closed_loop, request_body, server
 
-PROMPT_TOKENS = (64, 128, 256, 512, 1024)
-OUTPUT_TOKENS = (16, 32, 64, 128)
+PROMPT_TOKENS = (64, 1024)
+OUTPUT_TOKENS = (16, 128)
+"""Between these any length is sent, short ones as often as twice as long ones. With a few lengths
+only, a median may lie in the gap between the times of two of them, and jumps at a single request.
+"""
 WARM_UP = 24
 AT_ONCE = 8
 KEY_TOKENS = 8
@@ -57,7 +62,18 @@ class Plan:
 def record(flags: list[str], plan: Plan, log: Path) -> list[Segment]:
     """Return the segments of a run; its decision logs are `log` and `log`.WORKER.EPOCH."""
     with server(*flags, "--decision-log", str(log)) as port:
-        return asyncio.run(_drive(port, plan))
+        segments = asyncio.run(_drive(port, plan))
+    _segments_of(log).write_bytes(msgspec.json.encode(segments))
+    return segments
+
+
+def recorded(log: Path) -> list[Segment]:
+    """Return the segments of a run that has been recorded before."""
+    return msgspec.json.decode(_segments_of(log).read_bytes(), type=list[Segment])
+
+
+def _segments_of(log: Path) -> Path:
+    return log.parent / "segments.json"
 
 
 async def _drive(port: int, plan: Plan) -> list[Segment]:
@@ -103,7 +119,12 @@ async def _poisson(port: int, rate: float, seconds: float, rng: random.Random) -
 
 
 def _body(rng: random.Random) -> dict[str, object]:
-    return request_body(rng, rng.choice(PROMPT_TOKENS), rng.choice(OUTPUT_TOKENS))
+    return request_body(rng, _length(rng, PROMPT_TOKENS), _length(rng, OUTPUT_TOKENS))
+
+
+def _length(rng: random.Random, between: tuple[int, int]) -> int:
+    low, high = between
+    return round(low * (high / low) ** rng.random())
 
 
 def _processor_seconds() -> tuple[float, float]:

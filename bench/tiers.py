@@ -1,23 +1,32 @@
-"""How soon does a conversation go on that has fallen out of the KV pool?
+"""How soon does a conversation go on that has fallen out of the KV pool, and what do tiers cost?
 
-`penstock serve` with one worker whose pool holds one and a half conversations of 2,048 tokens, and
-three of them that return in turn, 16 tokens longer: when one does, none of its blocks are in the
-pool any more. Time to first token, by the server's own ledger, with a tier in DRAM, on a CXL
-expander (emulated where the machine has none), on disk, and computed again without any tier. The
-servers are asked in turn, so that what changes meanwhile, changes for all of them. That the blocks
-really came from the tier, and none of them wrong, is read from /metrics. Twice: the built-in model,
-and with --large a decoder of Qwen3-0.6B's shape with random weights (four copies of it at once: 6
-GiB of memory, and some minutes).
+Return: `penstock serve` with one worker whose pool holds one and a half conversations of 2,048
+tokens, and three of them that return in turn, 16 tokens longer: when one does, none of its blocks
+are in the pool any more. Time to first token, by the server's own ledger, with a tier in DRAM, on a
+CXL expander (emulated where the machine has none), on disk, in DRAM by way of int8 and int4, and
+computed again without any tier. The servers are asked in turn, so that what changes meanwhile,
+changes for all of them. That the blocks really came from the tier, and none of them wrong, is read
+from /metrics. Twice: the built-in model, and with --large a decoder of Qwen3-0.6B's shape with
+random weights (as many copies of it at once: several GiB of memory, and some minutes). Random
+weights say nothing about what a codec costs, so both lossy ways are admitted whatever they do.
 
-Then what tiers cost where they are of no use: the built-in model under prompts that never return.
-Are as many requests served with tiers (DRAM, and disk below it) as without? Both servers are asked
-in turn again.
+No reuse: the built-in model under prompts that never return. Are as many requests served with tiers
+(DRAM, and disk below it) as without? Both servers are asked in turn again. That nothing returns has
+to be learnt first, which takes as many blocks as pool and tiers hold: the first runs are before it.
+
+Sessions: conversations that have three times the pool's tokens together go on in turn, several at a
+time, with DRAM and disk and without tiers: turns per second, the share of prompt tokens that were
+not computed, the share of the time to first token for which computation stood still for blocks out
+of tiers, and what came of the blocks that were brought ahead of need.
 
 The disk is read past the page cache where the file system lets it (the server logs nothing of it
 otherwise: tmpfs does not). A conversation that returns finds its blocks written: it comes half a
 second after the others' answers, as a person would at the earliest.
 
-    python bench/tiers.py [--large] [--threads N] [--folder DISK] [--quick] [--output FILE]
+Return is kept as tiers.json, the other two, together "load", as tiers_load.json.
+
+    python bench/tiers.py [--large] [--only return|load] [--threads N] [--folder DISK] [--quick]
+                          [--output FILE]
 """
 
 import argparse
@@ -52,16 +61,33 @@ TARGET_SHARE = 0.98
 LOAD_REQUESTS = 32
 LOAD_TOKENS = 512
 CONCURRENCY = 8
+NUM_SESSIONS = 12
+SESSION_TOKENS = 2048
+SESSION_POOL = 4
+"""Sessions that the pool holds: a third of them."""
+SESSION_ROUNDS = 5
+SESSION_CONCURRENCY = 2
+PARTS = ("return", "load")
+PEERS = {
+    "LMCache 0.5.6": "within vLLM: 'No supported cpu connector found', no hits, 3.1 s a request",
+    "vLLM 0.32 OffloadingConnector": "'only supported on CUDA-alike and XPU GPUs'",
+    "vLLM 0.32 SimpleCPUOffloadConnector": "'_StreamPlaceholder has no attribute priority_range'",
+}
+"""What has tiers as well and does not run on a CPU: what it said when it was tried."""
 TOKEN_BYTES = {"tiny": 2 * 5 * 4 * 32 * 2, "0.6b": 2 * 28 * 8 * 128 * 2}
 """Keys and values, layers, heads, size of a head, bfloat16."""
 
 
-def counted(port: int, name: str) -> float:
-    """Return the sum of one metric over everything it is told of."""
+def counted(port: int, name: str, **labels: str) -> float:
+    """Return the sum of one metric over everything it is told of, or of what has these labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         samples = [sample for family in families for sample in family.samples]
-    return sum(sample.value for sample in samples if sample.name == f"penstock:{name}_total")
+    return sum(
+        sample.value
+        for sample in samples
+        if sample.name == f"penstock:{name}_total" and labels.items() <= sample.labels.items()
+    )
 
 
 def bench(report: Report, name: str, flags: list[str], tiers: dict[str, list[str]]) -> None:
@@ -152,40 +178,93 @@ def bench_no_reuse(report: Report, flags: list[str], tiers: list[str]) -> None:
     print(f"  with tiers and no reuse: {share:.3f} of without, target {TARGET_SHARE:g}: {verdict}")
 
 
+def bench_sessions(report: Report, flags: list[str], tiers: list[str]) -> None:
+    """Measure sessions that outgrow the pool three times, with tiers and without, in turn."""
+    pool = SESSION_POOL * (SESSION_TOKENS + 256) * TOKEN_BYTES["tiny"]
+    common = ["--mixed", "1", "--dtype", "bfloat16", "--kv-cache-memory", str(pool), *flags]
+    rates: dict[str, list[float]] = {"off": [], "on": []}
+    ledgers: dict[str, list[dict[str, Any]]] = {"off": [], "on": []}
+    with ExitStack() as stack:
+        ports = {
+            way: stack.enter_context(server(*common, *more))
+            for way, more in (("off", []), ("on", tiers))
+        }
+        rng = random.Random(2)
+        sessions = [fresh(rng, SESSION_TOKENS) for _ in range(NUM_SESSIONS)]
+        threads = stack.enter_context(ThreadPoolExecutor(SESSION_CONCURRENCY))
+        for turn in range(SESSION_ROUNDS + 1):
+            for way, port in ports.items():
+                started_s = time.monotonic()
+                answers = list(threads.map(partial(ask, port), sessions))
+                if turn:
+                    rates[way].append(NUM_SESSIONS / (time.monotonic() - started_s))
+                    ledgers[way] += answers
+            sessions = [session + fresh(rng, 2 * NUM_NEW) for session in sessions]
+        counts = {
+            name: counted(ports["on"], "kv_prefetches", outcome=name)
+            for name in ("used", "late", "missed", "wasted", "dropped")
+        }
+        wrong = counted(ports["on"], "kv_tier_corrupt") + counted(ports["on"], "kv_tier_failed")
+    assert not wrong, f"{wrong} blocks were wrong"
+    for way, runs in rates.items():
+        report.add(f"turns_per_s_sessions_{way}", runs, "1/s")
+        hits = [row["cached_tokens"] / SESSION_TOKENS for row in ledgers[way]]
+        report.add(f"hit_rate_sessions_{way}", [min(1.0, hit) for hit in hits])
+    times = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
+    report.add("throughput_times_sessions", times, note="with tiers, against without")
+    exposed = sum(row["exposed"] for row in ledgers["on"]) / sum(r["ttft"] for r in ledgers["on"])
+    report.figures["exposed_share_sessions"] = exposed
+    print(f"  of the time to first token, {exposed:.1%} was spent waiting for blocks out of tiers")
+    for name, count in counts.items():
+        report.figures[f"prefetches_{name}_sessions"] = count
+    print("  brought ahead of need: " + ", ".join(f"{n:.0f} {name}" for name, n in counts.items()))
+
+
 def main() -> None:
     """Run what the flags ask for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--large", action="store_true", help="the shape of Qwen3-0.6B as well")
-    parser.add_argument("--quick", action="store_true", help="within 45 s: the built-in model")
+    parser.add_argument("--only", choices=PARTS, help="one part alone")
+    parser.add_argument("--quick", action="store_true", help="the first part, the built-in model")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each worker")
     parser.add_argument("--folder", help="where the disk tier lies (default: for temporary files)")
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
-    report = Report("tiers", settings={"threads": args.threads, "tokens": NUM_TOKENS})
-    names = ["tiny", "0.6b"] if args.large and not args.quick else ["tiny"]
-    for name in names:
-        with tempfile.TemporaryDirectory(dir=args.folder) as disk, ExitStack() as stack:
-            flags = ["--threads", str(args.threads)]
-            if name != "tiny":
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                make_model(Path(folder))
-                flags = [folder, "--load-format", "dummy", *flags]
-            size = 2 * NUM_CONVERSATIONS * NUM_TOKENS * TOKEN_BYTES[name]
-            tiers = {
-                "recompute": [],
-                "dram": ["--kv-tier", f"dram={size}"],
-                "cxl": ["--kv-tier", f"cxl={size}"],
-                "disk": ["--kv-tier", f"disk={disk},{size}"],
-            }
-            bench(report, name, flags, tiers)
-    if not args.quick:
-        with tempfile.TemporaryDirectory(dir=args.folder) as disk:
-            size = 8 * NUM_TOKENS * TOKEN_BYTES["tiny"]
-            tiers_on = ["--kv-tier", f"dram={size}", "--kv-tier", f"disk={disk},{2 * size}"]
-            bench_no_reuse(report, ["--threads", str(args.threads)], tiers_on)
-    report.finish(args.output)
+    parts = ["return"] if args.quick else [args.only] if args.only else list(PARTS)
+    settings: dict[str, object] = {"threads": args.threads, "tokens": NUM_TOKENS}
+    if "return" in parts:
+        report = Report("tiers", settings=settings | {"not_compared": PEERS})
+        for name in ["tiny", "0.6b"] if args.large and not args.quick else ["tiny"]:
+            bench_return(report, name, args)
+        report.finish(args.output)
+    if "load" in parts:
+        report = Report("tiers_load", settings=settings | {"not_compared": PEERS})
+        for bench_part in (bench_no_reuse, bench_sessions):
+            with tempfile.TemporaryDirectory(dir=args.folder) as disk:
+                size = 8 * NUM_TOKENS * TOKEN_BYTES["tiny"]
+                tiers = ["--kv-tier", f"dram={size}", "--kv-tier", f"disk={disk},{2 * size}"]
+                bench_part(report, ["--threads", str(args.threads)], tiers)
+        report.finish(args.output if args.only else None)
+
+
+def bench_return(report: Report, name: str, args: argparse.Namespace) -> None:
+    """Measure one model with all tiers."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as disk, ExitStack() as stack:
+        flags = ["--threads", str(args.threads)]
+        if name != "tiny":
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            make_model(Path(folder))
+            flags = [folder, "--load-format", "dummy", *flags]
+        size = 2 * NUM_CONVERSATIONS * NUM_TOKENS * TOKEN_BYTES[name]
+        ways = {
+            "recompute": [],
+            "dram": ["--kv-tier", f"dram={size}"],
+            "cxl": ["--kv-tier", f"cxl={size}"],
+            "disk": ["--kv-tier", f"disk={disk},{size}"],
+        }
+        bench(report, name, flags, ways)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,13 @@ def _add_logs(group: "argparse._ArgumentGroup") -> None:
         metavar="PATH",
         help="write what the controller and the workers (PATH.<worker>) decide, as JSON lines",
     )
+    add(
+        "--record-kv-access",
+        metavar="PATH",
+        help="write which KV blocks every decode step attends to, with what share of its "
+        "attention, to PATH.<pid of the worker>, for penstock sim memory --accesses: traces of "
+        "real decoding are not published. Steps are several times slower meanwhile",
+    )
 
 
 def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

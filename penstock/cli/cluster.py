@@ -56,6 +56,9 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         handoff=Handoff(options.handoff),
         control=controller_config(options, num_workers),
         tiers=tuple(options.kv_tier),
+        kv_quality=options.kv_quality,
+        kv_access_log=options.record_kv_access,
+        kv_eviction=options.kv_eviction,
     )
 
 

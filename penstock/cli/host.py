@@ -18,8 +18,10 @@ from msgspec import Struct
 
 from penstock.cli.tiers import (
     check_tiers,
+    choose_codecs,
     describe_tiers,
     open_tiers,
+    sibling_tiers,
     tier_configs,
     tier_regions,
     with_tiers,
@@ -49,8 +51,8 @@ from penstock.transport.native.library import load_library
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import MISSING, is_installed, is_worthwhile
 from penstock.transport.nixl_owner import NixlOwner
+from penstock.transport.probe import Prober
 from penstock.transport.shm import SharedMemory, SharedPool
-from penstock.transport.sibling import SiblingTiers
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
 from penstock.transport.verify import digests_of, no_digests, verified
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from penstock.engine.executor import ModelExecutor
+    from penstock.engine.kv_access import RecordedExecutor
     from penstock.engine.model import LoadedModel
 
 KV_SHARE = 0.5
@@ -91,8 +94,9 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
     else:
         find = _load_model if settings.num_workers else _describe_model
     facts, make_execute = find(settings, progress)
-    check_tiers(settings, facts.layout)
-    facts = msgspec.structs.replace(facts, tiers=describe_tiers(settings))
+    check_tiers(settings, facts.layout, facts.tier_codecs)
+    told = describe_tiers(settings, facts.layout, facts.tier_codecs)
+    facts = msgspec.structs.replace(facts, tiers=told)
     return facts, partial(_work, settings, facts, make_execute)
 
 
@@ -118,10 +122,10 @@ def _work(
     execute, prepare = make_execute(regions, threads)
     ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
     mover = BlockMover(layout, regions, ways, place.time.now_ns)
-    stores = open_tiers(settings, spec, layout)
-    siblings = SiblingTiers(spec.worker_id, layout.fingerprint())
+    tiers = open_tiers(settings, spec, layout, facts.tier_codecs)
+    siblings = sibling_tiers(spec, facts)
     execute_move = verified(mover.execute, regions)
-    move = with_tiers(execute_move, stores, regions, place.time.now_ns, siblings)
+    move = with_tiers(execute_move, tiers, regions, place.time.now_ns, siblings)
     config = WorkerConfig(
         worker_id=spec.worker_id,
         role=spec.role,
@@ -134,7 +138,7 @@ def _work(
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
-        tiers=tier_configs(stores),
+        tiers=tier_configs(tiers, settings.kv_eviction),
         host=place.host,
     )
     core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
@@ -149,7 +153,8 @@ def _work(
         regions=tuple(pool.descriptor for pool in shared),
         endpoints=tuple(owner.endpoint for owner in owners),
         engine=facts.description,
-        tiers=tier_regions(stores),
+        tiers=tier_regions(tiers),
+        probe=_prober(settings, ways).probe,
         requests=partial(_requests, core),
     )
     run_worker(config, parts, place)
@@ -188,6 +193,17 @@ def _ways(
     return ways, owners
 
 
+def _prober(settings: ClusterSettings, used: list[Way]) -> Prober:
+    """Return what tries every transport there is to a peer, whichever of them are in use."""
+    key_file = settings.network.key_file if settings.network else ""
+    made: dict[str, Callable[[], Way]] = {
+        SharedMemory.kind: SharedMemory,
+        Nixl.kind: Nixl,
+        Tcp.kind: lambda: Tcp(cluster_key(Path(key_file) if key_file else None)),
+    }
+    return Prober(made, [way.kind for way in used])
+
+
 def _populate(pools: tuple[SharedPool, ...]) -> None:
     """Take the pages that the first requests will use, on whatever core has nothing else to do."""
     if sys.platform == "linux":
@@ -216,6 +232,7 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     progress("importing torch", 0.0)
     # What workers need is imported here as well: they find it in memory when they are forked.
     from penstock.engine.executor import ModelExecutor
+    from penstock.engine.kv_access import recorded_executor
     from penstock.engine.loading import load_model
     from penstock.engine.weights import find_folder
 
@@ -225,6 +242,8 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     folder = find_folder(engine)
     model = load_model(engine, progress)
     layout, num_blocks = model.layout(engine.block_size), _num_blocks(model, settings)
+    check_tiers(settings, layout)
+    chosen = choose_codecs(settings, model, folder, progress)
     facts = ModelFacts(
         folder=str(folder),
         layout=layout,
@@ -234,7 +253,12 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
         description=model.description,
+        tier_codecs=chosen.codecs,
+        codec_notes=chosen.notes,
     )
+    path = settings.kv_access_log
+    if path is not None:
+        return facts, partial(_bind_model, partial(recorded_executor, model, path), layout)
     return facts, partial(_bind_model, partial(ModelExecutor, model), layout)
 
 
@@ -291,7 +315,7 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
 
 
 def _bind_model(
-    make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor]",
+    make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor | RecordedExecutor]",
     layout: KVLayout,
     regions: tuple[Region, ...],
     threads: int,

@@ -40,13 +40,14 @@ def replay(options: argparse.Namespace) -> int:
     recording = read_recording(options.log)
     slo = Slo(ttft_ms=options.slo_ttft_ms, tpot_ms=options.slo_tpot_ms)
     recorded, fabric = _learn(options.log, recording)
-    changed = _members(options.cluster, recorded) if options.cluster else recorded
+    members = _members(options.cluster, recorded) if options.cluster else recorded
     runs = {"recorded": summarise(_seen(recording), slo)}
-    spec = _spec(recording, fabric, options)
-    seen = _simulate(recording, replace(spec, members=recorded), 1.0)
+    spec = _spec(recording, recorded, fabric, options.max_num_batched_tokens)
+    seen = _simulate(recording, spec, 1.0)
     runs["simulated"] = summarise(seen, slo)
-    if changed != recorded or options.speed != 1.0:
-        seen = _simulate(recording, replace(spec, members=changed), options.speed)
+    changed = replace(spec, members=members, controller=_controller(spec.controller, options))
+    if changed != spec or options.speed != 1.0:
+        seen = _simulate(recording, changed, options.speed)
         runs["changed"] = summarise(seen, slo)
     last = list(runs)[-1]
     if options.report:
@@ -67,20 +68,27 @@ def _learn(log: str, recording: Recording) -> tuple[tuple[Member, ...], FabricCo
     return calibration.members, calibration.fabric
 
 
-def _spec(recording: Recording, fabric: FabricCost, options: argparse.Namespace) -> ServeSpec:
-    """Return the recorded cluster without its workers."""
+def _spec(
+    recording: Recording, members: tuple[Member, ...], fabric: FabricCost, batched_tokens: int
+) -> ServeSpec:
+    """Return the recorded cluster. All workers that it ever had are there from the start."""
     info = next(iter(recording.workers.values()))
     return ServeSpec(
-        members=(),
-        controller=ControllerConfig(
-            policy=options.policy, is_switching_roles=options.role_switching
-        ),
+        members=members,
+        controller=msgspec.structs.replace(recording.config, workers_min=0, workers_max=0),
         fabric=fabric,
         layout=info.layout,
         max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=batched_tokens,
         max_model_len=info.max_model_len,
     )
+
+
+def _controller(recorded: ControllerConfig, options: argparse.Namespace) -> ControllerConfig:
+    """Return what the recorded controller was started with, but for what is to be changed."""
+    changes = {"policy": options.policy, "is_switching_roles": options.role_switching}
+    asked = {name: value for name, value in changes.items() if value is not None}
+    return msgspec.structs.replace(recorded, **asked)
 
 
 def _simulate(recording: Recording, spec: ServeSpec, speed: float) -> Observation:

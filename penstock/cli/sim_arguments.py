@@ -41,6 +41,7 @@ sessions of agents; told by its columns), or a rule with its numbers:
   chat:turns=5,in=600,out=250,think=20,system=500
   agents:turns=20,in=400,out=80,think=1,system=2000
   step:in=1500,out=300,sigma=0.8,at=120,factor=3            swing:period=600
+  phases:phase=120,busier=1.8
 clusters: COUNTxGPU[-tpN][:prefill|decode|mixed], with commas; GPUs A100 H100 H200 L40S H20 L20
 faults: kill:WORKER@SECONDS, or slow:WORKER@SECONDSxFACTOR (slow:decode-0@30x2 takes twice as long)
 """
@@ -61,6 +62,7 @@ examples:
   penstock serve --decision-log run.log                  record a run, then
   penstock replay run.log                                simulate it as it was: how far off is it?
   penstock replay run.log --cluster 2xprefill,1xdecode   the same load on other workers
+  penstock replay run.log --policy round_robin           the same workers, chosen by another rule
   penstock replay run.log --speed 1.5 --slo-ttft-ms 300  half as many requests again, other limits
 
 Workers are like the recorded ones: step times, links and messages are taken from the log and those
@@ -93,16 +95,13 @@ def add_replay(commands: "Commands") -> None:
     add(
         "--policy",
         choices=POLICIES,
-        default="predicted",
         metavar="NAME",
-        help="what the recorded controller was started with, or another: "
-        f"{', '.join(POLICIES)} (default predicted)",
+        help=f"another way to choose workers: {', '.join(POLICIES)}",
     )
     add(
         "--role-switching",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether workers changed sides as the load asked for (default: they did)",
+        help="whether workers change sides as the load asks for (default: as recorded)",
     )
     add("--report", metavar="FILE", help="write a page with pictures of the simulated run (HTML)")
     add("--json", action="store_true", help="one JSON object on standard output")

@@ -41,14 +41,27 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
     if len(pools) != 1:
         raise BadRequest("--fewest is for one kind of worker: --cluster H100, for example")
-    found = search.fewest(Pool(pools[0].hardware, options.fewest), options.target)
-    reached = [n for n, tried in found if tried.summary.slo_attainment >= options.target]
+    return _tell_fewest(options, search, Pool(pools[0].hardware, options.fewest))
+
+
+def _tell_fewest(options: argparse.Namespace, search: Sweep, pool: Pool) -> int:
+    fewest = search.fewest(pool, options.target)
+    at_scale = {
+        scale: search.fewest(pool, options.target, i) for i, scale in enumerate(options.slo_scales)
+    }
+    sizes = sorted(search.sizes.items())
     if options.json:
-        sizes = [{"workers": n, **msgspec.to_builtins(tried)} for n, tried in found]
-        _write({"fewest": min(reached, default=None), "target": options.target, "sizes": sizes})
+        _write(
+            {
+                "fewest": fewest,
+                "fewest_at_slo_scale": {f"{scale:g}": n for scale, n in at_scale.items()},
+                "target": options.target,
+                "sizes": [{"workers": n, **msgspec.to_builtins(tried[0])} for n, tried in sizes],
+            }
+        )
     else:
-        print_fewest(found, min(reached, default=None), options.target)
-    return 0 if reached else 1
+        print_fewest(search, fewest, at_scale, options.target)
+    return 0 if fewest is not None else 1
 
 
 def _tell_splits(options: argparse.Namespace, tried: list[Tried]) -> None:

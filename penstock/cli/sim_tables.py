@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from penstock.sim.summary import Slo, Spread, Summary
-from penstock.sim.sweep import Tried, best_at_scale
+from penstock.sim.sweep import Sweep, Tried, best_at_scale
 
 
 def print_summary(title: str, summary: Summary, slo: Slo, took_s: float) -> None:
@@ -11,7 +11,11 @@ def print_summary(title: str, summary: Summary, slo: Slo, took_s: float) -> None
     print(title)
     print(
         f"{summary.requests:,} requests in {summary.arrivals_s:,.0f} s, all over after "
-        f"{summary.duration_s:,.0f} s; simulated in {took_s:.1f} s"
+        f"{summary.duration_s:,.0f} s"
+    )
+    print(
+        f"simulated in {took_s:.1f} s: {summary.events / took_s:,.0f} events, "
+        f"{summary.steps / took_s:,.0f} steps per second"
     )
     print(f"\n{'ms':<6}" + "".join(f"{name:>11}" for name in ("mean", "p50", "p90", "p99", "max")))
     for name, spread in _spreads(summary):
@@ -70,23 +74,35 @@ def print_splits(tried: list[Tried], scales: tuple[float, ...], slo: Slo) -> Non
         print(f"  {scale:>5g}x  {best.cluster:<44} {best.attainment_at[i]:>7.1%} within")
 
 
-def print_fewest(found: list[tuple[int, Tried]], fewest: int | None, target: float) -> None:
-    """Print every size that was tried with its best split, and the answer."""
-    _print_tried([tried for _, tried in found])
+def print_fewest(
+    search: Sweep, fewest: int | None, at_scale: dict[float, int | None], target: float
+) -> None:
+    """Print every size that was tried with its best split, the answer, and that of other limits."""
+    sizes = sorted(search.sizes.items())
+    _print_tried([tried[0] for _, tried in sizes])
     if fewest is None:
         print(f"\nno size tried has {target:.0%} of requests within the limits")
-        return
-    best = dict(found)[fewest]
-    print(f"\nfewest: {fewest} workers, {best.gpus} GPUs: {best.cluster}")
+    else:
+        best = search.sizes[fewest][0]
+        print(f"\nfewest: {fewest} workers, {best.gpus} GPUs: {best.cluster}")
+    print("\nwith limits so many times as long, the fewest is")
+    for i, (scale, count) in enumerate(at_scale.items()):
+        if count is None:
+            print(f"  {scale:>5g}x  more than {sizes[-1][0]} workers")
+            continue
+        best = best_at_scale(search.sizes[count], i)
+        share = f"{best.attainment_at[i]:.1%} within"
+        print(f"  {scale:>5g}x  {best.gpus:>4} GPUs: {best.cluster:<44} {share:>14}")
 
 
 def _print_tried(tried: list[Tried]) -> None:
     names = ("within", "goodput/s", "TTFT p50", "p99", "TPOT p50", "p99")
-    print(f"{'cluster':<44}" + "".join(f"{name:>10}" for name in names))
+    width = max([42, *(len(one.cluster) for one in tried)]) + 2
+    print(f"{'cluster':<{width}}" + "".join(f"{name:>10}" for name in names))
     for one in tried:
         s = one.summary
         print(
-            f"{one.cluster:<44}{s.slo_attainment:>10.1%}{s.goodput_per_s:>10.3f}"
+            f"{one.cluster:<{width}}{s.slo_attainment:>10.1%}{s.goodput_per_s:>10.3f}"
             f"{s.ttft_ms.p50:>10,.0f}{s.ttft_ms.p99:>10,.0f}{s.tpot_ms.p50:>10,.1f}"
             f"{s.tpot_ms.p99:>10,.1f}"
         )

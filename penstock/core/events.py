@@ -192,10 +192,13 @@ class RunStep(Struct, frozen=True, tag=True):
     step: Step
 
 
-class SubmitMove(Struct, frozen=True, tag=True):
-    """Carry this out; answered by one `MoveDone`."""
+class SubmitMove(Struct, frozen=True, tag=True, omit_defaults=True):
+    """Carry this out; answered by one `MoveDone`. `deadline_ns` is by when it should have landed,
+    0 when somebody waits already.
+    """
 
     move: Move
+    deadline_ns: int = 0
 
 
 class WakeAt(Struct, frozen=True, tag=True):

@@ -5,13 +5,15 @@ Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code
 who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, Migrate, PeerUp, PeerDown, TellNames,   worker
-                        Stop, Ping, Survey
+                        Stop, Ping, Survey, TryLinks
 controller              Tokens, RequestFailed, Resize                     front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
-                        Expired, RequestFailed, Ping, Surveyed
+                        Expired, RequestFailed, Ping, Surveyed,
+                        LinksTried
 prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release, Grant                             prefill worker
 worker                  ShelfChanged, ShelfUsed                           worker of its host
+worker                  AskTime, TellTime                                 worker
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
 """
@@ -22,11 +24,12 @@ from msgspec import DecodeError, Struct
 from msgspec.msgpack import Decoder, Encoder
 
 from penstock.core.descriptors import WorkerInfo
+from penstock.core.links import AskTime, LinksTried, TellTime, TryLinks
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.residency import Survey, Surveyed
 from penstock.core.step import PullSample, StepSample, TokenLogprobs
-from penstock.core.tiers import ShelfChanged, ShelfUsed, TierLoad
+from penstock.core.tiers import PrefetchLoad, ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import (
     BlockHash,
     BlockId,
@@ -148,7 +151,7 @@ class Load(Tagged, frozen=True):
     again because it could not be pulled, `leases_expired` offers nobody claimed. `step_samples` and
     `pull_samples` are some of what was done since the last report, the latest of each kind.
     `fragmentation` is, per group, the share of the blocks that may be written which lie outside the
-    longest run of them: 0 is one run.
+    longest run of them: 0 is one run. `prefetches` only where there are tiers.
     """
 
     worker_id: WorkerId
@@ -169,6 +172,7 @@ class Load(Tagged, frozen=True):
     pull_samples: tuple[PullSample, ...] = ()
     fragmentation: tuple[float, ...] = ()
     tiers: tuple[TierLoad, ...] = ()
+    prefetches: PrefetchLoad | None = None
 
 
 class BlocksChanged(Tagged, frozen=True):
@@ -349,6 +353,10 @@ Message = (
     | Surveyed
     | ShelfChanged
     | ShelfUsed
+    | TryLinks
+    | LinksTried
+    | AskTime
+    | TellTime
 )
 
 # ------------------------------------------------------------------------------------------ wire

@@ -43,6 +43,9 @@ class Step(Struct, frozen=True):
     samples      the sequences whose last new token is their last known one
     digests_of   per group, the blocks whose content is complete with this step: a digest is
                  taken of each when the step is over
+    gaps         [S, 2] int32 or None: entries of the tables of a sequence that were let go of in
+                 the middle, the first of them and how many; attention goes on behind them, and
+                 positions stay what they were. For models of one group
     repeats      how often in a row it may be run, each time on the tokens just sampled; more than
                  once only when every sequence has one new token, is sampled, cannot end before
                  the last time and has blocks for all. The executor may stop early
@@ -56,6 +59,7 @@ class Step(Struct, frozen=True):
     samples: tuple[SampleRow, ...]
     digests_of: tuple[tuple[BlockId, ...], ...] = ()
     repeats: int = 1
+    gaps: Int32 | None = None
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

@@ -23,6 +23,8 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     what to call it before people, if that is more.
 
     Rate and latency are what to expect until they have been measured; `kept` is what is there.
+    Slots hold blocks by way of `codec`, in `slot_bytes` each (0: a block's), of which `decode_ns`
+    is what getting one back costs. A lossy codec's slots are for those that accept a loss.
     """
 
     name: str
@@ -33,6 +35,10 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     label: str = ""
     eviction: str = "lru"
     """The order in which blocks are given up, one of `kv.eviction.ORDERS`."""
+    codec: str = "raw"
+    is_lossy: bool = False
+    slot_bytes: int = 0
+    decode_ns: int = 0
 
 
 class TierLoad(Struct, frozen=True, array_like=True):
@@ -40,7 +46,11 @@ class TierLoad(Struct, frozen=True, array_like=True):
 
     `num_hits` blocks were brought back in time of need, in `bytes_out`; `bytes_in` went in.
     `num_corrupt` came back wrong and were dropped, `num_failed` could not be written,
-    `num_evicted` were given up for others. Requests waited `exposed_ns` for moves out of here.
+    `num_evicted` were given up for others. Requests whose turn it was waited `exposed_ns` for moves
+    out of here. `num_wanted` blocks were here when a request came that lacked them, `num_declined`
+    were not written here, because what they would save was not worth it. Bytes are those of slots;
+    `raw_bytes_in` and `raw_bytes_out` are what they are as blocks, and `encode_ns` and `decode_ns`
+    what a codec took to make the one of the other.
 
     What was brought out of siblings' tiers of that name counts where it was brought to:
     `num_shared` of the hits, and `num_stale` that were not any more what the sibling had named.
@@ -59,6 +69,26 @@ class TierLoad(Struct, frozen=True, array_like=True):
     exposed_ns: int = 0
     num_shared: int = 0
     num_stale: int = 0
+    num_wanted: int = 0
+    num_declined: int = 0
+    raw_bytes_in: int = 0
+    raw_bytes_out: int = 0
+    encode_ns: int = 0
+    decode_ns: int = 0
+
+
+class PrefetchLoad(Struct, frozen=True, array_like=True):
+    """What came of blocks that were wished for before they were needed, since the worker's start.
+
+    Used: there in time; late: on their way by then; missed: not begun by then; wasted: brought and
+    not used before they were given up; dropped: withdrawn before anything was begun.
+    """
+
+    num_used: int = 0
+    num_late: int = 0
+    num_missed: int = 0
+    num_wasted: int = 0
+    num_dropped: int = 0
 
 
 class ShelfChanged(Struct, frozen=True, tag=True, kw_only=True):

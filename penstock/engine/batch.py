@@ -27,7 +27,8 @@ class Batch:
     positions     [T] int64, the rotary position of each token
     slots         per group [T] int64, block * block_size + offset of its KV; -1 writes nothing
     query_start   [S + 1] int32; sequence i has rows [query_start[i], query_start[i + 1])
-    kv_len        [S] int32, slots of each sequence that are filled once this batch has run
+    kv_len        [S] int32, slots of each sequence that are filled once this batch has run; fewer
+                  than its tokens where blocks were let go of in the middle
     block_tables  per group [S, W] int32; entry j holds slots [j * block_size, (j + 1) * block_size)
     logits_rows   [R] int64
     max_query_len most rows of one sequence; 1 when the batch only decodes
@@ -62,6 +63,10 @@ def make_batch(step: Step, block_size: int) -> Batch:
         logits_rows = query_start[logits_rows + 1] - np.int64(1)
     block_index = positions // block_size
     offset = positions - block_index * block_size
+    kv_len, tables = num_computed + num_new, step.block_tables
+    if step.gaps is not None:
+        kv_len = kv_len - step.gaps[:, 1] * np.int32(block_size)
+        tables = tuple(_closed(table, step.gaps) for table in tables)
     return Batch(
         token_ids=from_numpy(step.token_ids),
         positions=from_numpy(positions),
@@ -73,11 +78,20 @@ def make_batch(step: Step, block_size: int) -> Batch:
             ]
         ),
         query_start=from_numpy(query_start),
-        kv_len=from_numpy(num_computed + num_new),
-        block_tables=tuple([from_numpy(_contiguous(table)) for table in step.block_tables]),
+        kv_len=from_numpy(kv_len),
+        block_tables=tuple([from_numpy(_contiguous(table)) for table in tables]),
         logits_rows=from_numpy(logits_rows),
         max_query_len=max_query_len,
     )
+
+
+def _closed(table: Int32, gaps: Int32) -> Int32:
+    """Return block tables without the entries that were let go of: what is behind moves up."""
+    closed = table.copy()
+    for row in np.flatnonzero(gaps[:, 1]).tolist():
+        first, count = gaps[row].tolist()
+        closed[row, first : table.shape[1] - count] = table[row, first + count :]
+    return closed
 
 
 def _contiguous(table: Int32) -> Int32:

@@ -21,6 +21,8 @@ from enum import Enum
 from heapq import heappop, heappush
 from typing import Final
 
+from msgspec.structs import replace
+
 from penstock.core.events import MoveClass
 from penstock.kv.tiers import BlockKey, Link, LinkSpec, Tier
 
@@ -36,6 +38,8 @@ SHARES: Final[Mapping[MoveClass, float]] = {
     MoveClass.RELOCATE: 0.05,
 }
 """What each class is sure of, whatever more urgent classes ask for."""
+RATE_WEIGHT: Final = 0.2
+"""Weight of the latest descriptor in a link's measured rate."""
 DESCRIPTOR_BYTES_MAX: Final = 1 << 20
 """Adjacent blocks ride together up to here: a longer descriptor keeps urgent ones waiting."""
 
@@ -293,6 +297,17 @@ class DmaScheduler:
     def expose(self, link: Link, waited_ns: int) -> None:
         """Book that computation stood still for so long because of this link."""
         self._queues[link].books.exposed_ns += waited_ns
+
+    def measure(self, link: Link, num_bytes: int, took_ns: int) -> None:
+        """Note what a descriptor really took: costs are predicted by the mean, the latest most."""
+        queue = self._queues[link]
+        before = 1 / queue.spec.bytes_per_ns
+        found = max(1.0, took_ns - queue.spec.latency_ns) / num_bytes
+        queue.spec = replace(queue.spec, bytes_per_ns=1 / (before + RATE_WEIGHT * (found - before)))
+
+    def alone_ns(self, link: Link, num_bytes: int) -> float:
+        """Predict how long one descriptor takes on an idle link."""
+        return self._queues[link].spec.duration_ns(num_bytes)
 
     def ahead_ns(self, link: Link, kind: MoveClass) -> float:
         """Predict how long a new transfer of this class would wait for what is before it.

@@ -4,7 +4,6 @@ No state, no constants that stand for a machine: every cost comes in as predicte
 Called by `kv/orchestrator.py`, and by whoever wants to know beforehand (a router, a study).
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -23,10 +22,10 @@ class WriteMode(Enum):
     """It is dropped: computing it again is cheaper than carrying it."""
 
 
-class Split(NamedTuple):
-    """Compute the first `num_recomputed` blocks while the others are fetched."""
+class Cut(NamedTuple):
+    """Fetch the first `num_fetched` blocks, then compute the others."""
 
-    num_recomputed: int
+    num_fetched: int
     total_ns: float
 
 
@@ -72,34 +71,26 @@ def choose_codec(
     )
 
 
-def fetch_or_recompute(
+def fetch_then_recompute(
     num_blocks: int,
     fetch_ns: Callable[[int], float],
     recompute_ns: Callable[[int], float],
-) -> Split:
-    """Return how many blocks to compute from the front while the rest is fetched.
+    *,
+    ends: Sequence[int] = (),
+) -> Cut:
+    """Return how many blocks to fetch from the front before the rest is computed after them.
 
-    `fetch_ns(n)` is the predicted time to fetch n blocks at this moment's queue lengths, and
-    `recompute_ns(n)` to compute the first n; both must not decrease. Everything is fetched, or all
-    computed, where that is fastest: a part is only computed when fetching really runs beside it.
-    O(log blocks).
-    Source: Jin et al., Compute or load KV cache? Why not both? (Cake), arXiv 2410.03065.
+    For who cannot do both at once: blocks are computed from the prefix before them. Nothing is
+    fetched, or all, or one of `ends`, where what a block costs to fetch changes; of two that take
+    the same, the one that fetches less.
     """
-    if num_blocks == 0:
-        return Split(0, 0.0)
-    # Computing grows and fetching shrinks with the number computed: they meet once.
-    meet = bisect_left(
-        range(num_blocks), True, key=lambda n: recompute_ns(n) >= fetch_ns(num_blocks - n)
+    cuts = (
+        Cut(
+            n, (fetch_ns(n) if n else 0.0) + (recompute_ns(num_blocks - n) if n < num_blocks else 0)
+        )
+        for n in sorted({0, *ends, num_blocks})
     )
-
-    def total_ns(num_recomputed: int) -> float:
-        num_fetched = num_blocks - num_recomputed
-        compute = recompute_ns(num_recomputed) if num_recomputed else 0.0
-        return max(compute, fetch_ns(num_fetched) if num_fetched else 0.0)
-
-    candidates = {0, max(0, meet - 1), meet, num_blocks}
-    best = min(sorted(candidates), key=total_ns)
-    return Split(best, total_ns(best))
+    return min(cuts, key=lambda cut: cut.total_ns)
 
 
 def write_mode(expected_uses: float, *, save_ns: float, write_ns: float) -> WriteMode:

@@ -124,6 +124,25 @@ class PrefetchQueue:
             case None:
                 pass
 
+    def forget(self, key: BlockKey) -> None:
+        """Drop a wish that turned out to be none: nothing is booked."""
+        self._forget(key)
+
+    def next_ns(self) -> int | None:
+        """Return when the next wish is due to be begun; None when none waits."""
+        while self._heap:
+            deadline_ns, _, key = self._heap[0]
+            if self._is_waiting(key, deadline_ns):
+                return deadline_ns - self._horizon_ns
+            heappop(self._heap)
+        return None
+
+    def _is_waiting(self, key: BlockKey, deadline_ns: int) -> bool:
+        wish = self._wishes.get(key)
+        if wish is None or wish.state is not WishState.WISHED:
+            return False
+        return wish.deadline_ns == deadline_ns
+
     def _push(self, key: BlockKey, deadline_ns: int) -> None:
         self._num_wishes += 1
         heappush(self._heap, (deadline_ns, self._num_wishes, key))

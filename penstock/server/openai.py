@@ -106,13 +106,14 @@ def _ledger_of(choice: Choice) -> Ledger:
     entry: Ledger = dict(timeline.ledger(choice.delivered_ns or choice.first_ns))
     for name in _PROVEN:
         entry[name] = getattr(timeline, name)
+    entry["exposed"] = timeline.exposed_ns / NS_PER_S
     entry["held"] = max(0, timeline.pulled_ns - timeline.held_ns) / NS_PER_S
     return entry
 
 
 _PROVEN = (
-    "prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_spans", "pull_moves",
-    "pull_verified", "cached_tokens",
+    "prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_bytes_per_s", "pull_spans",
+    "pull_moves", "pull_verified", "cached_tokens",
 )  # fmt: skip
 """Fields of a timeline that prove what was done, beside those that say how long it took."""
 

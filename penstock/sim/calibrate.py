@@ -74,10 +74,14 @@ def fit_times(steps: Sequence[TakenStep]) -> tuple[StepTimes, Spread]:
 
 
 def _hardware(taken: Taken, info: WorkerInfo) -> Hardware:
-    """What a worker did too seldom to tell is taken from all of them."""
-    steps = taken.steps.get(WorkerId(info.worker_id), [])
-    if len(steps) < STEPS_MIN:
-        steps = [step for steps in taken.steps.values() for step in steps]
+    """What a worker did too seldom to tell, prompts or decodes, is taken from all of them."""
+    own = taken.steps.get(WorkerId(info.worker_id), [])
+    everybody = [step for steps in taken.steps.values() for step in steps]
+    steps = []
+    for has_prefill in (True, False):
+        mine = [step for step in own if (step.prefill_tokens > 0) == has_prefill]
+        all_ = [step for step in everybody if (step.prefill_tokens > 0) == has_prefill]
+        steps += mine if len(mine) >= STEPS_MIN else all_
     times, spread = fit_times(steps)
     return Hardware(
         "recorded", info.layout.model, 1, info.capacity_tokens, times, info.num_blocks, spread
@@ -104,26 +108,21 @@ def _spread(steps: Sequence[TakenStep], fitted_ns: Sequence[float]) -> Spread:
     both has none, and the nearest stands for it.
     """
     seen: dict[Kind, list[float]] = {}
-    of_size: dict[tuple[bool, int], list[float]] = {}
+    either: dict[Kind, list[float]] = {}
     for step, time_ns in zip(steps, fitted_ns, strict=True):
-        ratio, has_prefill, size = (
-            step.duration_ns / time_ns,
-            step.prefill_tokens > 0,
-            size_of(time_ns),
-        )
-        seen.setdefault((has_prefill, step.is_crowded, size), []).append(ratio)
-        of_size.setdefault((has_prefill, size), []).append(ratio)
-    largest = {
-        has_prefill: max(len(all_) for (other, _), all_ in of_size.items() if other == has_prefill)
-        for has_prefill, _ in of_size
-    }
+        ratio, has_prefill = step.duration_ns / time_ns, step.prefill_tokens > 0
+        kind = Kind(has_prefill, step.has_newcomer, step.is_crowded, size_of(time_ns))
+        seen.setdefault(kind, []).append(ratio)
+        either.setdefault(kind._replace(is_crowded=False), []).append(ratio)
     ratios: dict[Kind, tuple[float, ...]] = {}
-    for (has_prefill, size), both in of_size.items():
-        if len(both) < min(SEEN_MIN, largest[has_prefill]):
+    for kind, both in either.items():
+        largest = max(len(others) for other, others in either.items() if other[:2] == kind[:2])
+        if len(both) < min(SEEN_MIN, largest):
             continue
         for is_crowded in (False, True):
-            own = seen.get((has_prefill, is_crowded, size), [])
-            ratios[has_prefill, is_crowded, size] = tuple(own if len(own) >= SEEN_MIN else both)
+            own_kind = kind._replace(is_crowded=is_crowded)
+            own = seen.get(own_kind, [])
+            ratios[own_kind] = tuple(own if len(own) >= SEEN_MIN else both)
     return Spread(ratios)
 
 

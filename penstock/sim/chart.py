@@ -17,13 +17,16 @@ _POINTS_MAX: Final = 600
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: its name, points, and CSS class; `is_stepped` draws levels that hold."""
+    """One line: its name, points, and CSS class; `is_stepped` draws levels that hold, `is_filled`
+    what is below them, over what was drawn before.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     css: str
     is_stepped: bool = False
+    is_filled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +155,12 @@ def _line(scale: _Scale, series: Series) -> str:
         if i and series.is_stepped:
             path.append(f"H{scale.x(x):.1f}")
         path.append(f"{'L' if i else 'M'}{scale.x(x):.1f} {scale.y(y):.1f}")
-    return f'<path d="{"".join(path)}" class="line {series.css}"/>'
+    line = "".join(path)
+    if series.is_filled:
+        base = scale.y(0.0)
+        left = scale.x(kept[0][0])
+        return f'<path d="{line}V{base:.1f}H{left:.1f}Z" class="area {series.css}"/>'
+    return f'<path d="{line}" class="line {series.css}"/>'
 
 
 def _mark(scale: _Scale, x: float, label: str) -> str:

@@ -17,7 +17,7 @@ from penstock.core.events import StepDone
 from penstock.core.step import Sampled, Step
 from penstock.core.types import NS_PER_MS
 from penstock.sim.clock import SimClock
-from penstock.sim.profile import Kind, Spread, StepTimes, size_of
+from penstock.sim.profile import Batches, Kind, Spread, StepTimes, size_of
 from penstock.sim.stretches import Stretches
 
 TOKEN = 1
@@ -54,6 +54,8 @@ class ModelledExecutor:
         times: StepTimes,
         spread: Spread | None = None,
         is_crowded: Callable[[], bool] = lambda: False,
+        *,
+        seed: int = 0,
     ) -> None:
         self.num_steps = 0
         self.speed = 1.0
@@ -63,7 +65,8 @@ class ModelledExecutor:
         self._times = times
         self._spread = spread
         self._draws: dict[Kind, Stretches[float]] = {}
-        self._rng = random.Random(0)
+        self._batches = Batches()
+        self._rng = random.Random(seed)
         self._is_crowded = is_crowded
         self._run: _Run | None = None
 
@@ -71,9 +74,8 @@ class ModelledExecutor:
         """Answer at the simulated time at which the step would be over."""
         assert self._run is None, f"step {step.step_id} while another is under way"
         new = quadratic = batch = context = 0
-        for num_new, num_computed in zip(
-            step.num_new.tolist(), step.num_computed.tolist(), strict=True
-        ):
+        all_new, all_computed = step.num_new.tolist(), step.num_computed.tolist()
+        for num_new, num_computed in zip(all_new, all_computed, strict=True):
             if num_new == 1:
                 batch += 1
                 context += num_computed + 1
@@ -84,7 +86,9 @@ class ModelledExecutor:
         first_ns = times.duration_ns(new, quadratic, batch, context) / speed
         if self._spread is not None:
             assert step.repeats == 1, f"step {step.step_id} is drawn, and may not be repeated"
-            first_ns *= self._draw(self._spread, (new > 0, self._is_crowded(), size_of(first_ns)))
+            has_newcomer = self._batches.has_newcomer(all_new, all_computed) and not new
+            kind = Kind(new > 0, has_newcomer, self._is_crowded(), size_of(first_ns))
+            first_ns *= self._draw(self._spread, kind)
         # Each repetition looks at one more token of every sequence.
         growth_ns = times.f * batch * NS_PER_MS / speed
         now_ns = self._clock.now_ns()

@@ -105,6 +105,8 @@ class Observation:
     preemptions: int = 0
     num_steps: int = 0
     num_messages: int = 0
+    num_events: int = 0
+    """What the simulated clock called: a run of decode steps that nothing disturbs is one."""
     bytes_moved: int = 0
 
     def note(self, sample: Sample) -> None:

@@ -6,9 +6,10 @@ simulation the world is exactly as that table says, unless a worker is made slow
 Called by `penstock/sim/fleet.py`; it knows no cluster and no request.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from penstock.control.profiles import KERNEL_TIMES
 from penstock.core.block import KVGroup, KVLayout
@@ -43,9 +44,36 @@ class StepTimes:
         return (fixed + prompts + self.e * batch + self.f * context) * NS_PER_MS
 
 
-Kind = tuple[bool, bool, int]
-"""What a step is like: whether it computes prompts, whether a neighbour on its host was in a step
-when it began, and its size (`size_of`)."""
+class Kind(NamedTuple):
+    """What a step is like. `is_crowded`: a neighbour on its host was in a step when it began."""
+
+    has_prefill: bool
+    has_newcomer: bool
+    """Whether it decodes what the step before did not (`Batches`); never, with a prompt in it."""
+    is_crowded: bool
+    size: int
+    """Of its time, as `size_of` has it."""
+
+
+class Batches:
+    """Tells which of a worker's steps, in order, decode a sequence for the first time.
+
+    A real engine has more to set up for such a step than for one that goes on with the same
+    sequences: with a small model it may take twice as long.
+    """
+
+    def __init__(self) -> None:
+        self._due: list[int] = []
+
+    def has_newcomer(self, num_new: Sequence[int], num_computed: Sequence[int]) -> bool:
+        """Take the next step in; entries are new and computed tokens of its sequences.
+
+        A sequence goes on when the step before left off where it begins.
+        """
+        due = Counter(self._due)
+        begins = [computed for new, computed in zip(num_new, num_computed, strict=True) if new == 1]
+        self._due = [computed + 1 for computed in begins]
+        return not Counter(begins) <= due
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +87,14 @@ class Spread:
     ratios: Mapping[Kind, tuple[float, ...]]
 
     def like(self, kind: Kind) -> tuple[float, ...]:
-        """Return the ratios of a kind, or of the nearest size of it; nothing when there is none."""
-        has_prefill, is_crowded, size = kind
-        sizes = [at for a, b, at in self.ratios if (a, b) == (has_prefill, is_crowded)]
-        if not sizes:
-            return ()
-        nearest = min(sizes, key=lambda at: abs(at - size))
-        return self.ratios[has_prefill, is_crowded, nearest]
+        """Return the ratios of a kind, or of the nearest size of it; nothing when there is none.
+
+        Where no newcomer was ever seen, one is like any other step.
+        """
+        alike = [other for other in self.ratios if other[:-1] == kind[:-1]]
+        if alike:
+            return self.ratios[min(alike, key=lambda other: abs(other.size - kind.size))]
+        return self.like(kind._replace(has_newcomer=False)) if kind.has_newcomer else ()
 
 
 def size_of(duration_ns: float) -> int:

@@ -18,14 +18,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from penstock.core.config import ControllerConfig
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest
-from penstock.core.events import Event
+from penstock.core.events import Configured, Event
 from penstock.core.messages import Cancel, Hello, Load, RequestFailed, Submit, TokenOutput, Tokens
 from penstock.core.node import LogEntry
 from penstock.core.request import Request
 from penstock.core.step import PullSample, StepSample
-from penstock.core.types import NS_PER_MS, NS_PER_S, WorkerId
+from penstock.core.types import NS_PER_MS, NS_PER_S, RequestId, WorkerId
 from penstock.sim.fabric import FabricCost
 from penstock.sim.fleet import Member
 from penstock.sim.observe import Served
@@ -52,9 +53,14 @@ class DecodeGap:
 
 @dataclass(slots=True)
 class Recording:
-    """What a log says: requests in order of arrival, as their clients saw them, and the workers."""
+    """What a log says: requests in order of arrival, as their clients saw them, the workers, and
+    what the controller was started with.
+    """
 
+    config: ControllerConfig = field(default_factory=ControllerConfig)
     requests: list[tuple[Request, Served]] = field(default_factory=list)
+    submitted_ns: dict[RequestId, int] = field(default_factory=dict)
+    """When the controller was given them, after the server had read, checked and tokenised."""
     workers: dict[WorkerId, WorkerInfo] = field(default_factory=dict)
     steps: dict[WorkerId, list[StepSample]] = field(default_factory=dict)
     pulls: list[PullSample] = field(default_factory=list)
@@ -164,7 +170,10 @@ class _Reader:
                         request.arrived_ns or now_ns, request.num_tokens, request.params.max_tokens
                     )
                     self._open[request.request_id] = request, served
+                    recording.submitted_ns[request.request_id] = now_ns
                     recording.requests.append((request, served))
+                case Configured(config=config):
+                    recording.config = config
                 case Hello(info=info):
                     recording.workers.setdefault(info.worker_id, info)
                 case Load(worker_id=name, step_samples=steps, pull_samples=pulls):

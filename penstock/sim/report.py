@@ -39,6 +39,8 @@ text { font: 10px system-ui, sans-serif; fill: var(--dim); } .title { font-size:
   stroke: var(--mixed); } .other { stroke: var(--other); } rect.prefill { fill: var(--prefill);
   stroke: none; } rect.decode { fill: var(--decode); stroke: none; } rect.mixed {
   fill: var(--mixed); stroke: none; } rect.other { fill: var(--other); stroke: none; }
+.area { stroke: none; } .area.prefill { fill: var(--prefill); } .area.decode {
+  fill: var(--decode); } .area.mixed { fill: var(--mixed); }
 """
 
 
@@ -140,11 +142,13 @@ def _queues(samples: Sequence[Sample]) -> str:
 def _roles(samples: Sequence[Sample]) -> str:
     samples = [s for s in samples if s.roles]  # the first is before anybody has joined
     xs = [s.at_ns / NS_PER_S for s in samples]
-    series = [
-        Series(role, xs, [float(list(s.roles.values()).count(role)) for s in samples], role, True)
-        for role in sorted({role for s in samples for role in s.roles.values()})
-    ]
-    return line_chart(Axes(title="Workers by role", x_label="s", y_label="workers"), series)
+    stacked, series = [0.0] * len(samples), []
+    for role in sorted({role for s in samples for role in s.roles.values()}):
+        counts = [list(s.roles.values()).count(role) for s in samples]
+        stacked = [below + count for below, count in zip(stacked, counts, strict=True)]
+        series.append(Series(role, xs, stacked, role, is_stepped=True, is_filled=True))
+    # The highest first: each covers the lower part of the one before.
+    return line_chart(Axes(title="Workers by role", x_label="s", y_label="workers"), series[::-1])
 
 
 def _latency_over_time(seen: Observation) -> str:

@@ -22,7 +22,7 @@ import msgspec
 from penstock.core.errors import BadRequest
 from penstock.core.types import NS_PER_MS
 from penstock.kv.eviction import make_order
-from penstock.kv.policy import fetch_or_recompute
+from penstock.kv.policy import fetch_then_recompute
 from penstock.kv.tiers import BlockKey
 from penstock.sim.profile import StepTimes
 
@@ -245,8 +245,8 @@ def tier_value(
 ) -> TierValue:
     """Return TTFT when blocks sink from tier to tier in the order of an LRU stack.
 
-    The first tier is read where it lies. From the others blocks are fetched, or recomputed from the
-    front while the rest is fetched, by `fetch_or_recompute`; their links work side by side.
+    The first tier is read where it lies. From the others blocks are fetched as far as that is
+    sooner than computing them, by the workers' own `fetch_then_recompute`; links work side by side.
     """
     bounds = list(accumulate(tier.capacity_blocks for tier in tiers))
     ttfts, num_hits, num_parted = [], 0, 0
@@ -260,26 +260,26 @@ def tier_value(
             quadratic = new * new + 2 * new * first
             return (times.b * new + times.c * quadratic) * NS_PER_MS
 
-        def recompute_ns(num_blocks: int, local: int = local, tokens: int = tokens) -> float:
-            return compute_ns(local * tokens, num_blocks * tokens)
+        def recompute_ns(num_blocks: int, total: int = total, tokens: int = tokens) -> float:
+            return compute_ns((total - num_blocks) * tokens, num_blocks * tokens)
 
-        def fetch_ns(num_blocks: int, ends: list[int] = ends, total: int = total) -> float:
-            """Fetch the last `num_blocks` hits, each from the tier that has it."""
-            first = total - num_blocks
+        def fetch_ns(num_blocks: int, ends: list[int] = ends, local: int = local) -> float:
+            """Fetch so many blocks after what is local, each from the tier that has it."""
             slowest = 0.0
             for tier, begin, end in zip(tiers[1:], ends, ends[1:], strict=False):
-                count = end - max(begin, first)
+                count = min(end, local + num_blocks) - begin
                 if count > 0:
                     took_ns = tier.latency_ns + count * block_bytes / tier.bytes_per_ns
                     slowest = max(slowest, took_ns)
             return slowest
 
-        split = fetch_or_recompute(total - local, fetch_ns, recompute_ns)
-        num_parted += 0 < split.num_recomputed < total - local
+        stretches = [end - local for end in ends[1:-1]]
+        cut = fetch_then_recompute(total - local, fetch_ns, recompute_ns, ends=stretches)
+        num_parted += 0 < cut.num_fetched < total - local
         # Every prompt computes its last token at least.
         rest = max(1, request.input_tokens - total * tokens)
         rest_ns = compute_ns(request.input_tokens - rest, rest)
-        ttfts.append(times.a + (split.total_ns + rest_ns) / NS_PER_MS)
+        ttfts.append(times.a + (cut.total_ns + rest_ns) / NS_PER_MS)
     ttfts.sort()
     return TierValue(
         mean_ms=sum(ttfts) / len(ttfts),

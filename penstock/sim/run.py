@@ -13,7 +13,7 @@ import numpy as np
 from penstock.control.controller import Controller
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, Handoff, WorkerConfig
-from penstock.core.events import Command, Event, WorkerLost
+from penstock.core.events import Command, Event, SetRole, WorkerLost
 from penstock.core.messages import (
     Cancel,
     Hello,
@@ -220,6 +220,11 @@ class SimCluster:
     def kill(self, name: str, at_ns: int) -> None:
         """Schedule a worker's death; its successor joins with the next epoch some time later."""
         self.clock.call_at(at_ns, lambda: self._kill(name))
+
+    def set_role(self, name: str, role: Role, at_ns: int) -> None:
+        """Schedule a change of a worker's label, as a person asks for it."""
+        change = SetRole(worker_id=WorkerId(name), role=role, is_pinned=True)
+        self.clock.call_at(at_ns, lambda: self._node.deliver(change))
 
     def restart_controller(self, at_ns: int) -> None:
         """Schedule the controller's death: another takes its place, and the workers find it with

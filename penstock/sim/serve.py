@@ -13,8 +13,8 @@ from itertools import count
 from penstock.control.controller import Controller
 from penstock.control.policies import USES_PREFIXES
 from penstock.core.block import KVLayout
-from penstock.core.config import ControllerConfig, WorkerConfig
-from penstock.core.events import Event, Move, MoveDone, Retire, WorkerLost
+from penstock.core.config import ControllerConfig, Handoff, WorkerConfig
+from penstock.core.events import Configured, Event, Move, MoveDone, Retire, WorkerLost
 from penstock.core.messages import (
     Hello,
     Message,
@@ -52,7 +52,8 @@ class ServeSpec:
     `is_defragmenting` is off because its plans take as long to make as all else, and what they
     save, microseconds of a pull, is beneath what is asked here. A dead worker stays away for
     `respawn_ns`, and as long takes one that the controller asks for, on the host and the hardware
-    of the first of its role; everybody is looked at once per `sample_ns`.
+    of the first of its role; everybody is looked at once per `sample_ns`. `seed` is of what is
+    drawn where a calibration says how uneven steps and messages are.
     """
 
     members: tuple[Member, ...]
@@ -63,11 +64,13 @@ class ServeSpec:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int = 1 << 17
+    handoff: Handoff = Handoff.STREAM
     is_prefix_caching: bool = True
     is_defragmenting: bool = False
     max_repeats: int = 64
     respawn_ns: int = 10 * NS_PER_S
     sample_ns: int = NS_PER_S
+    seed: int = 0
 
     @property
     def tells_names(self) -> bool:
@@ -108,13 +111,16 @@ class ModelledWorker:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
+            handoff=spec.handoff,
             is_prefix_caching=spec.is_prefix_caching,
             is_defragmenting=spec.is_defragmenting,
             max_repeats=spec.max_repeats if hardware.spread is None else 1,
             names_interval_ns=NAMES_INTERVAL_NS if spec.tells_names else None,
         )
         self.core = Worker(self.config)
-        self.executor = ModelledExecutor(fabric.clock, hardware.times, hardware.spread, is_crowded)
+        self.executor = ModelledExecutor(
+            fabric.clock, hardware.times, hardware.spread, is_crowded, seed=spec.seed
+        )
         self.is_alive = True
         self.has_left = False
         self._fabric = fabric
@@ -169,7 +175,7 @@ class ModelledCluster:
         self.spec = spec
         self.clock = SimClock()
         self._hosts = {WorkerId(m.name): m.host for m in spec.members}
-        self.fabric = Fabric(self.clock, spec.fabric, self._hosts)
+        self.fabric = Fabric(self.clock, spec.fabric, self._hosts, seed=spec.seed)
         self.controller = Controller(spec.controller)
         self.workers: dict[str, ModelledWorker] = {}
         self._coming: set[str] = set()
@@ -183,6 +189,7 @@ class ModelledCluster:
         self._node = Node(self.controller, clock=self.clock, transport=transport, log=log)
         self.fabric.join(CONTROLLER, 0, self._node.deliver)
         self.fabric.join(FRONT, 0, self._take)
+        self._node.deliver(Configured(spec.controller))
 
     def run(
         self,
@@ -205,6 +212,7 @@ class ModelledCluster:
         self.clock.run(until_ns=int(limit_s * NS_PER_S), is_over=lambda: self.is_over)
         self.observation.ended_ns = self.clock.now_ns()
         self.observation.unfinished = len(self._under_way)
+        self.observation.num_events = self.clock.num_called
         self.observation.note_books(self.fabric, self.workers.values())
         limits = self.controller.status().limits
         self.observation.started, self.observation.retired = limits.started, limits.retired

@@ -81,6 +81,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     gigabytes_moved: float
     steps: int
     messages: int
+    events: int
 
 
 def summarise(seen: Observation, slo: Slo) -> Summary:
@@ -124,6 +125,7 @@ def summarise(seen: Observation, slo: Slo) -> Summary:
         gigabytes_moved=seen.bytes_moved / 1e9,
         steps=seen.num_steps,
         messages=seen.num_messages,
+        events=seen.num_events,
     )
 
 

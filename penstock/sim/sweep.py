@@ -6,7 +6,7 @@ the command line and by benchmarks, which say how one cluster is run.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
@@ -40,6 +40,8 @@ class Sweep:
     simulate: Simulate
     slo: Slo
     scales: tuple[float, ...] = (1.0,)
+    sizes: dict[int, list[Tried]] = field(default_factory=dict)
+    """What `fewest` has tried: splits of so many workers, best first."""
 
     def best_split(self, pools: tuple[Pool, ...]) -> list[Tried]:
         """Return the splits of these workers that were tried, best first, all mixed among them."""
@@ -59,27 +61,30 @@ class Sweep:
             splits = _around(best, stride)
         return sorted([mixed, *tried.values()], key=_merit, reverse=True)
 
-    def fewest(self, pool: Pool, target: float) -> list[tuple[int, Tried]]:
-        """Return (workers, best split) of every size tried, up to `pool.count`, smallest first.
+    def fewest(self, pool: Pool, target: float, scale: int | None = None) -> int | None:
+        """Return how few workers have a share of `target` within the limits; None above the pool.
 
-        The last size whose share within the limits reaches `target` is found by doubling and
-        halving, so it is the fewest if more workers are never worse.
+        With `scale` the limits are those of `scales[scale]`. Found by doubling and halving, so it
+        is the fewest if more workers are never worse. Sizes tried before are not run again.
         """
-        found: dict[int, Tried] = {}
 
         def reaches(count: int) -> bool:
-            found[count] = self.best_split((Pool(pool.hardware, count),))[0]
-            return found[count].summary.slo_attainment >= target
+            if count not in self.sizes:
+                self.sizes[count] = self.best_split((Pool(pool.hardware, count),))
+            tried = self.sizes[count]
+            if scale is None:
+                return tried[0].summary.slo_attainment >= target
+            return best_at_scale(tried, scale).attainment_at[scale] >= target
 
         low, high = 0, 1
         while not reaches(high):
             if high == pool.count:
-                return sorted(found.items())
+                return None
             low, high = high, min(high * 2, pool.count)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if reaches(middle) else (middle, high)
-        return sorted(found.items())
+        return high
 
     def _try(self, members: tuple[Member, ...]) -> Tried:
         seen = self.simulate(members)

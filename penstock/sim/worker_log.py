@@ -22,6 +22,7 @@ import msgspec
 from penstock.core.errors import BadRequest
 from penstock.core.node import LogEntry
 from penstock.core.types import FRONT, WorkerId
+from penstock.sim.profile import Batches
 
 Between = tuple[int, int]
 """From and until when, in nanoseconds of the clock that all processes of a host share."""
@@ -41,6 +42,8 @@ class TakenStep:
     ended_ns: int = 0
     is_crowded: bool = False
     """Whether another worker was in a step when this one began."""
+    has_newcomer: bool = False
+    """Whether it decodes nothing but, and a sequence among them that the step before did not."""
 
     @property
     def duration_ns(self) -> int:
@@ -110,6 +113,7 @@ class _Reader:
     def read(self, name: WorkerId, log: Path) -> None:
         """Read one log; "" is the controller."""
         step: TakenStep | None = None
+        batches = Batches()
         pulls: dict[int, int] = {}
         shared: set[int] = set()
         for entry in _entries(log):
@@ -127,7 +131,7 @@ class _Reader:
                 self._heard.append((kind, _identity(event), now_ns))
             for command in msgspec.convert(entry.commands, list[dict[str, Any]]):
                 if command["type"] == "RunStep":
-                    step = _step(command["step"], now_ns)
+                    step = _step(command["step"], batches, now_ns)
                 elif command["type"] == "SubmitMove":
                     pulls[command["move"]["move_id"]] = now_ns
                     shared |= pulls.keys() if len(pulls) > 1 else set()
@@ -171,15 +175,18 @@ def _entries(log: Path) -> Iterator[LogEntry]:
         raise BadRequest(f"{log} cannot be read: {error.strerror}") from error
 
 
-def _step(step: _Struct, now_ns: int) -> TakenStep:
-    taken = TakenStep(0, 0, 0, 0, now_ns)
-    for new, computed in zip(step["num_new"], step["num_computed"], strict=True):
+def _step(step: _Struct, batches: Batches, now_ns: int) -> TakenStep:
+    num_new, num_computed = step["num_new"], step["num_computed"]
+    has_newcomer = batches.has_newcomer(num_new, num_computed)
+    taken = TakenStep(0, 0, 0, 0, now_ns, has_newcomer=has_newcomer)
+    for new, computed in zip(num_new, num_computed, strict=True):
         if new == 1:
             taken.decodes += 1
             taken.context_tokens += computed + 1
         else:
             taken.prefill_tokens += new
             taken.prefill_work += new * (new + 2 * computed)
+            taken.has_newcomer = False
     return taken
 
 

@@ -1,4 +1,5 @@
-"""The few calls of the CUDA driver that `cuda_ipc.py` needs, behind one protocol.
+"""The few calls of the CUDA driver that moves of blocks need, behind one protocol: `cuda_ipc.py`
+between processes, `device_tiers.py` between a device and the host.
 
 Straight to `libcuda` and not by way of torch, whose own sharing of tensors is made of pickles.
 Every call releases the interpreter lock, and leaves the context of the calling thread as it was.
@@ -33,6 +34,7 @@ NOT_READY: Final = 600
 LAZY_ENABLE_PEER_ACCESS: Final = 1
 STREAM_NON_BLOCKING: Final = 1
 EVENT_DISABLE_TIMING: Final = 2
+HOST_PORTABLE: Final = 1
 
 
 class IpcHandle(Structure):
@@ -62,7 +64,7 @@ class Mapped(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Bytes from one device address to another."""
+    """Bytes from one address to another, of a device or of pinned memory of the host."""
 
     destination: int
     source: int
@@ -70,7 +72,9 @@ class Copy(NamedTuple):
 
 
 class Driver(Protocol):
-    """What `cuda_ipc.py` asks of CUDA. Devices are ordinals. One copy at a time on a device."""
+    """What moves ask of CUDA. Devices are ordinals. One lot of copies at a time on a device: who
+    wants another beside it makes another driver, which has a stream of its own.
+    """
 
     def uuid(self, device: int) -> bytes:
         """Return the 16 bytes that name a device. Raises: `BackendUnavailable`."""
@@ -89,6 +93,15 @@ class Driver(Protocol):
 
     def unmap(self, device: int, address: int) -> None:
         """Undo one `map`."""
+
+    def pin(self, device: int, address: int, num_bytes: int) -> None:
+        """Keep pages of the host where they are, so that a device copies them itself.
+
+        Raises: `BackendUnavailable`.
+        """
+
+    def unpin(self, device: int, address: int) -> None:
+        """Undo one `pin`, before the memory is given back."""
 
     def copy(self, device: int, copies: Sequence[Copy]) -> None:
         """Start copies on a stream that waits for nobody else's. Raises: `PeerLost`."""
@@ -111,6 +124,8 @@ _FUNCTIONS: Final = {
     "cuIpcGetMemHandle": (POINTER(IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_uint64,),
+    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
+    "cuMemHostUnregister": (c_void_p,),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuMemcpyAsync": (c_uint64, c_uint64, c_size_t, c_void_p),
@@ -204,6 +219,18 @@ class CudaDriver:
         with self._current(device):
             # What the owner has freed meanwhile may be refused: it is gone either way.
             self._library.cuIpcCloseMemHandle(address)
+
+    def pin(self, device: int, address: int, num_bytes: int) -> None:
+        """Keep pages of the host where they are. Raises: `BackendUnavailable`."""
+        with self._current(device):
+            self._call(
+                BackendUnavailable, "cuMemHostRegister_v2", address, num_bytes, HOST_PORTABLE
+            )
+
+    def unpin(self, device: int, address: int) -> None:
+        """Undo one `pin`."""
+        with self._current(device):
+            self._library.cuMemHostUnregister(address)
 
     def copy(self, device: int, copies: Sequence[Copy]) -> None:
         """Start copies on a stream that waits for nobody else's. Raises: `PeerLost`."""

@@ -10,8 +10,8 @@ has the driver's functions and copies between memory that two processes share. T
 `gpu` in `tests/transport/test_cuda_ipc.py` are to be run where there is one.
 
 A mapping says nothing of its owner, so each pull asks before and after whether that very process is
-alive: its id with the time of its start. Not wired into `Agent` and the cluster, whose pools lie in
-the host's memory.
+alive: its id with the time of its start. `mover.py` takes this way for pools that are
+`CudaRegion`s. `Agent`, whose memory is the host's, does not.
 """
 
 import threading
@@ -123,24 +123,24 @@ class CudaIpc:
                 raise PeerLost(f"the pool is not inside its allocation of {mapped.num_bytes} bytes")
         return source
 
+    def own(self, region: CudaRegion) -> "OwnCudaPool":
+        """Return a pool of this process on our device, to copy blocks within it."""
+        return OwnCudaPool(self, region)
+
+    def copy(self, address: int, destination: CudaRegion, spans: SpanArray) -> None:
+        """Copy spans of our own blocks. Raises: `PeerLost`, `DeadlineExceeded`."""
+        with self._lock:
+            self._check_stuck()
+            self._carry_out(address, destination, spans, "itself")
+
     def pull(self, source: "MappedCudaPool", destination: CudaRegion, spans: SpanArray) -> None:
         """Copy spans and wait until they have landed. Raises: `PeerLost`, `DeadlineExceeded`."""
-        assert destination.device == self._device, (destination.device, self._device)
-        size = source.block_bytes
-        copies = [
-            Copy(destination.address + to * size, source.address + start * size, count * size)
-            for start, to, count in spans.tolist()
-        ]
-        limit_s = self._silence_s + sum(copy.num_bytes for copy in copies) / BYTES_PER_S_MIN
         with self._lock:
             if source.is_forgotten:
                 raise PeerLost(f"{source.owner} was forgotten")
             self._check_stuck()
             _check_alive(source.location)
-            try:
-                self._driver.copy(self._device, copies)
-            finally:
-                self._wait(source.owner, limit_s)
+            self._carry_out(source.address, destination, spans, source.owner)
             # Whose process has ended meanwhile, his memory may be somebody else's by now.
             _check_alive(source.location)
             self._sweep()
@@ -161,6 +161,21 @@ class CudaIpc:
                 self._sweep()
             finally:
                 self._lock.release()
+
+    def _carry_out(
+        self, address: int, destination: CudaRegion, spans: SpanArray, owner: str
+    ) -> None:
+        assert destination.device == self._device, (destination.device, self._device)
+        size = destination.block_bytes
+        copies = [
+            Copy(destination.address + to * size, address + start * size, count * size)
+            for start, to, count in spans.tolist()
+        ]
+        limit_s = self._silence_s + sum(copy.num_bytes for copy in copies) / BYTES_PER_S_MIN
+        try:
+            self._driver.copy(self._device, copies)
+        finally:
+            self._wait(owner, limit_s)
 
     def _sweep(self) -> None:
         if self._is_stuck:
@@ -216,6 +231,24 @@ class MappedCudaPool:
         if not isinstance(destination, CudaRegion):
             raise PeerLost("memory of a GPU is pulled into memory of a GPU")
         self._way.pull(self, destination, spans)
+
+
+class OwnCudaPool:
+    """A pool of this process, as one to copy from."""
+
+    name: Final = CUDA_IPC
+
+    def __init__(self, way: CudaIpc, region: CudaRegion) -> None:
+        self._way = way
+        self._region = region
+        self.num_blocks = region.num_blocks
+        self.block_bytes = region.block_bytes
+
+    def pull(self, destination: Region | CudaRegion, spans: SpanArray) -> None:
+        """Copy spans within our device. Raises: as `MappedCudaPool.pull`."""
+        if not isinstance(destination, CudaRegion):
+            raise PeerLost("memory of a GPU is copied into memory of a GPU")
+        self._way.copy(self._region.address, destination, spans)
 
 
 def _parse(descriptor: RegionDescriptor) -> CudaLocation:

@@ -25,12 +25,16 @@ from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters,
 from penstock.transfer.plan import SpanArray, cut, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transfer.reshape import plan_reshape, whole_blocks
+from penstock.transport.cuda_ipc import CudaIpc, CudaRegion, MappedCudaPool, OwnCudaPool
+from penstock.transport.nixl import NixlRegion
 from penstock.transport.peers import Peers
 from penstock.transport.reshape import Carried, Reshaper, check
 from penstock.transport.shm import MappedPool, SharedMemory
 from penstock.transport.way import Source, Way
 
-_Pull = tuple[Source, Region, SpanArray]
+Pool = Region | CudaRegion
+"""Memory of a group's blocks: the host's, or a GPU's."""
+_Pull = tuple[Source, Pool, SpanArray]
 _Landed = tuple[Source, Carried]
 
 
@@ -38,14 +42,15 @@ class BlockMover:
     """Copies blocks of peers into this worker's pools, one region per KV group.
 
     A peer has a region of counters for each of its own (`transfer/generation.py`), read last.
-    `ways` are tried in their order; what was used stands in `MoveDone.transport`.
+    `ways` are tried in their order; what was used stands in `MoveDone.transport`. Pools of a GPU
+    are filled from pools of GPUs, by `CudaIpc` or NIXL; counters are the host's in any case.
     Source: KVDirect (arXiv 2501.14743), one-sided reads without a communicator.
     """
 
     def __init__(
         self,
         layout: KVLayout,
-        regions: Sequence[Region],
+        regions: Sequence[Pool],
         ways: Sequence[Way] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -55,7 +60,9 @@ class BlockMover:
         self._regions = tuple(regions)
         self._clock = clock
         self._reshaper = Reshaper()
-        self._peers = Peers(ways if ways is not None else [SharedMemory()])
+        ways = [SharedMemory()] if ways is None else ways
+        self._on_device = next((way for way in ways if isinstance(way, CudaIpc)), None)
+        self._peers = Peers(ways)
 
     def add_peer(self, info: WorkerInfo) -> None:
         """Know a peer; a new incarnation takes the place of the old one."""
@@ -104,8 +111,9 @@ class BlockMover:
             digests=digests,
         )
 
-    def _digests_of(self, region: Region, wanted: Reshape) -> tuple[Digest, ...]:
+    def _digests_of(self, region: Pool, wanted: Reshape) -> tuple[Digest, ...]:
         """Return the digests of what a reshape has filled, if it came with digests itself."""
+        assert isinstance(region, Region), "a GPU's blocks are not reshaped"
         whole = whole_blocks(wanted, self._layout.block_size) if wanted.source.digests else ()
         return take_digests(region.blocks, whole)
 
@@ -143,6 +151,8 @@ class BlockMover:
         for source, own, spans in self._pulls(structs.replace(move, source=to)):
             if not isinstance(source, MappedPool):
                 raise PeerLost(f"{source.name} does not write: push is for workers of one host")
+            if not isinstance(own, Region):
+                raise PeerLost("blocks of a GPU are pulled, not pushed")
             source.push(own, spans)
             num_bytes = int(spans[:, 2].sum()) * own.block_bytes
             landed.append((source, Carried(num_bytes, len(spans))))
@@ -152,7 +162,7 @@ class BlockMover:
         """Copy the spans of every group. Raises: as `_pulls`, and for what a pull raises."""
         landed = []
         for source, destination, spans in self._pulls(move):
-            source.pull(destination, spans)
+            _pull(source, destination, spans)
             num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
             landed.append((source, Carried(num_bytes, len(spans))))
         return landed
@@ -169,11 +179,18 @@ class BlockMover:
             wrong = bounds_error(array, source_blocks=count, destination_blocks=count)
             if wrong is not None:
                 raise BadRequest(f"move {move.move_id}: {wrong}")
-            own = MappedPool(region)
+            own = self._own(region)
             if move.kind is MoveClass.RELOCATE:
-                own.pull(region, array)
+                _pull(own, region, array)
             landed.append((own, Carried(int(array[:, 2].sum()) * region.block_bytes, len(array))))
         return landed
+
+    def _own(self, region: Pool) -> Source:
+        """Return a pool of ours as one to read from."""
+        if isinstance(region, Region):
+            return MappedPool(region)
+        assert self._on_device is not None, "a pool on a GPU, and no way to move its blocks"
+        return self._on_device.own(region)
 
     def _reshape(self, move: Move) -> list[_Landed]:
         """Bring the wanted tokens of every group into blocks of our shape.
@@ -190,6 +207,8 @@ class BlockMover:
         ready = []
         for index, (region, wanted) in enumerate(zip(self._regions, move.reshapes, strict=True)):
             plan = plan_reshape(theirs, self._layout, index, wanted)
+            if not isinstance(region, Region):
+                raise PeerLost("blocks on a GPU have to be of one shape on both sides")
             if len(plan.source_ids):
                 source = self._peers.source(move.source, move.epoch, index)
                 check(plan, source, region)
@@ -231,6 +250,18 @@ class BlockMover:
         if memory.layout is None or len(memory.regions) < len(self._regions):
             raise PeerLost(f"{move.source} describes {len(memory.regions)} regions")
         return memory.layout
+
+
+def _pull(source: Source, destination: Pool, spans: SpanArray) -> None:
+    """Copy spans. Raises: `PeerLost` where a GPU's memory would be filled from the host's, and what
+    `Source.pull` raises.
+    """
+    if isinstance(source, MappedCudaPool | OwnCudaPool | NixlRegion):
+        source.pull(destination, spans)
+    elif isinstance(destination, Region):
+        source.pull(destination, spans)  # of any other kind: they know the host's memory alone
+    else:
+        raise PeerLost(f"{source.name} does not lead into the memory of a GPU")
 
 
 def _blocks_read(move: Move) -> Iterator[tuple[SpanArray, tuple[int, ...]]]:

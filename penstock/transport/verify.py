@@ -4,21 +4,27 @@ The worker core says of which blocks, and what must come out; this knows the mem
 calls `digests_of` after a step, on the executor's thread, and a verified move on the mover's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from msgspec.structs import replace
 
 from penstock.core.events import Move, MoveDone
 from penstock.core.step import Step
 from penstock.core.types import Digest
-from penstock.transfer.digest import is_corrupt, take_digests
+from penstock.transfer.digest import TakeDigests, is_corrupt_by, take_digests
 from penstock.transfer.region import Region
 
 
 def digests_of(step: Step, regions: Sequence[Region]) -> tuple[tuple[Digest, ...], ...]:
     """Return the digests of the blocks that are complete with `step`, per group."""
-    groups = zip(regions, step.digests_of, strict=True)
-    return tuple(take_digests(region.blocks, block_ids) for region, block_ids in groups)
+    return digests_by(step, of_host(regions))
+
+
+def digests_by(step: Step, takes: Sequence[TakeDigests]) -> tuple[tuple[Digest, ...], ...]:
+    """Return the same of pools that are not the interpreter's to read, per group."""
+    groups = zip(takes, step.digests_of, strict=True)
+    return tuple(take(tuple(block_ids)) for take, block_ids in groups)
 
 
 def no_digests(_step: Step) -> tuple[tuple[Digest, ...], ...]:
@@ -30,11 +36,23 @@ def verified(
     execute: Callable[[Move], MoveDone], regions: Sequence[Region]
 ) -> Callable[[Move], MoveDone]:
     """Return an `execute` that also compares what landed in `regions` with the digests."""
-    pools = [region.blocks for region in regions]
+    return verified_by(execute, of_host(regions))
+
+
+def of_host(regions: Sequence[Region]) -> tuple[TakeDigests, ...]:
+    """Return what takes the digests of pools in the host's memory."""
+    return tuple(partial(take_digests, region.blocks) for region in regions)
+
+
+def verified_by(
+    execute: Callable[[Move], MoveDone], takes: Iterable[TakeDigests]
+) -> Callable[[Move], MoveDone]:
+    """Return the same of pools that are not the interpreter's to read."""
+    takes = tuple(takes)
 
     def execute_and_verify(move: Move) -> MoveDone:
         done = execute(move)
-        if done.error is None and is_corrupt(move, pools):
+        if done.error is None and is_corrupt_by(move, takes):
             return replace(done, is_corrupt=True)
         return done
 

@@ -1,277 +1,279 @@
 """`OnboardDesk`: requests whose prefix lies in a tier wait while it is brought into the pool.
 
-A request that is assigned comes here first. What its prefix has in the pool is held, blocks are
-reserved for what comes next in the tiers, and one move per tier fills them. Once all have landed,
-blocks whose digest is right get their names, up to the first that is wrong, and the request goes to
-the scheduler, which finds them in the prefix cache like any others. So a move that fails, a block
-that is wrong, or a request that is cancelled meanwhile, costs time and nothing else.
+A request that is assigned comes here first. What its prefix lacks is brought (`worker/fetches.py`),
+and then it goes to the scheduler, which finds the blocks in the prefix cache like any others. How
+much is brought and how much computed after it is `kv/policy.py`'s, at the queues of this moment;
+where no room can be made, nothing is. Several requests with the same prefix wait for one fetch.
 
-What a sibling has (`worker/siblings.py`) is brought like what is ours; only that it may be gone
-when it is read, which shows in the digest as well. Where computing is predicted to be as quick, or
-no room can be made, nothing is brought. Several requests with the same prefix wait for one move.
-`worker/tiers.py` composes this.
+While others are before it, a request's blocks are a wish (`kv/prefetch.py`): to be there by its
+turn. When that has come they are needed, and what it then waits is exposed time. A session that
+pauses as it did before (`kv/sessions.py`) is wished for as well, as far as the pool has room to
+spare. `worker/tiers.py` composes this.
 """
 
-from collections import deque
-from collections.abc import Sequence as Items
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
 from penstock.core.config import WorkerConfig
-from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds
-from penstock.core.tiers import KeptBlock
-from penstock.core.types import BlockHash, BlockId, Digest, RequestId
+from penstock.core.events import Command, MoveClass, MoveDone
+from penstock.core.tiers import PrefetchLoad
+from penstock.core.types import NS_PER_S, BlockHash, BlockId, RequestId
 from penstock.kv.cache import KVCache
-from penstock.transfer.plan import align
-from penstock.worker.numbers import Numbers
+from penstock.kv.policy import fetch_then_recompute
+from penstock.kv.prefetch import PrefetchQueue
+from penstock.kv.sessions import SessionHistory
+from penstock.kv.tiers import BlockKey, Tier
+from penstock.worker.costs import TierCosts
+from penstock.worker.fetches import Fetch, Fetches, Need
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
-from penstock.worker.shelf import Shelf
-from penstock.worker.siblings import Siblings, SiblingShelf
+from penstock.worker.traffic import Traffic
 
-Place = Shelf | SiblingShelf
-
+NOBODY: Final = RequestId("")
 FETCHES_MAX: Final = 4
 """Under way at once: their blocks are nobody's yet, and others want room too."""
-STEP_WEIGHT: Final = 0.2
-PREFILL_TOKENS_MIN: Final = 16
-"""Steps of fewer tokens say little about what a prompt costs."""
+HORIZON_NS: Final = NS_PER_S
+"""A wish is not begun earlier than this before its deadline."""
+SPARE_SHARE: Final = 0.5
+"""Of the pool stays available when blocks are brought that nobody has asked for."""
 
 
 @dataclass(slots=True, eq=False)
-class _Fetch:
-    """Blocks on their way: entries `[first, first + len(block_ids))` of `hashes`.
-
-    `holder` is the name under which the cache keeps them meanwhile.
+class _Wait:
+    """Who waits for a fetch, since when, and since when it was the first one's turn; `wish` is what
+    it was wished for by.
     """
 
-    holder: RequestId
-    hashes: list[BlockHash]
-    first: int
-    block_ids: list[BlockId]
-    started_ns: int
-    sequences: list[Sequence]
-    num_moves: int = 0
-    digests: dict[int, Digest] = field(default_factory=dict)
+    fetch: Fetch
+    wish: BlockKey | None
+    waiting: list[tuple[Sequence, int]] = field(default_factory=list)
+    needed_ns: int | None = None
 
-
-@dataclass(slots=True, eq=False)
-class _Read:
-    """One move of a fetch: these entries, which were there when it was submitted."""
-
-    fetch: _Fetch
-    place: Place
-    entries: list[int]
-    blocks: list[KeptBlock]
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether anybody waits still, or nobody ever did."""
+        return not self.waiting or any(_is_there(sequence) for sequence, _ in self.waiting)
 
 
 class OnboardDesk:
-    """Owns what is on its way up, and the requests that wait for it."""
+    """Owns the requests that wait for blocks, and the wishes."""
 
     def __init__(
         self,
         config: WorkerConfig,
         kv: KVCache,
         scheduler: Scheduler,
-        shelves: Items[Shelf],
-        siblings: Siblings,
-        move_ids: Numbers,
+        fetches: Fetches,
+        costs: TierCosts,
+        traffic: Traffic,
     ) -> None:
         self.num_declined = 0
         """Requests that were quicker computed than brought."""
+        self.prefetch = PrefetchQueue(depth=FETCHES_MAX, horizon_ns=HORIZON_NS)
         self._config = config
-        self._kv = kv
+        self._pool = kv.groups[0].pool
         self._scheduler = scheduler
-        self._shelves = shelves
-        self._siblings = siblings
-        self._move_ids = move_ids
-        self._holders = Numbers()
-        self._fetches: list[_Fetch] = []
-        self._reads: dict[int, _Read] = {}
-        self._line: deque[Sequence] = deque()
-        self._commands: list[Command] = []
-        self._token_ns: float | None = None
-
-    @property
-    def num_fetches(self) -> int:
-        """Fetches under way; each holds blocks of the pool."""
-        return len(self._fetches)
+        self._fetches = fetches
+        self._costs = costs
+        self._traffic = traffic
+        self._sessions = SessionHistory()
+        self._waits: list[_Wait] = []
+        self._line: dict[BlockKey, Sequence] = {}
+        self._here: set[BlockHash] = set()
+        """Sessions whose blocks were brought before anybody asked; none has gone on yet."""
 
     @property
     def filling(self) -> list[BlockId]:
         """Blocks of the pool that are being filled."""
-        return [block_id for fetch in self._fetches for block_id in fetch.block_ids]
+        return self._fetches.filling
+
+    def load(self) -> PrefetchLoad:
+        """Return what came of the wishes so far."""
+        books = self.prefetch.books
+        return PrefetchLoad(
+            num_used=books.used,
+            num_late=books.late,
+            num_missed=books.missed,
+            num_wasted=books.wasted,
+            num_dropped=books.dropped,
+        )
 
     def add(self, sequence: Sequence, now_ns: int) -> None:
-        """Send a new sequence to the scheduler, at once or when its prefix is there."""
-        if self._is_up_to_scheduler(sequence, now_ns):
+        """Send a new sequence to the scheduler, or have it wait for its prefix."""
+        need = self._fetches.need(self._wanted(sequence))
+        for place in need.places:
+            place.books.num_wanted += 1
+        self._visit(sequence.hashes, now_ns)
+        if self._joins(sequence, need, now_ns):
+            return
+        if not self._worthwhile(need):
+            self.num_declined += bool(need.places)
             self._scheduler.add(sequence)
+            return
+        self._line[sequence.request_id] = sequence
+        turn_ns = now_ns + int(self._costs.turn_ns(self._scheduler))
+        self.prefetch.expect(sequence.request_id, turn_ns)
+
+    def bring(self, now_ns: int) -> None:
+        """Begin what it is time for: whose turn has come, then what is wished for."""
+        for key in [key for key, sequence in self._line.items() if not _is_there(sequence)]:
+            del self._line[key]
+            self.prefetch.lose(key)
+        for wait in [wait for wait in self._waits if not wait.is_wanted]:
+            if self._fetches.cancel(wait.fetch):
+                self._end(wait, now_ns)
+        for tail in [tail for tail in self._here if self._pool.prefix_cache.find(tail) is None]:
+            self._here.remove(tail)
+            self.prefetch.lose(tail)
+        self._notice_turns(now_ns)
+        while len(self._waits) < FETCHES_MAX and (wish := self.prefetch.take(now_ns)):
+            self._grant(*wish, now_ns)
 
     def take_commands(self) -> list[Command]:
         """Return the moves that are to be made."""
-        commands, self._commands = self._commands, []
-        return commands
-
-    def note_step(self, num_tokens: int, took_ns: int) -> None:
-        """Remember what computing costs; a step that took no time was computed by nobody."""
-        if num_tokens < PREFILL_TOKENS_MIN or not took_ns:
-            return
-        per_token = took_ns / num_tokens
-        if self._token_ns is None:
-            self._token_ns = per_token
-        self._token_ns += STEP_WEIGHT * (per_token - self._token_ns)
+        return self._fetches.take_commands()
 
     def land(self, done: MoveDone, now_ns: int) -> bool:
         """Take in the end of a move; False when it is none of ours."""
-        read = self._reads.pop(done.move_id, None)
-        if read is None:
+        if not self._fetches.is_ours(done):
             return False
-        self._take_in(read, done)
-        fetch = read.fetch
-        fetch.num_moves -= 1
-        if not fetch.num_moves:
-            self._finish(fetch)
-            waited = [s for s in fetch.sequences if s.state is not SequenceState.GONE]
-            # What the requests waited for in the end is the last tier's doing.
-            read.place.books.exposed_ns += len(waited) * (now_ns - fetch.started_ns)
-            for sequence in waited:
-                self._scheduler.add(sequence)
-            line, self._line = self._line, deque()
-            for sequence in line:
-                if sequence.state is not SequenceState.GONE:
-                    self.add(sequence, now_ns)
+        fetch = self._fetches.land(done)
+        if fetch is not None:
+            (wait,) = [wait for wait in self._waits if wait.fetch is fetch]
+            self._end(wait, now_ns)
         return True
 
     # ------------------------------------------------------------------------------ beginning
 
-    def _is_up_to_scheduler(self, sequence: Sequence, now_ns: int) -> bool:
-        """Begin to bring what a sequence's prefix lacks, or queue for that; True: neither."""
-        block_size = self._config.layout.block_size
-        sequence.name_blocks(block_size)
+    def _wanted(self, sequence: Sequence) -> list[BlockHash]:
+        """Return the names of the blocks that need not be computed here."""
         limit = sequence.target_tokens - (sequence.decode_worker is None)
-        hashes = sequence.hashes[: limit // block_size]
-        pool = self._kv.groups[0].pool
-        first = pool.prefix_cache.longest_prefix(hashes, len(hashes))
-        places = self._places(hashes, first)
-        if not places:
-            return True
-        for fetch in self._fetches:
-            if hashes[first] in fetch.hashes[fetch.first :]:
-                fetch.sequences.append(sequence)
-                return False
-        if not self._is_worthwhile(places):
-            self.num_declined += 1
-            return True
-        if len(self._fetches) < FETCHES_MAX and self._begin(
-            sequence, hashes, first, places, now_ns
-        ):
-            return False
-        if self._fetches:
-            self._line.append(sequence)
-            return False
-        return True
+        return sequence.hashes[: limit // self._config.layout.block_size]
 
-    def _places(self, hashes: list[BlockHash], first: int) -> list[Place]:
-        """Return the nearest shelf of each block from `first` on, as far as there is one."""
-        places = []
-        for name in hashes[first:]:
-            place = self._place(name)
-            if place is None:
-                break
-            places.append(place)
-        return places
+    def _joins(self, sequence: Sequence, need: Need, now_ns: int) -> bool:
+        """Have a sequence wait for a fetch that brings what it lacks, if there is one."""
+        fetch = self._fetches.under_way(need.hashes[need.first]) if need.places else None
+        for wait in self._waits:
+            if wait.fetch is fetch:
+                wait.waiting.append((sequence, now_ns))
+                return True
+        return False
 
-    def _place(self, name: BlockHash) -> Place | None:
-        for shelf in self._shelves:
-            place = shelf if name in shelf else self._siblings.find(name, shelf.name)
-            if place is not None:
-                return place
-        return None
+    def _worthwhile(self, need: Need) -> int:
+        """Return how many of the blocks to bring; those after them are quicker computed."""
+        tiers = [place.books.tier for place in need.places]
 
-    def _is_worthwhile(self, places: list[Place]) -> bool:
-        """Compare the slowest tier with computing; before the first step nothing is known."""
-        if self._token_ns is None:
-            return True
-        compute_ns = len(places) * self._config.layout.block_size * self._token_ns
-        return all(p.books.fetch_ns(places.count(p)) < compute_ns for p in dict.fromkeys(places))
+        def fetch_ns(num_blocks: int) -> float:
+            counts = Counter(tiers[:num_blocks]).items()
+            return max((self._costs.fetch_ns(tier, count) for tier, count in counts), default=0.0)
+
+        # Within a stretch of one tier all blocks cost the same: only its ends come in question.
+        ends = [i for i in range(1, len(tiers)) if tiers[i] is not tiers[i - 1]]
+        return fetch_then_recompute(
+            len(tiers), fetch_ns, self._costs.recompute_ns, ends=ends
+        ).num_fetched
+
+    def _visit(self, names: list[BlockHash], now_ns: int) -> None:
+        """Learn when a session goes on, and wish for its blocks by then."""
+        visit = self._sessions.visit(names, now_ns)
+        if visit is None:
+            return
+        if visit.before is not None:
+            self._here.discard(visit.before)
+            self.prefetch.need(visit.before)
+        if visit.due_ns is not None:
+            self.prefetch.expect(visit.tail, visit.due_ns)
+
+    def _notice_turns(self, now_ns: int) -> None:
+        """Make urgent what is needed now: as many requests as have a seat, the oldest first."""
+        if self._scheduler.waiting:
+            return
+        seats = self._config.max_num_seqs - len(self._scheduler.running)
+        for wait in self._waits:
+            count = sum(_is_there(sequence) for sequence, _ in wait.waiting)
+            if count and seats > 0 and wait.needed_ns is None:
+                wait.needed_ns = now_ns
+                if wait.wish is not None:
+                    self.prefetch.need(wait.wish)
+                self._fetches.promote(wait.fetch, now_ns)
+            seats -= count
+        for key in list(self._line)[: max(0, seats)]:
+            if len(self._waits) == FETCHES_MAX:
+                self.prefetch.expect(key, now_ns)
+                continue
+            # It could not have been wished for any earlier, so it counts as no prefetch.
+            self.prefetch.forget(key)
+            self._begin(self._line.pop(key), None, now_ns, now_ns)
+
+    def _grant(self, key: BlockKey, deadline_ns: int, now_ns: int) -> None:
+        """Begin what was wished for, a request's blocks or a session's, if there is any left."""
+        if key in self._line:
+            self._begin(self._line.pop(key), key, deadline_ns, now_ns)
+            return
+        assert isinstance(key, bytes), key
+        names = self._sessions.names(BlockHash(key))
+        need = self._fetches.need(list(names))
+        count = self._worthwhile(need)
+        has_room = self._pool.num_available - count >= SPARE_SHARE * self._pool.num_blocks
+        is_new = not need.places or self._fetches.under_way(need.hashes[need.first]) is None
+        fetch = None
+        if count and has_room and is_new:
+            kind = MoveClass.PREFETCH
+            fetch = self._fetches.begin(need, count, kind, deadline_ns, NOBODY)
+        if fetch is None:
+            self.prefetch.forget(key)
+        else:
+            self._waits.append(_Wait(fetch, key))
 
     def _begin(
-        self,
-        sequence: Sequence,
-        hashes: list[BlockHash],
-        first: int,
-        places: list[Place],
-        now_ns: int,
-    ) -> bool:
-        """Reserve blocks and have them filled, a move per tier; False when there is no room."""
-        block_size = self._config.layout.block_size
-        num_tokens = (first + len(places)) * block_size
-        holder = RequestId(f"onboard {self._holders.next()}")
-        held = self._kv.open(holder, hashes, first * block_size)
-        assert held == first * block_size, (held, first, block_size)
-        if not self._kv.grow(holder, num_tokens):
-            self._kv.close(holder)
-            return False
-        (table,) = self._kv.tables([holder], num_tokens)
-        block_ids = [BlockId(b) for b in table[0, first:].tolist()]
-        fetch = _Fetch(holder, hashes[: first + len(places)], first, block_ids, now_ns, [sequence])
-        self._fetches.append(fetch)
-        for place in dict.fromkeys(places):
-            entries = [first + i for i, where in enumerate(places) if where is place]
-            self._commands.append(self._read(fetch, place, entries))
-        return True
+        self, sequence: Sequence, wish: BlockKey | None, deadline_ns: int, now_ns: int
+    ) -> None:
+        """Bring what a sequence lacks by now; without room for it, it is computed."""
+        need = self._fetches.need(self._wanted(sequence))
+        fetch = None
+        if not (joins := self._joins(sequence, need, now_ns)) and (count := self._worthwhile(need)):
+            kind = MoveClass.ONBOARD if wish is None else MoveClass.PREFETCH
+            fetch = self._fetches.begin(need, count, kind, deadline_ns, sequence.request_id)
+        if fetch is not None:
+            needed_ns = now_ns if wish is None else None
+            self._waits.append(_Wait(fetch, wish, [(sequence, now_ns)], needed_ns))
+            return
+        if wish is not None:
+            self.prefetch.forget(wish)
+        if not joins:
+            self._scheduler.add(sequence)
 
-    def _read(self, fetch: _Fetch, place: Place, entries: list[int]) -> Command:
-        names = [fetch.hashes[entry] for entry in entries]
-        blocks = [place.locate(name) for name in names]
-        slots = [BlockId(block.slot) for block in blocks]
-        place.hold(names)
-        place.books.begin_read(len(names))
-        move_id = self._move_ids.next()
-        self._reads[move_id] = _Read(fetch, place, entries, blocks)
-        fetch.num_moves += 1
-        owner, epoch = self._config.worker_id, self._config.epoch
-        if isinstance(place, SiblingShelf):
-            owner, epoch = place.owner, place.epoch
-        move = Move(
-            move_id=move_id,
-            kind=MoveClass.ONBOARD,
-            request_id=fetch.sequences[0].request_id,
-            source=owner,
-            epoch=epoch,
-            spans=(tuple(align(slots, [fetch.block_ids[e - fetch.first] for e in entries])),),
-            tiers=TierEnds(place.name, ""),
-        )
-        return SubmitMove(move)
+    # ------------------------------------------------------------------------------ ending
 
-    # ------------------------------------------------------------------------------ landing
+    def _end(self, wait: _Wait, now_ns: int) -> None:
+        """Send who waited to the scheduler; book exposed time, and what came of the wish."""
+        self._waits.remove(wait)
+        if wait.wish is not None:
+            self._book(wait, wait.wish)
+        books = wait.fetch.last.books
+        for sequence, since_ns in wait.waiting:
+            if not _is_there(sequence):
+                continue
+            if wait.needed_ns is not None:
+                waited_ns = now_ns - max(since_ns, wait.needed_ns)
+                # What is waited for in the end is the last tier's doing.
+                sequence.timeline.exposed_ns += waited_ns
+                books.exposed_ns += waited_ns
+                self._traffic.expose((books.tier, Tier.HBM), waited_ns)
+            self._scheduler.add(sequence)
 
-    def _take_in(self, read: _Read, done: MoveDone) -> None:
-        """Keep the digests that are right; a block that is wrong leaves its tier."""
-        fetch, place, entries = read.fetch, read.place, read.entries
-        place.books.end_read(len(entries), done.finished_ns - done.started_ns)
-        place.books.bytes_out += done.num_bytes
-        landed: Items[Digest | None] = [None] * len(entries)
-        if done.error is None:
-            (landed,) = done.digests
-        # The end of a prefix is touched first, hence given up first.
-        for entry, block, found in reversed(list(zip(entries, read.blocks, landed, strict=True))):
-            if found == block.digest:
-                fetch.digests[entry] = block.digest
-                place.confirm(block.name)
-            else:
-                place.reject(block, is_read=found is not None)
-            place.release(block.name)
+    def _book(self, wait: _Wait, wish: BlockKey) -> None:
+        self.prefetch.arrive(wish)
+        if not wait.is_wanted:
+            self.prefetch.lose(wish)
+        elif wait.waiting:
+            self.prefetch.need(wish)
+        else:
+            assert isinstance(wish, bytes), wish
+            self._here.add(BlockHash(wish))
 
-    def _finish(self, fetch: _Fetch) -> None:
-        """Give names to the blocks that came right, as far as a prefix goes, and let them go."""
-        self._fetches.remove(fetch)
-        end = fetch.first
-        while end in fetch.digests:
-            end += 1
-        pairs = [
-            (fetch.block_ids[e - fetch.first], fetch.digests[e]) for e in range(fetch.first, end)
-        ]
-        self._kv.note_digests(0, pairs)
-        self._kv.advance(fetch.holder, end * self._config.layout.block_size, fetch.hashes)
-        self._kv.close(fetch.holder)
+
+def _is_there(sequence: Sequence) -> bool:
+    """Tell whether a request is still wanted."""
+    return sequence.state is not SequenceState.GONE

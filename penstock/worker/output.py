@@ -1,8 +1,10 @@
-"""What a sequence's new token means for its client: told apart from who runs it and where."""
+"""What a client, or the controller, hears of a sequence: told apart from who runs it and where."""
 
-from penstock.core.messages import TokenOutput
+from penstock.core.config import WorkerConfig
+from penstock.core.events import Command, Send
+from penstock.core.messages import RequestFailed, TokenOutput
 from penstock.core.step import Sampled
-from penstock.core.types import WorkerId
+from penstock.core.types import CONTROLLER, WorkerId
 from penstock.worker.sequence import Sequence
 
 
@@ -27,3 +29,14 @@ def take_token(
         reason,
         timeline,
     )
+
+
+def not_handed_off(sequence: Sequence, reason: str, config: WorkerConfig) -> Command:
+    """Say that a request cannot be offered from here: another worker may do it."""
+    failed = RequestFailed(
+        request_id=sequence.request_id,
+        reason=f"{reason} before the hand-off",
+        is_retryable=True,
+        worker_id=config.worker_id,
+    )
+    return Send(CONTROLLER, failed)

@@ -101,4 +101,5 @@ class Reporter:
             leases_expired=self._offers.num_expired,
             fragmentation=kv.fragmentation,
             tiers=self._tiers.load(),
+            prefetches=self._tiers.prefetches(),
         )

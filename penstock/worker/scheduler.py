@@ -227,8 +227,9 @@ class Scheduler:
         num_computed = [sequence.num_computed for sequence, _ in parts]
         num_new_tokens = [num_new for _, num_new in parts]
         self.num_steps += 1
+        request_ids = [sequence.request_id for sequence, _ in parts]
         block_tables = self._kv.tables(
-            [sequence.request_id for sequence, _ in parts],
+            request_ids,
             max(map(int.__add__, num_computed, num_new_tokens)) + repeats - 1,
         )
         step = Step(
@@ -240,6 +241,7 @@ class Scheduler:
             samples=tuple(samples),
             digests_of=self._completed(parts, block_tables),
             repeats=repeats,
+            gaps=self._kv.gaps(request_ids),
         )
         return Plan(step, tuple(parts))
 

@@ -10,21 +10,28 @@ other workers of the host say of theirs.
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from penstock.core.block import accepts_loss
 from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
-from penstock.core.types import BlockHash, BlockId, Digest
+from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
-from penstock.kv.eviction import EvictionOrder, make_order
+from penstock.kv.eviction import EvictionOrder, last_of_retained, make_order
 from penstock.kv.residency import Residency
-from penstock.kv.tiers import RAW, Tier
-
-RATE_WEIGHT = 0.2
-"""Weight of the latest move in the mean rate."""
+from penstock.kv.retention import Retention
+from penstock.kv.tiers import BlockKey, Tier
 
 
 class Shelf:
-    """One tier. `resumes_ns` is when it may be written again after a failure."""
+    """One tier, for blocks of `block_bytes`. `resumes_ns` is when it may be written again after a
+    failure.
+    """
 
-    def __init__(self, config: TierConfig, residency: Residency, block_bytes: int) -> None:
+    def __init__(
+        self,
+        config: TierConfig,
+        residency: Residency,
+        block_bytes: int,
+        retention: Retention,
+    ) -> None:
         self.name = config.name
         self.label = config.label or config.name
         self.num_slots = config.num_slots
@@ -32,8 +39,17 @@ class Shelf:
         self.changes: dict[BlockHash, None] = {}
         """Names that came or went since this was last emptied."""
         self.num_hits = self.num_shared = self.bytes_in = self.bytes_out = 0
+        self.raw_bytes_in = self.raw_bytes_out = 0
         self.num_corrupt = self.num_stale = self.num_failed = self.num_evicted = 0
-        self.exposed_ns = 0
+        self.exposed_ns = self.encode_ns = self.decode_ns = 0
+        self.codec = config.codec
+        self.is_lossy = config.is_lossy
+        self.block_decode_ns = config.decode_ns
+        self.slot_bytes = config.slot_bytes or block_bytes
+        self.num_wanted = self.num_declined = 0
+        self.num_reading = 0
+        """Blocks on their way out for requests."""
+        self._retention = retention
         self._tier = Tier(config.name)
         self._residency = residency
         self._block_bytes = block_bytes
@@ -41,18 +57,27 @@ class Shelf:
         self._order: EvictionOrder = make_order(config.eviction)
         self._digests: dict[BlockHash, Digest] = {}
         self._condemned: set[BlockHash] = set()
-        self._ns_per_byte = 1e9 / config.bytes_per_s
-        self._latency_ns = config.latency_ns
-        self._reading_bytes = 0
         self._slots.take(sorted(BlockId(kept.slot) for kept in config.kept))
         for kept in config.kept:
-            is_new = residency.add(kept.name, self._tier, RAW, block_bytes, kept.slot * block_bytes)
+            address = kept.slot * self.slot_bytes
+            is_new = residency.add(kept.name, self._tier, self.codec, self.slot_bytes, address)
             assert is_new, f"{self.name} came with more than it holds"
             self._arrive(kept.name, kept.digest)
 
     def __contains__(self, name: BlockHash) -> bool:
         """Tell whether a block can be read here."""
         return self._residency.is_present(name, self._tier) and name not in self._condemned
+
+    def takes(self, name: BlockHash) -> bool:
+        """Tell whether a block may lie here: one that must come back as it was, not everywhere."""
+        return not self.is_lossy or accepts_loss(name)
+
+    def is_right(self, block: KeptBlock, landed: Digest) -> bool:
+        """Tell by the digest of what came out of a slot whether it is what went in.
+
+        A lossy codec's slot is compared before it is decoded, and gives another content.
+        """
+        return landed != NO_DIGEST and (self.is_lossy or landed == block.digest)
 
     def knows(self, name: BlockHash) -> bool:
         """Tell whether a block is here or arriving."""
@@ -76,7 +101,7 @@ class Shelf:
         """Return where a block is, or will be."""
         copy = self._residency.copy(name, self._tier)
         assert copy is not None, f"{name.hex()} is not in {self.name}"
-        return BlockId(copy.address // self._block_bytes)
+        return BlockId(copy.address // self.slot_bytes)
 
     def digest(self, name: BlockHash) -> Digest:
         """Return what the digest of a block has to be."""
@@ -97,8 +122,8 @@ class Shelf:
         slots = self._slots.allocate(len(names))
         assert slots is not None, f"{self.name} has {self.num_free} slots, not {len(names)}"
         for name, slot in zip(names, slots, strict=True):
-            address = slot * self._block_bytes
-            is_begun = self._residency.begin(name, self._tier, RAW, self._block_bytes, address)
+            address = slot * self.slot_bytes
+            is_begun = self._residency.begin(name, self._tier, self.codec, self.slot_bytes, address)
             assert is_begun, f"{self.name} has slots and no bytes"
         return slots
 
@@ -106,7 +131,8 @@ class Shelf:
         """Note that a block has arrived."""
         self._residency.finish(name, self._tier)
         self._arrive(name, digest)
-        self.bytes_in += self._block_bytes
+        self.bytes_in += self.slot_bytes
+        self.raw_bytes_in += self._block_bytes
 
     def abort(self, name: BlockHash) -> None:
         """Give the slot of a block back that did not arrive."""
@@ -136,8 +162,7 @@ class Shelf:
     @property
     def num_moving(self) -> tuple[int, int]:
         """Blocks on their way in, and blocks that requests have on their way out."""
-        num_arriving = self.num_slots - self.num_free - len(self._digests)
-        return num_arriving, self._reading_bytes // self._block_bytes
+        return self.num_slots - self.num_free - len(self._digests), self.num_reading
 
     def hold(self, names: Iterable[BlockHash]) -> None:
         """Keep blocks while a move reads them."""
@@ -189,10 +214,12 @@ class Shelf:
         self._order.touch(name)
 
     def hold_oldest(self, count: int) -> list[BlockHash]:
-        """Hold up to `count` of the blocks that are to be given up first, and return them."""
+        """Hold up to `count` of the blocks that are to be given up first, and return them; what is
+        to be retained only where there is nothing else.
+        """
         oldest: list[BlockHash] = []
         while len(oldest) < count:
-            victim = self._order.victim(lambda key: isinstance(key, bytes) and self._can_go(key))
+            victim = last_of_retained(self._order, self._can_go, self._is_retained)
             if victim is None:
                 break
             assert isinstance(victim, bytes), victim
@@ -200,31 +227,16 @@ class Shelf:
             self.hold(oldest[-1:])
         return oldest
 
-    def _can_go(self, key: bytes) -> bool:
-        return not self.is_held(BlockHash(key))
+    def _can_go(self, key: BlockKey) -> bool:
+        return isinstance(key, bytes) and not self.is_held(BlockHash(key))
+
+    def _is_retained(self, key: BlockKey) -> bool:
+        return isinstance(key, bytes) and self._retention.strength(BlockHash(key)) > 0
 
     def _arrive(self, name: BlockHash, digest: Digest) -> None:
         self._digests[name] = digest
         self._order.insert(name, 1.0)
         self.changes[name] = None
-
-    # ------------------------------------------------------------------------------ costs
-
-    def fetch_ns(self, num_blocks: int) -> float:
-        """Predict how long so many blocks take out of here, behind those on their way."""
-        num_bytes = num_blocks * self._block_bytes + self._reading_bytes
-        return self._latency_ns + num_bytes * self._ns_per_byte
-
-    def begin_read(self, num_blocks: int) -> None:
-        """Note a move out of here, for predictions."""
-        self._reading_bytes += num_blocks * self._block_bytes
-
-    def end_read(self, num_blocks: int, took_ns: int) -> None:
-        """Note how long it took."""
-        num_bytes = num_blocks * self._block_bytes
-        self._reading_bytes -= num_bytes
-        per_byte = max(0, took_ns - self._latency_ns) / num_bytes
-        self._ns_per_byte += RATE_WEIGHT * (per_byte - self._ns_per_byte)
 
     def load(self) -> TierLoad:
         """Return how full this is, and its totals."""
@@ -241,10 +253,21 @@ class Shelf:
             exposed_ns=self.exposed_ns,
             num_shared=self.num_shared,
             num_stale=self.num_stale,
+            raw_bytes_in=self.raw_bytes_in,
+            raw_bytes_out=self.raw_bytes_out,
+            encode_ns=self.encode_ns,
+            decode_ns=self.decode_ns,
+            num_wanted=self.num_wanted,
+            num_declined=self.num_declined,
         )
 
     def check(self) -> None:
         """Assert that slots and bytes agree."""
         self._slots.check()
-        used_bytes = (self.num_slots - self.num_free) * self._block_bytes
+        used_bytes = (self.num_slots - self.num_free) * self.slot_bytes
         assert used_bytes == self._residency.used_bytes(self._tier), (self.name, used_bytes)
+
+
+def takers_of(name: BlockHash, shelves: Sequence[Shelf]) -> list[Shelf]:
+    """Return the tiers that a block may lie in, in their order."""
+    return [shelf for shelf in shelves if shelf.takes(name)]

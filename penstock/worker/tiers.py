@@ -1,11 +1,12 @@
 """`TierDesk`: the tiers below a worker's pool: what goes down, and when.
 
-A block that nobody holds any more is written to the nearest tier: at once where the worker is
-idle (write-through), else when the pool runs short (write-back, before the pool gives it up).
-Nothing is held for it: when a block was handed out anew before its copy ended, its generation says
-so, and the copy is void. What a tier gives up for others, the one used longest ago first, sinks to
-the next one, and out of the last one it is dropped. What a sibling has in a tier of the same name
-is not written once more: a host keeps one copy, and every worker of it reads it there.
+A block that nobody holds any more is written to the nearest tier: at once, only before the pool
+gives it up, or never, by how likely it is to be used again (`kv/reuse.py`), what that saves and
+what writing costs (`kv/policy.py`); an idle worker's writing costs nobody anything. Nothing is held
+for it: when a block was handed out anew before its copy ended, its generation says so, and the copy
+is void. What a tier gives up for others sinks to where it is worth most, or is dropped, by the same
+costs. What a sibling has in a tier of the same name is not written once more: a host keeps one
+copy, and every worker of it reads it there.
 
 Reading back is `worker/onboard.py`'s, slots are `worker/shelf.py`'s, what others have is
 `worker/siblings.py`'s. A worker that has no sibling and is never assigned a prompt would write for
@@ -14,49 +15,51 @@ nobody, and does not. Without tiers every method returns at once. Called by the 
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
 from penstock.core.config import WorkerConfig
 from penstock.core.descriptors import WorkerInfo
-from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds
-from penstock.core.tiers import KeptBlock, ShelfChanged, ShelfUsed, TierLoad
-from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, Digest, RequestId, WorkerId
+from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds, WakeAt
+from penstock.core.tiers import KeptBlock, PrefetchLoad, ShelfChanged, ShelfUsed, TierLoad
+from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, WorkerId
 from penstock.kv.cache import KVCache
+from penstock.kv.policy import WriteMode
 from penstock.kv.residency import Residency
+from penstock.kv.reuse import ReuseHistory
 from penstock.kv.tiers import Tier, TierSpec
 from penstock.transfer.plan import align
+from penstock.worker.costs import TierCosts
+from penstock.worker.fetches import Fetches
+from penstock.worker.keeping import Keeping
 from penstock.worker.numbers import Numbers
-from penstock.worker.onboard import OnboardDesk
+from penstock.worker.onboard import NOBODY, OnboardDesk
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.sequence import Sequence
-from penstock.worker.shelf import Shelf
+from penstock.worker.shelf import Shelf, takers_of
 from penstock.worker.siblings import Siblings
+from penstock.worker.traffic import Traffic
+from penstock.worker.write import Write
 
 BLOCKS_MAX: Final = 64
 """In one move down: what is to come up meanwhile waits no longer than that takes."""
 REST_NS: Final = 10 * NS_PER_S
 """A tier that could not be written is left alone for so long."""
-NOBODY: Final = RequestId("")
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """Blocks on their way down: out of the pool (`generations` as they were) or another shelf."""
-
-    names: list[BlockHash]
-    digests: tuple[Digest, ...]
-    into: Shelf
-    out_of: Shelf | None = None
-    block_ids: tuple[BlockId, ...] = ()
-    generations: tuple[int, ...] = ()
+WRITE_NS: Final = NS_PER_S
+"""By when a write should be done, from when it was asked for."""
+TIERS_KEY: Final = "tiers"
 
 
 class TierDesk:
     """Owns the shelves, nearest first, and the moves down."""
 
     def __init__(
-        self, config: WorkerConfig, kv: KVCache, scheduler: Scheduler, move_ids: Numbers
+        self,
+        config: WorkerConfig,
+        kv: KVCache,
+        scheduler: Scheduler,
+        traffic: Traffic,
+        move_ids: Numbers,
     ) -> None:
         self.num_missed = 0
         """Blocks that the pool had overwritten before they were copied."""
@@ -65,8 +68,12 @@ class TierDesk:
         self._scheduler = scheduler
         self._move_ids = move_ids
         self._shelves: list[Shelf] = []
-        self._pending: dict[BlockHash, None] = {}
-        self._writes: dict[int, _Write] = {}
+        self._through: dict[BlockHash, None] = {}
+        """What is to be written now, in the order of being let go."""
+        self._back: dict[BlockHash, None] = {}
+        """What is to be written when the pool runs short, or nobody is disturbed by it."""
+        self._woken_ns = 0
+        self._writes: dict[int, Write] = {}
         self._has_prompts = False
         self.residency = Residency(())
         self._parked: list[BlockHash] = []
@@ -74,23 +81,32 @@ class TierDesk:
         if config.tiers and config.is_prefix_caching:
             self._open_tiers()
         self._siblings = Siblings(config, self._shelves)
-        self._onboards = OnboardDesk(config, kv, scheduler, self._shelves, self._siblings, move_ids)
+        self._costs = TierCosts(config, traffic)
+        num_slots = sum(shelf.num_slots for shelf in self._shelves)
+        history = ReuseHistory(kv.groups[0].pool.num_blocks + num_slots)
+        self._keeping = Keeping(history, kv.retention, self._costs, self.residency)
+        fetches = Fetches(config, kv, self._shelves, self._siblings, traffic, move_ids)
+        self._fetches = fetches
+        self._onboards = OnboardDesk(config, kv, scheduler, fetches, self._costs, traffic)
 
     def _open_tiers(self) -> None:
         (block_bytes,) = self._config.layout.block_bytes
         specs = [
-            TierSpec(tier=Tier(tier.name), capacity_bytes=tier.num_slots * block_bytes)
-            for tier in self._config.tiers
+            TierSpec(tier=Tier(t.name), capacity_bytes=t.num_slots * (t.slot_bytes or block_bytes))
+            for t in self._config.tiers
         ]
         self.residency = Residency(specs)
-        self._shelves = [Shelf(tier, self.residency, block_bytes) for tier in self._config.tiers]
+        self._shelves = [
+            Shelf(tier, self.residency, block_bytes, self._kv.retention)
+            for tier in self._config.tiers
+        ]
         self._kv.groups[0].pool.prefix_cache.parked = self._parked
         self._news = [kept.name for tier in self._config.tiers for kept in tier.kept]
 
     @property
     def num_fetches(self) -> int:
         """Fetches under way; each holds blocks of the pool."""
-        return self._onboards.num_fetches
+        return len(self._fetches.active)
 
     @property
     def shelves(self) -> Items[Shelf]:
@@ -100,7 +116,7 @@ class TierDesk:
     @property
     def onboarding(self) -> list[BlockId]:
         """Blocks of the pool that are being filled from tiers."""
-        return self._onboards.filling
+        return self._fetches.filling
 
     def add(self, sequence: Sequence, now_ns: int) -> None:
         """Take a new sequence in: it goes to the scheduler, at once or with its prefix brought."""
@@ -108,7 +124,15 @@ class TierDesk:
             self._scheduler.add(sequence)
             return
         self._has_prompts = True
+        sequence.name_blocks(self._config.layout.block_size)
+        for name in sequence.hashes:
+            self._keeping.history.use(name)
         self._onboards.add(sequence, now_ns)
+
+    def bring(self, now_ns: int) -> None:
+        """Begin to bring what it is time for; who waits for nothing any more goes on."""
+        if self._shelves:
+            self._onboards.bring(now_ns)
 
     def meet(self, info: WorkerInfo) -> None:
         """Take in a worker that may be a sibling."""
@@ -123,6 +147,8 @@ class TierDesk:
         if isinstance(event, ShelfChanged):
             self._siblings.hear(event)
             return
+        for name in event.right if self._shelves else ():
+            self._keeping.history.use(name)
         for shelf in self._shelves if event.epoch == self._config.epoch else ():
             if shelf.name == event.tier:
                 shelf.hear(event)
@@ -130,20 +156,26 @@ class TierDesk:
     def note_step(self, num_tokens: int, took_ns: int) -> None:
         """Remember what computing costs."""
         if self._shelves:
-            self._onboards.note_step(num_tokens, took_ns)
+            self._costs.note_step(num_tokens, took_ns)
 
     def due(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Return the moves that are to begin now."""
         if not self._shelves:
             return []
         commands = self._onboards.take_commands()
-        self._note_parked(now_ns)
+        self._note_parked(now_ns, is_idle=is_idle)
         self._tell_names()
         pool = self._kv.groups[0].pool
-        is_short = 2 * pool.num_free < pool.num_blocks
+        if is_idle or 2 * pool.num_free < pool.num_blocks:
+            self._through.update(self._back)
+            self._back.clear()
         is_writing = any(write.out_of is None for write in self._writes.values())
-        if self._pending and not is_writing and (is_idle or is_short):
-            commands += self._offload(now_ns)
+        if self._through and not is_writing:
+            commands += self._offload(now_ns, is_idle=is_idle)
+        at_ns = self._onboards.prefetch.next_ns()
+        if at_ns is not None and at_ns > now_ns and at_ns != self._woken_ns:
+            self._woken_ns = at_ns
+            commands.append(WakeAt(at_ns, TIERS_KEY))
         return commands + self._siblings.due(now_ns, is_idle=is_idle)
 
     def land(self, done: MoveDone, now_ns: int) -> bool:
@@ -154,6 +186,7 @@ class TierDesk:
         if done.error is not None:
             write.into.num_failed += len(write.names)
             write.into.resumes_ns = now_ns + REST_NS
+        write.into.encode_ns += done.codec_ns
         pool = self._kv.groups[0].pool
         now = pool.generations(write.block_ids)
         changed = {
@@ -162,10 +195,11 @@ class TierDesk:
             if before != after
         }
         self.num_missed += len(changed)
-        for name, digest in zip(write.names, write.digests, strict=True):
-            if done.error is None and name not in changed:
+        for name, digest in write.landed(done).items():
+            if done.error is None and name not in changed and digest != NO_DIGEST:
                 write.into.finish(name, digest)
             else:
+                write.into.num_failed += done.error is None and digest == NO_DIGEST
                 write.into.abort(name)
             if write.out_of is not None:
                 write.out_of.release(name)
@@ -190,6 +224,10 @@ class TierDesk:
         """Return what each tier has and did, nearest first."""
         return tuple(shelf.load() for shelf in self._shelves)
 
+    def prefetches(self) -> PrefetchLoad | None:
+        """Return what came of the wishes; None without tiers."""
+        return self._onboards.load() if self._shelves else None
+
     def check(self) -> None:
         """Assert that the books balance."""
         self.residency.check()
@@ -198,21 +236,34 @@ class TierDesk:
 
     # ------------------------------------------------------------------------------ going down
 
-    def _note_parked(self, now_ns: int) -> None:
-        """Queue the blocks that were let go and are not in the nearest tier.
+    def _note_parked(self, now_ns: int, *, is_idle: bool) -> None:
+        """Queue the blocks that were let go and are worth having in the nearest tier.
 
         What was brought from a farther one was of use, and goes to the nearest as well.
         """
         is_of_use = self._has_prompts or bool(self._siblings)
         for name in self._parked:
-            if is_of_use and not self._is_kept(name, self._shelves[0]):
-                self._pending[name] = None
+            # A prompt's blocks were used when it came; who is given none uses what others computed.
+            if not self._has_prompts or name not in self._keeping.history:
+                self._keeping.history.use(name)
+            takers = takers_of(name, self._shelves) if is_of_use else []
+            if takers and not self._is_kept(name, takers[0]):
+                self._queue(name, self._keeping.mode(name, takers[0].tier, is_idle=is_idle))
             if name in self.residency:
                 self.residency.touch(name, now_ns)
             for shelf in self._shelves:
                 if name in shelf:
                     shelf.touch(name)
         self._parked.clear()
+
+    def _queue(self, name: BlockHash, mode: WriteMode) -> None:
+        match mode:
+            case WriteMode.THROUGH:
+                self._through[name] = None
+            case WriteMode.BACK:
+                self._back[name] = None
+            case WriteMode.NEVER:
+                self._shelves[0].num_declined += 1
 
     def _tell_names(self) -> None:
         """Have the router hear of names that were here at the start, and that have left a tier."""
@@ -227,13 +278,16 @@ class TierDesk:
                 cache.changes[name] = self.has(name) or cache.find(name) is not None
         self._news.clear()
 
-    def _offload(self, now_ns: int) -> list[Command]:
+    def _offload(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Write the blocks that have waited longest to the nearest tier that takes them."""
-        shelves = self._writable(now_ns)
-        if not shelves:
-            self._pending.clear()
+        writable = self._writable(now_ns)
+        # What no tier takes now is forgotten; the first of the rest says which tier it is to be.
+        self._through = {name: None for name in self._through if takers_of(name, writable)}
+        if not self._through:
             return []
-        commands = self._make_room(shelves, min(BLOCKS_MAX, len(self._pending)))
+        shelves = takers_of(next(iter(self._through)), writable)
+        wanted = min(BLOCKS_MAX, len(self._through))
+        commands = self._make_room(shelves, wanted, now_ns, is_idle=is_idle)
         names = self._take_pending(shelves[0])
         if not names:
             return commands
@@ -241,23 +295,25 @@ class TierDesk:
         pool = self._kv.groups[0].pool
         found = [block_id for n in names if (block_id := pool.prefix_cache.find(n)) is not None]
         block_ids = tuple(found)
-        write = _Write(
+        write = Write(
             names=names,
             digests=tuple(map(pool.digest, block_ids)),
             into=shelves[0],
             block_ids=block_ids,
             generations=pool.generations(block_ids),
         )
-        return [*commands, self._submit(write, block_ids)]
+        return [*commands, self._submit(write, block_ids, now_ns)]
 
     def _take_pending(self, into: Shelf) -> list[BlockHash]:
         """Take blocks that are still in the pool, with a digest to be known by, out of the line."""
         pool = self._kv.groups[0].pool
         names: list[BlockHash] = []
-        for name in list(self._pending):
+        for name in list(self._through):
             if len(names) == min(into.num_free, BLOCKS_MAX):
                 break
-            del self._pending[name]
+            if not into.takes(name):
+                continue
+            del self._through[name]
             if self._is_kept(name, into):
                 continue  # a sibling was quicker, or the nearest could not be written for a while
             block_id = pool.prefix_cache.find(name)
@@ -267,33 +323,56 @@ class TierDesk:
                 names.append(name)
         return names
 
-    def _make_room(self, shelves: Items[Shelf], wanted: int) -> list[Command]:
-        """Free slots in the first shelf: what is below already is dropped, the rest sinks."""
+    def _make_room(
+        self, shelves: Items[Shelf], wanted: int, now_ns: int, *, is_idle: bool
+    ) -> list[Command]:
+        """Free slots in the first shelf: what is worth it sinks to a lower one, the rest goes."""
         shelf, below = shelves[0], shelves[1:]
         wanted = min(wanted, shelf.num_slots) - shelf.num_free
         if wanted <= 0 or any(write.out_of is shelf for write in self._writes.values()):
             return []
         oldest = shelf.hold_oldest(wanted)
-        sinking = [n for n in oldest if below and not self._is_kept(n, below[0])]
-        commands = self._make_room(below, len(sinking)) if sinking else []
-        sinking = sinking[: below[0].num_free] if below else []
+        goes_to = {name: self._sinks_to(name, shelf, below, is_idle=is_idle) for name in oldest}
+        commands: list[Command] = []
+        for index, lower in enumerate(below):
+            sinking = [name for name in oldest if goes_to[name] is lower.tier]
+            if not sinking:
+                continue
+            commands += self._make_room(below[index:], len(sinking), now_ns, is_idle=is_idle)
+            for name in sinking[lower.num_free :]:
+                goes_to[name] = None
+            if sinking := sinking[: lower.num_free]:
+                digests = tuple(map(shelf.digest, sinking))
+                write = Write(sinking, digests, into=lower, out_of=shelf)
+                slots = [shelf.slot(name) for name in sinking]
+                commands.append(self._submit(write, slots, now_ns))
         for name in oldest:
-            if name not in sinking:
+            if goes_to[name] is None:
                 shelf.release(name)
-                shelf.drop(name, is_evicted=not (below and self._is_kept(name, below[0])))
-        if sinking:
-            digests = tuple(map(shelf.digest, sinking))
-            write = _Write(sinking, digests, into=below[0], out_of=shelf)
-            commands.append(self._submit(write, [shelf.slot(name) for name in sinking]))
+                is_below = any(self._is_kept(name, lower) for lower in below)
+                shelf.drop(name, is_evicted=not is_below)
         return commands
 
-    def _submit(self, write: _Write, sources: Items[BlockId]) -> Command:
+    def _sinks_to(
+        self, name: BlockHash, shelf: Shelf, below: Items[Shelf], *, is_idle: bool
+    ) -> Tier | None:
+        """Return where a block that a shelf gives up is to go; None: nowhere, or it is there."""
+        if any(self._is_kept(name, lower) for lower in below):
+            return None
+        below = takers_of(name, below)
+        tiers = [lower.tier for lower in below]
+        place = self._keeping.lower(name, shelf.tier, tiers, is_idle=is_idle)
+        for lower in below if place is None else ():
+            lower.num_declined += 1
+        return place
+
+    def _submit(self, write: Write, sources: Items[BlockId], now_ns: int) -> Command:
         # In the order of where they lie: what is adjacent there is copied as one piece.
         order = sorted(range(len(sources)), key=sources.__getitem__)
         names = tuple(write.names[i] for i in order)
         slots = write.into.begin(names)
         move_id = self._move_ids.next()
-        self._writes[move_id] = write
+        self._writes[move_id] = replace(write, order=tuple(order))
         move = Move(
             move_id=move_id,
             kind=MoveClass.OFFLOAD,
@@ -304,7 +383,7 @@ class TierDesk:
             digests=(tuple(write.digests[i] for i in order),),
             tiers=TierEnds(write.out_of.name if write.out_of else "", write.into.name, names),
         )
-        return SubmitMove(move)
+        return SubmitMove(move, now_ns + WRITE_NS)
 
     def _is_kept(self, name: BlockHash, shelf: Shelf) -> bool:
         """Tell whether a block is in a tier of this host already, or on its way to ours."""

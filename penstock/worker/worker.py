@@ -25,7 +25,6 @@ from penstock.core.messages import (
     Progress,
     Release,
     Renew,
-    RequestFailed,
     Tokens,
     Withdraw,
 )
@@ -38,12 +37,13 @@ from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.defragment import DEFRAGMENT_KEY, Defragmenter
 from penstock.worker.lease import LEASE_KEY
 from penstock.worker.numbers import Numbers
-from penstock.worker.output import take_token
+from penstock.worker.output import not_handed_off, take_token
 from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
 from penstock.worker.source import SourceDesk
-from penstock.worker.tiers import TierDesk
+from penstock.worker.tiers import TIERS_KEY, TierDesk
+from penstock.worker.traffic import Traffic
 
 
 class Worker:
@@ -63,10 +63,11 @@ class Worker:
         )
         self.scheduler = Scheduler(config, self.kv)
         move_ids = Numbers()
+        self.traffic = Traffic(config)
         self.offers = SourceDesk(config, self.kv, move_ids)
         self.pulls = PullDesk(config, self.kv, move_ids)
         self.defragmenter = Defragmenter(config, self.kv, move_ids)
-        self.tiers = TierDesk(config, self.kv, self.scheduler, move_ids)
+        self.tiers = TierDesk(config, self.kv, self.scheduler, self.traffic, move_ids)
         self.sequences: dict[RequestId, Sequence] = {}
         self._peers: set[WorkerId] = set()
         self._plan: Plan | None = None
@@ -86,12 +87,16 @@ class Worker:
         """
         self.kv.retention.tell_time(now_ns)
         said = self._react(event, now_ns)
+        # Their last tokens are said before it is said that they are offered.
+        said += self._send_away(now_ns)
+        self.tiers.bring(now_ns)
         # Acts come first: the next step starts while messages are still being sent.
         acts = self._go_on(now_ns) + said + self.defragmenter.due(now_ns, is_idle=self.is_idle)
         acts += self.tiers.due(now_ns, is_idle=self.is_idle)
         # Blocks that are being relocated are neither free nor cached: the last word comes after it.
         is_idle = self.is_idle and not (self.defragmenter.is_busy or self.tiers.num_fetches)
-        return acts + self._reporter.due(now_ns, is_idle=is_idle)
+        acts += self._reporter.due(now_ns, is_idle=is_idle)
+        return self.traffic.pass_on(acts, now_ns)
 
     def _react(self, event: Event, now_ns: int) -> list[Command]:
         match event:
@@ -125,7 +130,7 @@ class Worker:
             case PeerUp(info=info):
                 self._peers.add(info.worker_id)
                 self.pulls.meet(info.worker_id, info.layout)
-                self.offers.meet(info.worker_id, info.layout)
+                self.offers.meet(info)
                 self.tiers.meet(info)
                 return []
             case PeerDown(worker_id=worker_id):
@@ -165,6 +170,7 @@ class Worker:
         return [self._release_to(source, request_id)]
 
     def _land(self, event: MoveDone, now_ns: int) -> list[Command]:
+        self.traffic.land(event, now_ns)
         if self.defragmenter.land(event) or self.tiers.land(event, now_ns):
             return []
         pushed = self.offers.land(event)
@@ -192,6 +198,8 @@ class Worker:
             return self.pulls.renew(now_ns)
         if key == DEFRAGMENT_KEY:
             return self.defragmenter.wake()
+        if key == TIERS_KEY:
+            return []
         assert key == LEASE_KEY, key
         return self._end_crossings(*self.offers.expire(now_ns))
 
@@ -249,6 +257,7 @@ class Worker:
     def _forget(self, sequence: Sequence) -> None:
         """Give back whatever blocks a sequence holds and drop it."""
         if sequence.state is not SequenceState.WAITING:
+            sequence.retain(self.kv.retention)
             self.kv.close(sequence.request_id)
         sequence.move_to(SequenceState.GONE)
         self._drop(sequence)
@@ -267,7 +276,7 @@ class Worker:
 
     def _go_on(self, now_ns: int) -> list[Command]:
         """Start every pull that has room, and a step if none is under way."""
-        commands = self._send_away(now_ns)
+        commands: list[Command] = []
         while self._has_seat():
             headroom = len(self.scheduler.running)
             admitted = self.pulls.admit(self._arrivals.next(), headroom, now_ns)
@@ -283,7 +292,10 @@ class Worker:
             if self._plan is not None:
                 commands.append(RunStep(self._plan.step))
             elif (stuck := self.scheduler.last_pinned()) is not None:
-                commands += [*self._take_back(stuck), self._failed(stuck, "there was no room")]
+                commands += [
+                    *self._take_back(stuck),
+                    not_handed_off(stuck, "there was no room", self.config),
+                ]
             elif not ready:
                 break  # else: handing off without a step made a seat for the next in line
         return commands
@@ -291,7 +303,7 @@ class Worker:
     def _send_away(self, now_ns: int) -> list[Command]:
         """Offer sequences that are to go on elsewhere, as soon as no step computes them.
 
-        What has ended, is on its way already, or has more to compute than one token stays.
+        What has ended, is on its way already, or cannot go (`Sequence.can_go`) stays.
         """
         if self._plan is not None or not self._leaving:
             return []
@@ -299,7 +311,7 @@ class Worker:
         commands = []
         for request_id, decode_worker in leaving.items():
             sequence = self.sequences.get(request_id)
-            if sequence is not None and sequence.is_decoding and decode_worker in self._peers:
+            if sequence is not None and sequence.can_go and decode_worker in self._peers:
                 sequence.hand_to(decode_worker)
                 commands += self._hand_off(sequence, now_ns)
         return commands
@@ -320,16 +332,8 @@ class Worker:
         # It died while we worked. Nobody would ever release the blocks, so they are not offered.
         self.scheduler.remove(sequence)
         self._forget(sequence)
-        return [self._failed(sequence, f"decode worker {sequence.decode_worker} was lost")]
-
-    def _failed(self, sequence: Sequence, reason: str) -> Command:
-        failed = RequestFailed(
-            request_id=sequence.request_id,
-            reason=f"{reason} before the hand-off",
-            is_retryable=True,
-            worker_id=self.config.worker_id,
-        )
-        return Send(CONTROLLER, failed)
+        reason = f"decode worker {sequence.decode_worker} was lost"
+        return [not_handed_off(sequence, reason, self.config)]
 
     def _finish_step(self, event: StepDone, now_ns: int) -> list[Command]:
         plan, self._plan = self._plan, None
@@ -371,10 +375,10 @@ class Worker:
 
     def _advance(self, sequence: Sequence) -> None:
         """Tell the cache about newly valid KV, when that completes a block or leaves a window."""
-        block_size = self.config.layout.block_size
         if self.config.is_prefix_caching:
-            sequence.name_blocks(block_size)
-        self.kv.advance(sequence.request_id, sequence.num_computed, sequence.hashes)
+            sequence.name_blocks(self.config.layout.block_size)
+        known, window = sequence.num_computed, sequence.window
+        self.kv.advance(sequence.request_id, known, sequence.hashes, window=window)
 
     # -------------------------------------------------------------------------------- what one sees
 
@@ -386,6 +390,7 @@ class Worker:
         """Assert that the books balance; called after every event in simulation."""
         self.kv.check()
         self.tiers.check()
+        self.traffic.check()
         num_fetches = self.tiers.num_fetches
         check_sequences(self.sequences.values(), self.kv, self.scheduler, num_fetches)
         is_idle = self._plan is None and not self.scheduler.running

@@ -19,9 +19,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_recorded_and_simulated_stand_beside_each_other(
     log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(["replay", log, "--max-num-batched-tokens", "8192", "--policy", "least_loaded"]) == 0
-    )
+    assert main(["replay", log, "--max-num-batched-tokens", "8192"]) == 0
     head, row = capsys.readouterr().out.splitlines()[2:4]
     assert head.split() == ["recorded", "simulated"]
     recorded, simulated = map(float, row.split()[-2:])
@@ -35,6 +33,20 @@ def test_one_thing_changed_is_a_third_column(log: str, capsys: pytest.CaptureFix
     assert list(runs) == ["recorded", "simulated", "changed"]
     assert runs["changed"]["tpot_ms"]["p50"] > 1.03 * runs["simulated"]["tpot_ms"]["p50"]
     assert runs["changed"]["requests"] == runs["recorded"]["requests"]
+
+
+def test_another_rule_is_a_change_of_what_was_recorded(
+    log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["replay", log, "--max-num-batched-tokens", "8192", "--json"]
+    runs = []
+    for policy in ("least_loaded", "predicted"):
+        assert main([*again, "--policy", policy]) == 0
+        runs.append(json.loads(capsys.readouterr().out))
+    # The log says that it was the first of the two.
+    assert list(runs[0]) == ["recorded", "simulated"]
+    assert list(runs[1]) == ["recorded", "simulated", "changed"]
+    assert runs[1]["simulated"] == runs[0]["simulated"] != runs[1]["changed"]
 
 
 def test_other_workers(log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

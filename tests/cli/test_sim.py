@@ -15,7 +15,8 @@ CLUSTER = ["--cluster", "H100:prefill,H100:decode"]
 def test_a_run_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sim", "serve", *LOAD, *CLUSTER]) == 0
     out = capsys.readouterr().out
-    for word in ("TTFT", "TPOT", "E2E", "goodput", "prefix hits", "role changes", "transfer"):
+    words = ("TTFT", "TPOT", "E2E", "goodput", "prefix hits", "role changes", "transfer")
+    for word in (*words, " events, "):
         assert word in out
     assert max(map(len, out.splitlines())) <= 120
 
@@ -88,9 +89,14 @@ def test_a_sweep_tells_the_best_split(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_sweep_tells_the_fewest(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["sim", "sweep", *LOAD, "--cluster", "H100", "--fewest", "4"]
     assert main([*sweep, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["fewest"] == 1
-    assert main([*sweep, "--slo-ttft-ms", "1"]) == 1
-    assert "no size tried" in capsys.readouterr().out
+    record = json.loads(capsys.readouterr().out)
+    assert record["fewest"] == 1
+    assert set(record["fewest_at_slo_scale"]) == {"0.5", "1", "2", "4"}
+    assert main([*sweep, "--slo-ttft-ms", "1", "--slo-scales", "1,1000"]) == 1
+    out = capsys.readouterr().out
+    assert "no size tried" in out
+    assert "1x  more than 4 workers" in out
+    assert "1000x     1 GPUs: 1xH100-tp1:mixed" in out
 
 
 def test_policies_are_those_of_the_controller(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,3 +90,35 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(codes, name, narrow_loads_
     assert code["narrow_loads"] <= narrow_loads_max, code
     assert code["wide_stores"] > 0, code
     assert code["narrow_stores"] == 0, code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["int8 encode", "int4 encode", "int4 encode, float32", "fp8 encode"]
+)
+def test_encoders_read_numbers_and_write_codes_16_bytes_at_a_time(codes, name):
+    code = _of(codes, name)
+    assert code["wide_loads"] >= 4, code
+    # The narrow ones fetch the block's number and store low and scale.
+    assert code["narrow_loads"] == 1, code
+    assert code["wide_stores"] >= 2, code
+    assert code["narrow_stores"] <= 6, code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8 decode", "int4 decode", "fp8 decode"])
+def test_decoders_read_codes_and_write_numbers_16_bytes_at_a_time(codes, name):
+    code = _of(codes, name)
+    assert code["wide_loads"] >= 2, code
+    assert code["narrow_loads"] <= 7, code
+    assert code["wide_stores"] >= 4, code
+    assert code["narrow_stores"] == 0, code
+
+
+@pytest.mark.slow
+def test_digests_read_blocks_16_bytes_at_a_time_and_sums_several_steps_ahead(codes):
+    sums, steps = codes["digest"]
+    assert sums["wide_loads"] >= 4, sums
+    # The block's number, and the secret.
+    assert sums["narrow_loads"] <= 2, sums
+    assert steps["wide_loads"] >= 8, steps

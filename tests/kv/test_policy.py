@@ -9,7 +9,7 @@ from penstock.kv.policy import (
     WriteMode,
     choose_codec,
     choose_tier,
-    fetch_or_recompute,
+    fetch_then_recompute,
     steady_ns,
     write_mode,
 )
@@ -66,7 +66,7 @@ def test_latency_is_shared_by_neighbours_and_queues():
     st.floats(0.1, 20),
     st.floats(0, 2),
 )
-def test_the_split_is_the_best_of_all(num_blocks, latency_ns, per_fetch, per_compute, growth):
+def test_the_cut_is_the_best_of_all_ends(num_blocks, latency_ns, per_fetch, per_compute, growth):
     def fetch_ns(n: int) -> float:
         return latency_ns + per_fetch * n
 
@@ -74,18 +74,12 @@ def test_the_split_is_the_best_of_all(num_blocks, latency_ns, per_fetch, per_com
         return per_compute * n + growth * n * n
 
     def total_ns(n: int) -> float:
-        fetched = fetch_ns(num_blocks - n) if n < num_blocks else 0.0
-        return max(recompute_ns(n), fetched)
+        return (fetch_ns(n) if n else 0.0) + recompute_ns(num_blocks - n)
 
-    split = fetch_or_recompute(num_blocks, fetch_ns, recompute_ns)
-    assert split.total_ns == pytest.approx(total_ns(split.num_recomputed))
-    assert split.total_ns == pytest.approx(min(map(total_ns, range(num_blocks + 1))))
-
-
-def test_both_extremes_and_a_part():
-    assert fetch_or_recompute(10, lambda n: n, lambda n: 1000 * n).num_recomputed == 0
-    assert fetch_or_recompute(10, lambda n: 1000 * n, lambda n: n).num_recomputed == 10
-    assert fetch_or_recompute(10, lambda n: 10 * n, lambda n: 10 * n) == (5, 50)
+    ends = range(num_blocks)
+    cut = fetch_then_recompute(num_blocks, fetch_ns, recompute_ns, ends=ends)
+    assert cut.total_ns == pytest.approx(total_ns(cut.num_fetched))
+    assert cut.total_ns == pytest.approx(min(map(total_ns, range(num_blocks + 1))))
 
 
 @pytest.mark.parametrize(
@@ -108,3 +102,18 @@ def test_tier_by_gain_and_room():
     assert choose(1.0, num_bytes=65) is Tier.DISK
     assert choose(0.1) is None
     assert choose(1.0, options=()) is None
+
+
+def test_a_prefix_is_fetched_as_far_as_that_is_quicker_than_computing_after_it() -> None:
+    def fetch_ns(count: int) -> float:
+        """Four blocks lie near, the others far."""
+        return count * 10.0 + max(0, count - 4) * 1000.0
+
+    def cut(num_blocks: int, block_ns: float) -> int:
+        found = fetch_then_recompute(num_blocks, fetch_ns, lambda n: n * block_ns, ends=[4])
+        total_ns = (fetch_ns(found.num_fetched)) + (num_blocks - found.num_fetched) * block_ns
+        assert found.total_ns == total_ns
+        return found.num_fetched
+
+    assert [cut(10, block_ns) for block_ns in (5.0, 10.0, 100.0, 5000.0)] == [0, 0, 4, 10]
+    assert cut(0, 100.0) == 0

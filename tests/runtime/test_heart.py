@@ -103,9 +103,10 @@ def test_a_silent_controller_is_let_go_once_and_looked_for_until_it_is_heard():
     async def story(pair: Pair) -> None:
         await until(lambda: HELLO in pair.heard)
         assert pair.let_go == 1
-        pair.answer()
         count = len(pair.heard)
-        await until(lambda: len(pair.heard) > count + 5)  # its heart beats again
+        while len(pair.heard) <= count + 5:  # its heart beats again
+            pair.answer()
+            await asyncio.sleep(0.002)
         assert not pair.beating.done()
         assert pair.let_go == 1
 

@@ -226,6 +226,6 @@ def test_kill_minus_nine_of_the_front_leaves_nothing(tmp_path: Path, model: str,
                 time.sleep(0.5)  # far enough for the host to be inside its loading
             front.kill()
             front.wait(10)
-            _, alive = psutil.wait_procs(children, timeout=5)
+            _, alive = psutil.wait_procs(children, timeout=30)
         assert alive == []
         assert not folder.exists()

@@ -38,6 +38,7 @@ def run(
     story: Callable[[LocalCluster], Awaitable[None]], settings: ClusterSettings | None = None
 ) -> None:
     """Tell a story on a cluster; afterwards its folder and its processes are gone."""
+    before = psutil.Process().children()  # such as Python's own resource tracker
 
     async def tell() -> None:
         with tempfile.TemporaryDirectory(prefix="pt-") as parent:
@@ -45,7 +46,8 @@ def run(
             async with asyncio.timeout(90), cluster:
                 await story(cluster)
             assert list(Path(parent).iterdir()) == []
-        assert not [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+        left = [p for p in psutil.Process().children() if p not in before]
+        assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
     asyncio.run(tell())
 
@@ -152,8 +154,7 @@ def test_a_killed_host_is_replaced_with_all_its_workers():
     async def story(cluster: LocalCluster) -> None:
         stream = Stream(cluster, PROMPT, params(1500))
         await stream.until(10)
-        (host,) = psutil.Process().children()
-        host.kill()
+        psutil.Process(pid_of(cluster, "prefill-0")).parent().kill()
         assert await stream.tokens() == expected(80, 1500)
         await until(lambda: len(cluster.status().workers) == 2)
         await balanced(cluster)
@@ -312,7 +313,7 @@ def test_kill_minus_nine_of_the_front_leaves_nothing():
             assert len(list(Path(parent).glob("penstock-*/*.sock"))) == 5
             front.kill()
             front.wait(10)
-            _, alive = psutil.wait_procs(children, timeout=5)
+            _, alive = psutil.wait_procs(children, timeout=30)
         assert alive == []
         assert list(Path(parent).iterdir()) == []
 

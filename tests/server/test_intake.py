@@ -61,6 +61,20 @@ def test_loss_is_accepted_where_the_server_has_a_budget_and_the_body_does_not_ob
     assert not accepts("exact", accepts_loss=True)
 
 
+def test_a_window_is_for_servers_that_may_lose_something():
+    (asked,) = _complete(intake=_intake(accepts_window=True), prompt="hi", kv_window=64).requests
+    assert asked.kv_window == 64
+    (whole,) = _complete(prompt="hi").requests
+    assert whole.kv_window == 0
+    with pytest.raises(BadRequest, match="--kv-quality") as refused:
+        _complete(prompt="hi", kv_window=64)
+    assert refused.value.field == "kv_window"
+    with pytest.raises(BadRequest, match="not exact"):
+        _complete(
+            intake=_intake(accepts_window=True), prompt="hi", kv_window=64, kv_quality="exact"
+        )
+
+
 def test_defaults_are_openais():
     (request,) = _complete(prompt="hi").requests
     params = request.params
@@ -223,3 +237,12 @@ def test_long_texts_are_tokenised_in_a_thread():
     _complete(intake=intake, prompt="x" * 11)
     intake.close()
     assert seen == [True, False]
+
+
+def test_how_long_kv_is_to_be_kept_goes_along_and_a_pin_needs_a_time():
+    (request,) = _complete(prompt="hi", retention_ttl=1.5, cache_salt="t", kv_pin="docs").requests
+    assert (request.retention_ns, request.pin_id) == (1_500_000_000, "t/docs")
+    (request,) = _complete(prompt="hi").requests
+    assert (request.retention_ns, request.pin) == (0, "")
+    with pytest.raises(BadRequest, match="kv_pin"):
+        _complete(prompt="hi", kv_pin="docs")

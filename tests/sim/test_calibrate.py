@@ -11,23 +11,25 @@ from penstock.core.errors import BadRequest
 from penstock.core.node import DecisionLog
 from penstock.core.types import NS_PER_S
 from penstock.sim.calibrate import Calibration, calibrate, fit_times
-from penstock.sim.fabric import FabricCost, MessageTimes
+from penstock.sim.clock import SimClock
+from penstock.sim.fabric import Fabric, FabricCost, MessageTimes
 from penstock.sim.fleet import Member, parse_fleet
 from penstock.sim.life import introduction
 from penstock.sim.observe import Observation
-from penstock.sim.profile import Spread, StepTimes, size_of
+from penstock.sim.profile import Kind, Spread, StepTimes, size_of
 from penstock.sim.serve import ModelledCluster, ModelledWorker, ServeSpec
 from penstock.sim.summary import Slo, summarise
-from penstock.sim.worker_log import TakenStep, read_worker_logs
+from penstock.sim.worker_log import Taken, TakenStep, read_worker_logs
 from penstock.sim.workload import Arrival
 
 MEMBERS = parse_fleet("H100:prefill,H100:decode", "llama3.1-8b")
 UNEVEN = Spread(
     {
-        (False, False, 0): (0.9, 1.0, 1.1),
-        (False, True, 0): (1.2, 1.3, 1.4),
-        (True, False, 0): (0.8, 1.0, 1.2),
-        (True, True, 0): (1.3, 1.7),
+        Kind(False, False, False, 0): (0.9, 1.0, 1.1),
+        Kind(False, True, False, 0): (2.0, 2.2),
+        Kind(False, False, True, 0): (1.2, 1.3, 1.4),
+        Kind(True, False, False, 0): (0.8, 1.0, 1.2),
+        Kind(True, False, True, 0): (1.3, 1.7),
     }
 )
 FRONT_NS = (200_000, 400_000)
@@ -138,9 +140,9 @@ def test_neighbours_that_slow_each_other_down_are_told_by_the_ratios() -> None:
         for crowded in (True, False, False) * 20
     ]
     _, spread = fit_times(steps)
-    ((_, _, size),) = {(False, False, size) for _, _, size in spread.ratios}
-    (alone,) = set(spread.ratios[False, False, size])
-    (beside,) = set(spread.ratios[False, True, size])
+    (size,) = {kind.size for kind in spread.ratios}
+    (alone,) = set(spread.ratios[Kind(False, False, False, size)])
+    (beside,) = set(spread.ratios[Kind(False, False, True, size)])
     assert beside == pytest.approx(1.5 * alone)
 
 
@@ -156,7 +158,7 @@ def test_a_stall_is_much_for_a_short_step_and_little_for_a_long_one() -> None:
     times, spread = fit_times(steps)
     for new in (100, 10_000):
         expected_ns = times.duration_ns(new, 0, 0, 0)
-        ratios = spread.like((True, False, size_of(expected_ns)))
+        ratios = spread.like(Kind(True, False, False, size_of(expected_ns)))
         mean_ns = expected_ns * sum(ratios) / len(ratios)
         assert mean_ns == pytest.approx(new * 10_000 + 500_000, rel=0.01)
 
@@ -164,3 +166,32 @@ def test_a_stall_is_much_for_a_short_step_and_little_for_a_long_one() -> None:
 def test_too_few_steps_are_said() -> None:
     with pytest.raises(BadRequest, match="it takes 32"):
         fit_times(taken(random.Random(0), lambda _: 1e6)[:31])
+
+
+def test_a_newcomer_s_step_is_told_by_the_ratios() -> None:
+    steps = [
+        TakenStep(0, 0, 2, 200, 0, 2_000_000 if is_new else 1_000_000, has_newcomer=is_new)
+        for is_new in (True, False, False) * 20
+    ]
+    _, spread = fit_times(steps)
+    (size,) = {kind.size for kind in spread.ratios}
+    (first,) = set(spread.ratios[Kind(False, True, False, size)])
+    (usual,) = set(spread.ratios[Kind(False, False, False, size)])
+    assert first == pytest.approx(2 * usual)
+
+
+def test_a_worker_that_computed_no_prompts_borrows_their_times() -> None:
+    """Else its prompts would take no time, or for ever: nothing that it did says how long."""
+    prompt = TakenStep(100, 10_000, 0, 0, 0, 10_000_000)
+    decode = TakenStep(0, 0, 4, 400, 0, 2_000_000)
+    infos = [
+        introduction(ModelledWorker(spec, Fabric(SimClock(), spec.fabric, {}), member, 1).config)
+        for spec in [ServeSpec(members=MEMBERS)]
+        for member in MEMBERS
+    ]
+    names = [info.worker_id for info in infos]
+    taken = Taken({names[0]: [prompt] * 40, names[1]: [decode] * 40})
+    for member in calibrate(taken, infos).members:
+        times = member.hardware.times
+        assert times.duration_ns(100, 10_000, 0, 0) == pytest.approx(10_000_000, rel=0.01)
+        assert times.duration_ns(0, 0, 4, 400) == pytest.approx(2_000_000, rel=0.01)

@@ -5,7 +5,15 @@ import pytest
 from penstock.control.profiles import KERNEL_TIMES
 from penstock.core.errors import BadRequest
 from penstock.core.types import NS_PER_MS
-from penstock.sim.profile import Spread, StepTimes, find_hardware, layout_of, size_of
+from penstock.sim.profile import (
+    Batches,
+    Kind,
+    Spread,
+    StepTimes,
+    find_hardware,
+    layout_of,
+    size_of,
+)
 
 
 def test_a_step_of_prompts_and_decodes_reads_the_weights_once() -> None:
@@ -41,12 +49,25 @@ def test_what_there_is_not_is_said() -> None:
 
 
 def test_steps_are_as_uneven_as_the_nearest_size_of_their_kind() -> None:
-    spread = Spread(
-        {(True, False, 20): (1.1,), (True, False, 24): (1.2,), (False, True, 20): (2.0,)}
-    )
-    assert spread.like((True, False, 21)) == (1.1,)
-    assert spread.like((True, False, 30)) == (1.2,)
-    assert spread.like((False, True, 1)) == (2.0,)
-    assert spread.like((True, True, 20)) == ()
+    prompt, decode = Kind(True, False, False, 20), Kind(False, False, True, 20)
+    larger = prompt._replace(size=24)
+    spread = Spread({prompt: (1.1,), larger: (1.2,), decode: (2.0,)})
+    assert spread.like(prompt._replace(size=21)) == (1.1,)
+    assert spread.like(prompt._replace(size=30)) == (1.2,)
+    assert spread.like(decode._replace(size=1)) == (2.0,)
+    assert spread.like(prompt._replace(is_crowded=True)) == ()
+    assert spread.like(decode._replace(has_newcomer=True)) == (2.0,)
     assert size_of(1023.0) == 10
     assert size_of(1024.0) == 11
+
+
+def test_a_decode_that_the_step_before_did_not_have_is_a_newcomer() -> None:
+    batches = Batches()
+    assert not batches.has_newcomer([100], [0])
+    assert batches.has_newcomer([1], [100])  # its prompt is complete: the first decode
+    assert not batches.has_newcomer([1], [101])
+    assert batches.has_newcomer([1, 1], [102, 102])  # one of the two
+    assert not batches.has_newcomer([1, 1], [103, 103])
+    assert not batches.has_newcomer([1], [104])  # the other has ended
+    assert not batches.has_newcomer([50], [0])
+    assert batches.has_newcomer([1], [105])  # it was left out for a step

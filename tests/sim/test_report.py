@@ -3,6 +3,9 @@
 import re
 from xml.etree import ElementTree
 
+import pytest
+
+from penstock.sim.chart import HEIGHT
 from penstock.sim.choose import WorkloadSpec, make_workload
 from penstock.sim.fleet import parse_fleet
 from penstock.sim.report import render_report
@@ -26,6 +29,13 @@ def test_a_page_needs_nothing_and_shows_everybody() -> None:
     for name in ("prefill-0", "prefill-1", "decode-0"):
         assert f">{name}</text>" in page
     assert 'class="line prefill"' in page
+    # Workers by role are stacked: two prefill workers above one that decodes.
+    tops = [
+        float(re.search(r'd="M[\d.]+ ([\d.]+)[^"]*Z" class="area ' + role, page)[1])
+        for role in ("prefill", "decode")
+    ]
+    base = HEIGHT - 40
+    assert base - tops[0] == pytest.approx(3 * (base - tops[1]), abs=0.2)
 
 
 def test_a_run_in_which_nothing_was_answered_has_a_page_too() -> None:

@@ -94,10 +94,13 @@ def test_a_tier_is_worth_what_it_saves():
     assert value(near).hit_rate == pytest.approx(1 / 9)  # block 1: one other was used since
     everything = tier("all", 100, 1e-9)
     assert value(everything).mean_ms == pytest.approx((5.1 + 2.1 + 1.1) / 3)
-    # Fetching a block takes as long as computing one: half of each at the same time.
-    parted = value(tier("none", 0, 1), tier("slow", 100, 1.0))
+    # One block lies near; the three after it are sooner computed than fetched, or just not.
+    parted = value(tier("none", 0, 1), tier("near", 2, 1e-9), tier("tape", 100, 1.5))
     assert parted.num_parted == 1
-    assert parted.mean_ms == pytest.approx((5.1 + 2.1 + 1.1 + 2.0) / 3)
+    assert parted.mean_ms == pytest.approx((5.1 + 2.1 + 1.1 + 3.0) / 3)
+    fetched = value(tier("none", 0, 1), tier("near", 2, 1e-9), tier("tape", 100, 0.9))
+    assert fetched.num_parted == 0
+    assert fetched.mean_ms == pytest.approx((5.1 + 2.1 + 1.1 + 2.7) / 3)
     # Fetching takes for ever: it is computed, and the tier costs nothing.
     useless = value(tier("none", 0, 1), tier("tape", 100, 1e6))
     assert useless.mean_ms == pytest.approx(value().mean_ms)

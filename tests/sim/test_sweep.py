@@ -72,9 +72,30 @@ def test_fewer_workers_carry_less_and_the_fewest_that_carry_it_are_found() -> No
         return ModelledCluster(ServeSpec(members=members), arrivals).run(limit_s=20.0)
 
     search = Sweep(simulate, Slo(ttft_ms=500, tpot_ms=20))
-    found = search.fewest(Pool(parse_fleet("H100", MODEL)[0].hardware, 8), target=0.95)
-    shares = {n: tried.summary.slo_attainment for n, tried in found}
-    fewest = min(n for n, share in shares.items() if share >= 0.95)
+    fewest = search.fewest(Pool(parse_fleet("H100", MODEL)[0].hardware, 8), target=0.95)
+    assert fewest is not None
     assert 1 < fewest < 8
-    assert all(share < 0.95 for n, share in shares.items() if n < fewest)
-    assert search.fewest(Pool(parse_fleet("L20", MODEL)[0].hardware, 1), target=0.95)[0][0] == 1
+    shares = {n: tried[0].summary.slo_attainment for n, tried in search.sizes.items()}
+    assert shares[fewest] >= 0.95
+    assert shares[fewest - 1] < 0.95
+    assert Sweep(simulate, search.slo).fewest(pools_of(parse_fleet("L20", MODEL))[0], 0.95) is None
+
+
+def test_how_few_is_told_for_other_limits_from_the_same_runs() -> None:
+    """TTFT is a hundredth of a limit for each worker that is missing to ten."""
+    runs: list[int] = []
+
+    def simulate(members: tuple[Member, ...]) -> Observation:
+        runs.append(len(members))
+        ttft_ns = (10 - len(members)) * NS_PER_S // 100 + 1
+        served = [Served(0, 1, 1, first_token_ns=ttft_ns, finished_ns=ttft_ns, num_tokens=1)]
+        return Observation(served=served, samples=[Sample(0, 0, 0, {}, {})])
+
+    search = Sweep(simulate, Slo(ttft_ms=40.1), scales=(0.5, 1.0, 2.0))
+    pool = Pool(parse_fleet("H100", MODEL)[0].hardware, 8)
+    assert search.fewest(pool, 0.9) == 6
+    num_runs = len(runs)
+    assert search.fewest(pool, 0.9, 1) == 6
+    assert len(runs) == num_runs
+    assert (search.fewest(pool, 0.9, 0), search.fewest(pool, 0.9, 2)) == (8, 2)
+    assert search.fewest(Pool(pool.hardware, 7), 0.9, 0) is None

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import threading
@@ -20,25 +19,16 @@ from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.cuda_driver import CudaDriver
 from penstock.transport.cuda_ipc import CudaIpc, CudaLocation, CudaRegion, cuda_region, describe
+from tests.transport import cuda_double
+from tests.transport.cuda_double import build_double, memory
 
 ROOT = Path(__file__).parents[2]
-DOUBLE = Path(__file__).parent / "double" / "cuda.cpp"
 NUM_BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """The double, compiled; against cuda.h where the toolkit is installed."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    nvcc = Path(shutil.which("nvcc") or "bin/nvcc").resolve()
-    homes = [Path(os.environ.get("CUDA_HOME", "none")), nvcc.parents[1], nvcc.parents[1] / "cuda"]
-    target = tmp_path_factory.mktemp("double") / "libcuda.so.1"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
-    headers = [f"-isystem{home / 'include'}" for home in homes if (home / "include").is_dir()]
-    subprocess.run([compiler, *flags, *headers, str(DOUBLE), "-o", str(target)], check=True)
-    return target
+    return build_double(tmp_path_factory.mktemp("double"))
 
 
 @pytest.fixture
@@ -93,23 +83,11 @@ def filled(seed: int) -> np.ndarray:
 
 
 def allocate(library: str, device: int = 0, num_regions: int = 1) -> list[CudaRegion]:
-    """Allocate device memory once, and cut regions out of it as torch's allocator does."""
-    cuda = ctypes.CDLL(library)
-    context, address, number = ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_int()
-    size = NUM_BLOCKS * BLOCK_BYTES
-    assert cuda.cuDeviceGet(ctypes.byref(number), device) == 0
-    assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), number) == 0
-    assert cuda.cuCtxPushCurrent_v2(context) == 0
-    assert cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(num_regions * size)) == 0
-    assert cuda.cuCtxPopCurrent_v2(ctypes.byref(context)) == 0
-    starts = range(address.value, address.value + num_regions * size, size)
-    return [CudaRegion(device, start, NUM_BLOCKS, BLOCK_BYTES) for start in starts]
+    return cuda_double.allocate(library, device, num_regions * [(NUM_BLOCKS, BLOCK_BYTES)])
 
 
 def contents_of(region: CudaRegion) -> np.ndarray:
-    """Read the double's device memory, which is the host's."""
-    data = ctypes.string_at(region.address, region.capacity_bytes)
-    return np.frombuffer(data, np.uint8).reshape(region.num_blocks, region.block_bytes)
+    return memory(region).copy()
 
 
 def mapped(library: Path) -> int:

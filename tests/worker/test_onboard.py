@@ -58,6 +58,7 @@ class TiersUnderAnything(RuleBasedStateMachine):
                 story.step()
         story.assert_empty()
         assert not story.worker.tiers.num_fetches
+        self.below.assert_nothing_held()
 
 
 TestTiersUnderAnything = TiersUnderAnything.TestCase

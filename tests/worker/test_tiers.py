@@ -1,31 +1,43 @@
 """Blocks go down to tiers when nobody holds them, and come up before a request that wants them."""
 
+from msgspec.structs import replace
+
 from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
 from penstock.core.messages import BlocksChanged, Cancel, Tokens
 from penstock.core.tiers import KeptBlock, TierConfig, TierLoad
-from penstock.core.types import BlockHash, Digest, RequestId
-from tests.worker.story import P0, Story, assign, request
+from penstock.core.types import NO_DIGEST, BlockHash, Digest, RequestId
+from tests.worker.story import LAYOUT, P0, Story, assign, request
 
 DRAM = TierConfig(name="dram", num_slots=8, bytes_per_s=10_000_000_000)
 DISK = TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000)
+
+(BLOCK_BYTES,) = LAYOUT.block_bytes
+ENCODED, DECODED = 1000, 2000
+"""What a lossy codec makes of digests, on the way in and on the way out."""
+INT8 = TierConfig(
+    name="dram", num_slots=8, bytes_per_s=10**10, codec="int8", is_lossy=True, slot_bytes=9
+)
 
 
 class Below:
     """A story whose tiers carry out what they are told, as digests alone."""
 
-    def __init__(self, *tiers: TierConfig, num_blocks: int = 7) -> None:
+    def __init__(self, *tiers: TierConfig, num_blocks: int = 7, max_num_seqs: int = 64) -> None:
         self.story = Story(
             P0,
             num_blocks=num_blocks,
             max_num_batched_tokens=200,
+            max_num_seqs=max_num_seqs,
             tiers=tiers,  # type: ignore[arg-type]
             is_defragmenting=False,
         )
         self.slots: dict[tuple[str, int], Digest] = {}
+        self.codecs = {tier.name for tier in tiers if tier.is_lossy}
 
-    def run(self, name: str, start: int, num_prompt: int = 40) -> int:
+    def run(self, name: str, start: int, num_prompt: int = 40, **more: bool) -> int:
         """Run a request to its end, with all moves; return how many tokens it found cached."""
-        self.story.tell(assign(request(name, num_prompt, start=start, max_tokens=1), P0))
+        asked = request(name, num_prompt, start=start, max_tokens=1)
+        self.story.tell(assign(replace(asked, **more), P0))
         self.move_all()
         (cached,) = self.story.steps[0].num_computed.tolist()
         self.story.step()
@@ -47,13 +59,23 @@ class Below:
         digests: tuple[tuple[Digest, ...], ...] = ()
         if ends.destination:
             to = [s.destination + i for s in spans for i in range(s.num_blocks)]
-            for slot, digest in zip(to, move.digests[0], strict=True):
+            of = move.digests[0]
+            if ends.destination in self.codecs:
+                of = tuple(Digest(digest + ENCODED) for digest in of)
+                digests = (of,)
+            for slot, digest in zip(to, of, strict=True):
                 self.slots[ends.destination, slot] = digest
         elif error is None:
             of = [s.source + i for s in spans for i in range(s.num_blocks)]
             found = [self.slots[ends.source, slot] for slot in of]
             if wrong is not None:
                 found[wrong] = Digest(found[wrong] ^ 1)
+            if ends.source in self.codecs:
+                # Compared before it is decoded into another content.
+                found = [
+                    Digest(was + DECODED) if was == wanted else NO_DIGEST
+                    for was, wanted in zip(found, move.digests[0], strict=True)
+                ]
             digests = (tuple(found),)
         self.story.tell(
             MoveDone(
@@ -65,9 +87,16 @@ class Below:
                 finished_ns=1,
                 error=error,
                 digests=() if error else digests,
+                codec_ns=7 if self.codecs & {ends.source, ends.destination} else 0,
             )
         )
         return move
+
+    def assert_nothing_held(self) -> None:
+        """No move is under way, so none reads a block of a tier."""
+        for shelf in self.story.worker.tiers.shelves:
+            assert not [name for name in shelf.names() if shelf.is_held(name)], shelf.name
+            assert shelf.num_moving == (0, 0), shelf.name
 
     def load(self, index: int = 0) -> TierLoad:
         return self.story.worker.load().tiers[index]
@@ -293,3 +322,39 @@ def test_the_controller_hears_of_what_was_there_at_the_start() -> None:
     below = Below(TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000, kept=kept))
     below.run("a", 100)
     assert kept[0].name in told(below, set())
+
+
+def test_what_a_request_asked_to_keep_stays_in_pool_and_tier_while_others_go() -> None:
+    below = Below(DRAM, num_blocks=12)
+    story = below.story
+    kept = replace(request("kept", 40, start=100, max_tokens=1), retention_ns=10**9)
+    story.tell(assign(kept, P0))
+    story.step()
+    below.move_all()
+    for number in range(6):
+        below.run(f"other{number}", 1000 * (number + 1), 60)
+    cache = story.worker.kv.groups[0].pool.prefix_cache
+    names = story.worker.tiers.names()
+    assert set(names) >= {n for n in told(below, set()) if cache.find(n) in (0, 1)}
+    assert below.run("kept again", 100) == 32
+    assert below.load().num_hits == 0, "it never left the pool"
+    story.now_ns += 2 * 10**9
+    for number in range(6):
+        below.run(f"more{number}", 10_000 + 1000 * number, 60)
+    assert below.run("kept no longer", 100) == 0
+
+
+def test_a_pin_outlasts_what_is_retained_and_a_ttl_of_nothing_lets_go_of_it() -> None:
+    below = Below(num_blocks=12)
+    story = below.story
+
+    def run(name: str, start: int, **more: object) -> None:
+        story.tell(assign(replace(request(name, 40, start=start, max_tokens=1), **more), P0))
+        story.step()
+
+    run("pinned", 100, retention_ns=10**9, pin="docs")
+    retention = story.worker.kv.retention
+    names = [n for n in told(below, set()) if retention.strength(n) == 2]
+    assert len(names) == 2
+    run("let go", 100, pin="docs")
+    assert [retention.strength(n) for n in names] == [0, 0]

@@ -16,6 +16,7 @@ from penstock.engine.triton.heads import store_heads
 from penstock.engine.triton.norm import add_norm
 from penstock.engine.triton.paged_attention import Sequences, SplitSpace, paged_attention
 from tests.engine.triton.compiling import Compiler
+from tests.engine.triton.move_launches import MOVE_LAUNCHES
 
 
 def attention(
@@ -76,6 +77,7 @@ LAUNCHES = {
     "norm": lambda: norm(4096),
     "norm of an odd width": lambda: norm(2880),
     "activation": lambda: activation(12288),
+    **MOVE_LAUNCHES,
 }
 
 

@@ -27,6 +27,7 @@ typedef struct { char reserved[64]; } CUipcMemHandle;
 #define cuCtxPopCurrent cuCtxPopCurrent_v2
 #define cuMemAlloc cuMemAlloc_v2
 #define cuMemGetAddressRange cuMemGetAddressRange_v2
+#define cuMemHostRegister cuMemHostRegister_v2
 #define cuIpcOpenMemHandle cuIpcOpenMemHandle_v2
 #endif
 
@@ -49,6 +50,7 @@ struct Handle { int pid, fd; size_t size; unsigned char rest[48]; };
 static_assert(sizeof(Handle) == sizeof(CUipcMemHandle), "all of it is passed by value");
 
 std::vector<Memory> memories;
+std::vector<Memory> pinned;
 std::vector<Copy> waiting;
 thread_local std::vector<CUcontext> contexts;
 int questions = 0;
@@ -66,6 +68,14 @@ Memory *find(CUdeviceptr address, size_t size) {
     return nullptr;
 }
 
+// What a copy may touch without waiting: memory of a device, and pages of the host that are pinned.
+bool is_copied(CUdeviceptr address, size_t size) {
+    if (find(address, size)) return true;
+    for (Memory &memory : pinned)
+        if (memory.base <= address && address + size <= memory.base + memory.size) return true;
+    return false;
+}
+
 CUresult map(int fd, size_t size, CUdeviceptr *address) {
     void *base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) return CUDA_ERROR_MAP_FAILED;
@@ -80,6 +90,7 @@ extern "C" {
 
 void double_stick(int stuck) { is_stuck = stuck; }
 int double_mapped() { return (int)memories.size(); }
+int double_pinned() { return (int)pinned.size(); }
 int double_waiting() { return (int)waiting.size(); }
 
 CUresult cuInit(unsigned int) { return num_devices() ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE; }
@@ -191,6 +202,24 @@ CUresult cuIpcCloseMemHandle(CUdeviceptr address) {
     return CUDA_ERROR_INVALID_VALUE;
 }
 
+CUresult cuMemHostRegister(void *address, size_t size, unsigned int flags) {
+    if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!size || flags != 1 || is_copied((CUdeviceptr)address, 1) || getenv("DOUBLE_UNPINNABLE"))
+        return CUDA_ERROR_INVALID_VALUE;
+    pinned.push_back({(CUdeviceptr)address, size, -1});
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostUnregister(void *address) {
+    if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+    for (size_t i = 0; i < pinned.size(); i++)
+        if (pinned[i].base == (CUdeviceptr)address) {
+            pinned.erase(pinned.begin() + (long)i);
+            return CUDA_SUCCESS;
+        }
+    return CUDA_ERROR_INVALID_VALUE;
+}
+
 CUresult cuStreamCreate(CUstream *stream, unsigned int flags) {
     if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
     *stream = (CUstream)0x51;
@@ -205,7 +234,7 @@ CUresult cuEventCreate(CUevent *event, unsigned int flags) {
 
 CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream) {
     if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
-    if (stream != (CUstream)0x51 || !find(to, size) || !find(from, size))
+    if (stream != (CUstream)0x51 || !is_copied(to, size) || !is_copied(from, size))
         return CUDA_ERROR_INVALID_VALUE;
     waiting.push_back({to, from, size});
     return CUDA_SUCCESS;

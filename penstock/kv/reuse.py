@@ -1,0 +1,107 @@
+"""How likely a block is to be used again, learnt from which were and which were not.
+
+Every use of a named block is a tick. A block that was last used so many ticks ago either comes back
+at some age or not within the history; for each doubling of age it is counted how many blocks lived
+through it unused, and how many were used in it. The product over the ages that are still ahead is
+the chance (Kaplan and Meier's estimate, which makes right use of blocks that are still young).
+Blocks that were used once and those used more often are counted apart. Old experience fades, and
+where there is none the chance is one half.
+
+It remembers names, also of blocks that are nowhere any more: what was not kept and would have been
+used is experience as well. `worker/tiers.py` asks whether a block is worth keeping.
+Source: Kaplan and Meier, Nonparametric estimation from incomplete observations, JASA 1958.
+"""
+
+from collections import deque
+from typing import Final
+
+from penstock.kv.tiers import BlockKey
+
+CHANCE_UNKNOWN: Final = 0.5
+"""Of a use within the whole history, before anything is known."""
+PRIOR_WEIGHT: Final = 4.0
+"""Observations of an age that weigh as much as knowing nothing of it."""
+OBSERVED_MAX: Final = 8192
+"""Experience with an age is halved when it is from so many blocks: what is older fades."""
+AGAIN: Final = 1
+"""The kind of blocks that were used more than once; those used once are kind 0."""
+
+
+class ReuseHistory:
+    """The last `size` uses, and what they say of the next."""
+
+    def __init__(self, size: int) -> None:
+        assert size > 0, size
+        self._size = size
+        self._num_ages = size.bit_length()
+        prior = 1 - (1 - CHANCE_UNKNOWN) ** (1 / self._num_ages)
+        self._prior_used = PRIOR_WEIGHT * prior
+        self._observed = [[0.0] * self._num_ages for _ in (0, AGAIN)]
+        self._used = [[0.0] * self._num_ages for _ in (0, AGAIN)]
+        self._tick = 0
+        self._last: dict[BlockKey, tuple[int, int]] = {}
+        """When each block was last used, and which kind it is."""
+        self._order: deque[BlockKey] = deque()
+        """The block of each tick, from `_tick - len(_order)` on."""
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._last
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def use(self, key: BlockKey) -> None:
+        """Note a use. O(log size)."""
+        kind = 0
+        if (before := self._last.get(key)) is not None:
+            last, before_kind = before
+            self._observe(before_kind, self._age(last), is_used=True)
+            kind = AGAIN
+        self._last[key] = self._tick, kind
+        self._order.append(key)
+        self._tick += 1
+        self._grow_older()
+
+    def chance(self, key: BlockKey) -> float:
+        """Return how likely a block is used again within the history, given its age; 0 of a block
+        that is too old to be remembered. O(log size).
+        """
+        found = self._last.get(key)
+        if found is None:
+            return 0.0
+        last, kind = found
+        unused = 1.0
+        for age in range(self._age(last), self._num_ages):
+            used = self._used[kind][age] + self._prior_used
+            unused *= 1 - used / (self._observed[kind][age] + PRIOR_WEIGHT)
+        return 1 - unused
+
+    def _age(self, last: int) -> int:
+        """Return in which doubling a block is that was used at that tick."""
+        return min((self._tick - last).bit_length(), self._num_ages) - 1
+
+    def _grow_older(self) -> None:
+        """Count the blocks that have just lived through a doubling of age unused."""
+        end = len(self._order)
+        for age in range(self._num_ages):
+            back = 2 << age
+            if back > end:
+                break
+            key = self._order[end - back]
+            last, kind = self._last.get(key, (-1, 0))
+            if last == self._tick - back:
+                self._observe(kind, age, is_used=False)
+        if end > self._size:
+            key = self._order.popleft()
+            last, kind = self._last.get(key, (-1, 0))
+            if last == self._tick - end:
+                self._observe(kind, self._age(last), is_used=False)
+                del self._last[key]
+
+    def _observe(self, kind: int, age: int, *, is_used: bool) -> None:
+        observed, used = self._observed[kind], self._used[kind]
+        observed[age] += 1
+        used[age] += is_used
+        if observed[age] > OBSERVED_MAX:
+            observed[age] /= 2
+            used[age] /= 2
