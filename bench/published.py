@@ -1,18 +1,23 @@
 """Experiments that FlowKV and KVDirect published, simulated in shape beside their figures.
 
-    python bench/published.py            both, within a minute
+    python bench/published.py            all, some minutes
     python bench/published.py --quick    a part of each, a few seconds
 
-FlowKV's heterogeneous cluster: four L20 and four H20, Llama-3.1-8B, lengths of three LongBench
-tasks: L20 prefill with H20 decode, the reverse, and all eight doing both. KVDirect's latency:
-Llama-3.1-70B on eight GPUs a worker, prompts of 8K to 32K, outputs of 128 and 512, rising rates:
-two workers doing both (co-located), or one of either role with the KV pulled, and where a request's
-time goes. Same hardware on both sides of every comparison.
+FlowKV's throughput: Llama-3.1-8B on two A100, one for either part or both for both, prompts of
+1K, 5K and 10K tokens, answers of 256, output tokens per second. Its three scenarios (normal,
+imbalanced, overloaded), of which no figures are known: 2 + 2 workers that go round robin, that are
+chosen by load, and that change roles or grow besides. Its heterogeneous cluster: four L20 and four
+H20, lengths of three LongBench tasks: L20 prefill with H20 decode, the reverse, and all eight doing
+both.
+
+KVDirect's latency: Llama-3.1-70B on eight GPUs a worker, prompts of 8K to 32K, outputs of 128 and
+512, rising rates: two workers doing both (co-located; as its baseline did, with each prompt in one
+step, and with chunks), or one of either role with the KV pulled when it is computed, pushed into
+blocks reserved before, or pulled while it is computed; and where a request's time goes. Same
+hardware on all sides of every comparison.
 
 What differs from the papers: GPUs of KVDirect are not published (H100 here); step times are sums
-of kernel times; our co-located baseline computes prompts in chunks, as theirs did not; LongBench's
-answers are taken to be as long as its table allows. KVDirect's push, where room is reserved before
-the prefill begins, is not something that our workers do, so it is not here. The figures do not
+of kernel times; LongBench's answers are taken to be as long as its table allows. The figures do not
 depend on this machine.
 """
 
@@ -22,11 +27,12 @@ from statistics import mean
 
 from report import Report
 
-from penstock.core.config import ControllerConfig
+from penstock.core.config import ControllerConfig, Handoff
 from penstock.core.types import NS_PER_S
 from penstock.sim.choose import WorkloadSpec, make_workload
 from penstock.sim.fabric import FabricCost
 from penstock.sim.fleet import parse_fleet
+from penstock.sim.observe import Observation
 from penstock.sim.serve import ModelledCluster, ServeSpec
 from penstock.sim.summary import Slo, Summary, summarise
 
@@ -43,19 +49,45 @@ Source: FlowKV (arXiv 2504.03775), in a third party's summary.
 KVDIRECT_CLAIM = 55.0
 """Percent less latency per request than the baseline on the same hardware (arXiv 2501.14743)."""
 PARTS = ("queue", "prefill", "transfer", "decode_queue", "decode")
+FLOWKV_RATES = {(1000, 2.0): None, (5000, 1.0): (264.22, 203.04), (10_000, 2.0): (285.14, None)}
+"""Prompt tokens and requests per second, and output tokens per second of FlowKV and of vLLM
+co-located, where they are known.
+"""
+SCENARIOS = {
+    "normal": ("lognormal:in=1000,out=256", 6.0),
+    "imbalanced": ("lognormal:in=8000,out=32", 3.6),
+    "overloaded": ("lognormal:in=4000,out=256", 12.0),
+}
+"""Lengths and requests per second for 2 + 2 A100 with the 8B model."""
+SCENARIO_SLO = Slo(ttft_ms=2000, tpot_ms=50)
 
 
-def serve(cluster: str, model: str, asked: WorkloadSpec, fabric: FabricCost) -> Summary:
-    """Return the figures of one cluster under one load, all requests served to the end."""
+def simulate(
+    cluster: str, model: str, asked: WorkloadSpec, fabric: FabricCost, **settings: object
+) -> Observation:
+    """Return what was seen of one cluster under one load, all requests served to the end."""
     arrivals = make_workload(asked)
     controller = ControllerConfig(policy="least_loaded", max_queued=100_000)
     spec = ServeSpec(
         members=parse_fleet(cluster, model),
-        controller=controller,
         fabric=fabric,
         sample_ns=60 * NS_PER_S,
+        **{"controller": controller, **settings},
     )
-    return summarise(ModelledCluster(spec, arrivals).run(limit_s=1e5), Slo())
+    return ModelledCluster(spec, arrivals).run(limit_s=1e5)
+
+
+def serve(
+    cluster: str, model: str, asked: WorkloadSpec, fabric: FabricCost, **settings: object
+) -> Summary:
+    """Return the figures of that."""
+    return summarise(simulate(cluster, model, asked, fabric, **settings), Slo())
+
+
+def held_ms(seen: Observation) -> float:
+    """Return how long, on the mean, blocks stood reserved before the request could use them."""
+    lines = [served.timeline for served in seen.served if served.timeline is not None]
+    return mean((line.pulled_ns - line.held_ns) / 1e6 for line in lines)
 
 
 def parts_ms(summary: Summary) -> dict[str, float]:
@@ -94,30 +126,80 @@ def flowkv(report: Report, tasks: list[str]) -> None:
             report.add(key, [less], "%", note=f"published: {percent:g}")
 
 
+def flowkv_throughput(report: Report) -> None:
+    """Run the homogeneous experiment."""
+    fabric = FabricCost(inner_bytes_per_s=24.5e9, latency_ns=2_000_000)  # as fitted to its tables
+    clusters = {"split": "A100:prefill,A100:decode", "colocated": "2xA100:mixed"}
+    for (prompt, rate), known in FLOWKV_RATES.items():
+        source = f"fixed:in={prompt},out=256"
+        asked = WorkloadSpec(source=source, rate=rate, duration_s=1e4, requests_max=100)
+        for index, (name, cluster) in enumerate(clusters.items()):
+            summary = serve(cluster, "llama3.1-8b", asked, fabric)
+            published = known[index] if known else None
+            note = f"published: {published or 'unknown'}; {256 * rate:g} are asked for"
+            key = f"flowkv.{prompt}_{rate:g}.{name}.output_tokens_per_s"
+            report.add(key, [summary.output_tokens_per_s], "tokens/s", note=note)
+
+
+def flowkv_scenarios(report: Report, duration_s: float) -> None:
+    """Run the three regimes of its scheduler."""
+    base = {"max_queued": 100_000, "usual_ttft_ms": 2000.0, "usual_tpot_ms": 50.0}
+    grown = {"workers_min": 4, "workers_max": 8}
+    ways = {
+        "round_robin": ControllerConfig(policy="round_robin", **base),
+        "by_load": ControllerConfig(policy="predicted", **base),
+        "changing": ControllerConfig(policy="predicted", is_switching_roles=True, **base),
+        "growing": ControllerConfig(policy="predicted", is_switching_roles=True, **base, **grown),
+    }
+    for scenario, (source, rate) in SCENARIOS.items():
+        asked = WorkloadSpec(source=source, rate=rate, duration_s=duration_s, seed=1)
+        for name, controller in ways.items():
+            cluster = "2xA100:prefill,2xA100:decode"
+            seen = simulate(cluster, "llama3.1-8b", asked, FabricCost(), controller=controller)
+            summary = summarise(seen, SCENARIO_SLO)
+            note = (
+                f"E2E {summary.e2e_ms.mean:,.0f} ms, TTFT p99 {summary.ttft_ms.p99:,.0f} ms, "
+                f"{summary.flips} role changes, {summary.workers_mean:.1f} workers"
+            )
+            key = f"flowkv.{scenario}.{name}.good_per_s"
+            report.add(key, [summary.goodput_per_s], "good/s", note=note)
+
+
 def kvdirect(report: Report, prompts: list[int], rates: list[float]) -> None:
     """Run the latency experiment."""
     fabric = FabricCost(card_bytes_per_s=100e9)  # a 400 Gb/s card for every two GPUs
-    clusters = {
-        "colocated": "2xH100-tp8:mixed",
-        "pull": "H100-tp8:prefill,H100-tp8:decode",
+    pair = "H100-tp8:prefill,H100-tp8:decode"
+    ways: dict[str, tuple[str, dict[str, object]]] = {
+        "colocated": ("2xH100-tp8:mixed", {"max_num_batched_tokens": 1 << 16}),
+        "colocated_chunked": ("2xH100-tp8:mixed", {}),
+        "pull": (pair, {"handoff": Handoff.WHOLE}),
+        "push": (pair, {"handoff": Handoff.PUSH}),
+        "streamed": (pair, {"handoff": Handoff.STREAM}),
     }
-    savings = []
+    savings: dict[str, list[float]] = {}
     for prompt in prompts:
         for output in (128, 512):
             for rate in rates:
                 source = f"fixed:in={prompt},out={output}"
                 asked = WorkloadSpec(source=source, rate=rate, duration_s=1e5, requests_max=50)
                 e2e_ms = {}
-                for name, cluster in clusters.items():
-                    summary = serve(cluster, "llama3.1-70b", asked, fabric)
+                for name, (cluster, settings) in ways.items():
+                    seen = simulate(cluster, "llama3.1-70b", asked, fabric, **settings)
+                    summary = summarise(seen, Slo())
                     e2e_ms[name] = summary.e2e_ms.mean
                     shares = ", ".join(f"{k} {v:,.0f}" for k, v in parts_ms(summary).items())
+                    shares += f"; held {held_ms(seen):,.0f}" if cluster == pair else ""
                     key = f"kvdirect.{prompt}_{output}_{rate:g}.{name}.e2e_ms"
                     report.add(key, [summary.e2e_ms.mean], "ms", note=shares)
-                savings.append(100 * (1 - e2e_ms["pull"] / e2e_ms["colocated"]))
-    note = f"mean of all loads; published: up to {KVDIRECT_CLAIM:g}"
-    report.add("kvdirect.less_than_colocated_percent_mean", [mean(savings)], "%", note=note)
-    report.add("kvdirect.less_than_colocated_percent_max", [max(savings)], "%")
+                for name in ways:
+                    less = 100 * (1 - e2e_ms[name] / e2e_ms["colocated"])
+                    savings.setdefault(name, []).append(less)
+    for name, each in savings.items():
+        if name != "colocated":
+            key = f"kvdirect.{name}_less_than_colocated_percent"
+            note = f"mean of all loads; published for pull: up to {KVDIRECT_CLAIM:g}"
+            report.add(f"{key}_mean", [mean(each)], "%", note=note)
+            report.add(f"{key}_max", [max(each)], "%")
 
 
 def main() -> None:
@@ -128,6 +210,8 @@ def main() -> None:
     options = parser.parse_args()
     gc.set_threshold(200_000, 50, 50)
     report = Report("published", settings={"times of KVDirect's parts": ", ".join(PARTS) + ", ms"})
+    flowkv_throughput(report)
+    flowkv_scenarios(report, 20.0 if options.quick else 120.0)
     flowkv(report, ["multi_news"] if options.quick else list(FLOWKV_TASKS))
     prompts, rates = ([8192], [0.5, 2.0]) if options.quick else ([8192, 16384, 32768], [])
     kvdirect(report, prompts, rates or [0.25, 0.5, 1.0, 2.0, 4.0])

@@ -82,6 +82,14 @@ class Report:
         )
         return median
 
+    def resume(self, output: str | None = None) -> None:
+        """Take in the results that are kept already, of the same machine and settings."""
+        path = Path(output) if output else RESULTS / f"{self.name}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.figures.update(kept["figures"])
+            self.spreads.update(kept["spreads"])
+
     def keep(self, output: str | None = None) -> Path:
         """Write the results so far into their file; return where."""
         path = Path(output) if output else RESULTS / f"{self.name}.json"

@@ -23,8 +23,10 @@ The disk is read past the page cache where the file system lets it (the server l
 otherwise: tmpfs does not). A conversation that returns finds its blocks written: it comes half a
 second after the others' answers, as a person would at the earliest.
 
-    python bench/tiers.py [--large] [--only return|no_reuse|sessions] [--threads N] [--folder DISK]
-                          [--quick] [--output FILE]
+Return is kept as tiers.json, the other two, together "load", as tiers_load.json.
+
+    python bench/tiers.py [--large] [--only return|load] [--threads N] [--folder DISK] [--quick]
+                          [--output FILE]
 """
 
 import argparse
@@ -65,7 +67,7 @@ SESSION_POOL = 4
 """Sessions that the pool holds: a third of them."""
 SESSION_ROUNDS = 5
 SESSION_CONCURRENCY = 2
-PARTS = ("return", "no_reuse", "sessions")
+PARTS = ("return", "load")
 PEERS = {
     "LMCache 0.5.6": "within vLLM: 'No supported cpu connector found', no hits, 3.1 s a request",
     "vLLM 0.32 OffloadingConnector": "'only supported on CUDA-alike and XPU GPUs'",
@@ -230,22 +232,21 @@ def main() -> None:
     parser.add_argument("--folder", help="where the disk tier lies (default: for temporary files)")
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
-    report = Report("tiers", settings={"threads": args.threads, "tokens": NUM_TOKENS})
     parts = ["return"] if args.quick else [args.only] if args.only else list(PARTS)
-    for name in ["tiny", "0.6b"] if args.large and not args.quick else ["tiny"]:
-        if "return" in parts:
+    settings: dict[str, object] = {"threads": args.threads, "tokens": NUM_TOKENS}
+    if "return" in parts:
+        report = Report("tiers", settings=settings | {"not_compared": PEERS})
+        for name in ["tiny", "0.6b"] if args.large and not args.quick else ["tiny"]:
             bench_return(report, name, args)
-    flags = ["--threads", str(args.threads)]
-    for part, bench_part in (("no_reuse", bench_no_reuse), ("sessions", bench_sessions)):
-        with tempfile.TemporaryDirectory(dir=args.folder) as disk:
-            size = 8 * NUM_TOKENS * TOKEN_BYTES["tiny"]
-            tiers = ["--kv-tier", f"dram={size}", "--kv-tier", f"disk={disk},{2 * size}"]
-            if part in parts:
-                bench_part(report, flags, tiers)
-    for peer, reason in PEERS.items():
-        print(f"  not compared: {peer}: {reason}")
-    report.settings["not_compared"] = PEERS
-    report.finish(args.output)
+        report.finish(args.output)
+    if "load" in parts:
+        report = Report("tiers_load", settings=settings | {"not_compared": PEERS})
+        for bench_part in (bench_no_reuse, bench_sessions):
+            with tempfile.TemporaryDirectory(dir=args.folder) as disk:
+                size = 8 * NUM_TOKENS * TOKEN_BYTES["tiny"]
+                tiers = ["--kv-tier", f"dram={size}", "--kv-tier", f"disk={disk},{2 * size}"]
+                bench_part(report, ["--threads", str(args.threads)], tiers)
+        report.finish(args.output if args.only else None)
 
 
 def bench_return(report: Report, name: str, args: argparse.Namespace) -> None:

@@ -8,8 +8,9 @@ drift of the machine hits everybody; who is not measured is stopped, since some 
 byte is verified. Pools are touched before; what the first touch costs is a figure of its own. Where
 this interpreter has NIXL, our way through it is measured too (`nixl_way`, against `nixl` itself).
 
-Then: several readers at once, and an owner whose Python computes without a pause, against the same
-load in a process of its own.
+Then: several readers at once, beside as many plain loops and sockets in their place; and an owner
+whose Python computes without a pause, beside the same load in a process of its own (1 is no
+difference) and, over TCP, beside a plain socket that the same owner serves.
 
     python bench/transfer.py [--peers PYTHON] [--quick] [--output FILE]
 """
@@ -268,32 +269,44 @@ def measure(report: Report, methods: dict[str, Method], passes: int) -> None:
                     report.add(f"{ours}_over_{other}_{shape.name}", ratios)
 
 
-def measure_at_once(report: Report, owner: Owner, passes: int) -> None:
-    """Several readers in one process, each with a connection and a pool of its own."""
-    for transport in ("shm", "tcp"):
+def measure_at_once(report: Report, owner: Owner, sources: list[Any], passes: int) -> None:
+    """Several readers in one process, each with a connection and a pool of its own: beside one of
+    them alone, and beside as many loops of memcpy and plain sockets in their place.
+    """
+    rivals: dict[str, tuple[str, list[Loop] | list[Plain]]] = {
+        "shm": ("gather", [Loop(sources) for _ in range(AT_ONCE)]),
+        "tcp": ("socket", [Plain(owner.port) for _ in range(AT_ONCE)]),
+    }
+    for transport, (rival, others) in rivals.items():
         readers = [Ours(transport, owner.descriptor, owner.key) for _ in range(AT_ONCE)]
         for reader in readers:
             reader.first_touch()
         for index, shape in enumerate(SHAPES):
-            ratios = []
+            over_one, over_rival = [], []
             for _ in range(passes):
                 alone = readers[0].move(index)
-                started = time.perf_counter()
-                run_all([partial(reader.move, index) for reader in readers])
-                ratios.append(AT_ONCE * alone / (time.perf_counter() - started))
-            for reader in readers:
+                theirs = run_all([partial(other.move, index) for other in others])
+                together = run_all([partial(reader.move, index) for reader in readers])
+                over_one.append(AT_ONCE * alone / together)
+                over_rival.append(theirs / together)
+            for reader in (*readers, *others):
                 assert shape.is_right(reader.pools[index])
-            report.add(f"{transport}_{AT_ONCE}_at_once_over_1_{shape.name}", ratios)
+            report.add(f"{transport}_{AT_ONCE}_at_once_over_1_{shape.name}", over_one)
+            key = f"{transport}_over_{rival}_{AT_ONCE}_at_once_{shape.name}"
+            report.add(key, over_rival)
         for reader in readers:
             reader.agent.close()
 
 
-def run_all(jobs: list[Callable[[], float]]) -> None:
+def run_all(jobs: list[Callable[[], float]]) -> float:
+    """Run them at once; return the seconds until the last is done."""
     threads = [threading.Thread(target=job) for job in jobs]
+    started = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return time.perf_counter() - started
 
 
 def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passes: int) -> None:
@@ -313,6 +326,11 @@ def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passe
                 owner.tell("idle")
                 ratios.append(beside / within)
             report.add(f"{transport}_owner_busy_over_other_busy_{shape.name}", ratios)
+            if transport == "tcp":
+                owner.tell("busy")
+                over = [methods["socket"].move(index) / method.move(index) for _ in range(passes)]
+                owner.tell("idle")
+                report.add(f"tcp_over_socket_owner_busy_{shape.name}", over)
         owner.tell("busy")
         singles = [statistics.median(method.singles(2, 50)) * 1e6 for _ in range(passes)]
         owner.tell("idle")
@@ -328,7 +346,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer passes")
     parser.add_argument("--output", metavar="FILE")
     options = parser.parse_args()
-    passes = 3 if options.quick else 9
+    passes = 3 if options.quick else 5
     report = Report(
         "transfer",
         settings={
@@ -345,7 +363,8 @@ def main() -> None:
     for shape, pool in zip(SHAPES, private, strict=True):
         shape.fill(pool)
     methods: dict[str, Method] = {"memcpy": Loop(private), "shm": shm}
-    methods["gather"] = Loop(mapped(owner.descriptor))
+    sources = mapped(owner.descriptor)
+    methods["gather"] = Loop(sources)
     methods |= {"socket": Plain(owner.port), "tcp": tcp}
     if is_installed():
         methods["nixl_way"] = Ours("nixl", owner.descriptor, owner.key)
@@ -353,7 +372,7 @@ def main() -> None:
         methods |= {kind: Foreign(kind, options.peers) for kind in KINDS}
     try:
         measure(report, methods, passes)
-        measure_at_once(report, owner, passes)
+        measure_at_once(report, owner, sources, passes)
         measure_busy(report, owner, methods, passes)
     finally:
         for method in methods.values():

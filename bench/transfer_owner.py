@@ -61,18 +61,34 @@ def pieces(pool: npt.NDArray[np.uint8], blocks: npt.NDArray[np.int64]) -> list[l
 
 
 def serve_plainly(listener: socket.socket, pools: list[npt.NDArray[np.uint8]]) -> None:
-    """Send what two bytes ask for: a shape, or one block. Never returns."""
+    """Send what two bytes ask for: a shape, or one block; a thread a caller. Never returns."""
     answers = [pieces(pool, shape.blocks[0]) for pool, shape in zip(pools, SHAPES, strict=True)]
     singles = [pieces(pools[index], np.arange(SINGLES_COUNT))[0] for index in SINGLES.values()]
     while True:
         stream, _ = listener.accept()
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while asked := stream.recv(2):
-            if asked[0] < len(answers):
-                for vectors in answers[asked[0]]:
-                    stream.sendmsg(vectors)
-            else:
-                stream.send(singles[asked[0] - len(answers)][asked[1]])
+        threading.Thread(target=answer, args=(stream, answers, singles), daemon=True).start()
+
+
+def answer(
+    stream: socket.socket,
+    answers: list[list[list[memoryview]]],
+    singles: list[list[memoryview]],
+) -> None:
+    """Serve one caller until it hangs up."""
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while asked := stream.recv(2):
+        if asked[0] < len(answers):
+            for vectors in answers[asked[0]]:
+                send_all(stream, vectors)
+        else:
+            stream.send(singles[asked[0] - len(answers)][asked[1]])
+
+
+def send_all(stream: socket.socket, vectors: list[memoryview]) -> None:
+    """Send all of it: with several at once a call may take only a part."""
+    sent, expected = stream.sendmsg(vectors), sum(map(len, vectors))
+    if sent < expected:
+        stream.sendall(b"".join(vectors)[sent:])
 
 
 def compute(is_over: threading.Event) -> None:

@@ -69,7 +69,14 @@ class ChatClient:
 
         Raises: `WorkersUnavailable` when no server answers there, `BadRequest` when it refuses.
         """
-        connection, response = self._call("GET", path, None)
+        return self._object("GET", path, None)
+
+    def post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
+        """Return the JSON object with which a path answers a body. Raises: as `get`."""
+        return self._object("POST", path, body)
+
+    def _object(self, method: str, path: str, body: dict[str, object] | None) -> dict[str, Any]:
+        connection, response = self._call(method, path, body)
         try:
             answer: dict[str, Any] = json.load(response)
         finally:

@@ -2,7 +2,7 @@
 
 Runs the checks of `penstock/cli/checks/` one after the other and shows each finding as it comes.
 Serving is not touched: a cluster may run meanwhile, though it shares the cores with what is
-measured.
+measured. With `--cluster` its workers are asked what the links between them are worth.
 """
 
 import json
@@ -27,6 +27,7 @@ from penstock.cli.checks.installation import (
     check_python,
     check_transport_library,
 )
+from penstock.cli.checks.links import check_links
 from penstock.cli.checks.machine import (
     check_cores,
     check_limits,
@@ -35,6 +36,7 @@ from penstock.cli.checks.machine import (
     check_system,
 )
 from penstock.cli.checks.peer import Peer
+from penstock.cli.client import ChatClient
 from penstock.core.errors import PenstockError
 from penstock.core.types import MIB
 from penstock.core.version import VERSION
@@ -81,7 +83,7 @@ def doctor(options: Namespace) -> int:
     started = time.monotonic()
     voice = _Json() if options.json else _Page()
     report = Report(sections={})
-    for section, checks in _sections(options.peers).items():
+    for section, checks in _sections(options).items():
         voice.begin(section)
         found = report.sections[section] = []
         for finding in _run(checks, QUICK if options.quick else Extent(), voice):
@@ -103,13 +105,19 @@ def listen(host: str, port: int) -> int:
     return 0
 
 
-def _sections(peers: list[tuple[str, int]]) -> dict[str, dict[str, Check]]:
-    """Return what to look at: everything here, or the way to each peer that is named."""
-    if not peers:
+def _sections(options: Namespace) -> dict[str, dict[str, Check]]:
+    """Return what to look at: everything here, the links of a cluster that runs, or the way to each
+    peer that is named.
+    """
+    if options.cluster:
+        client = ChatClient(options.cluster, options.api_key)
+        checks: dict[str, Check] = {"every pair of workers": partial(check_links, client=client)}
+        return {f"hand-off between the workers of {client.url}": checks}
+    if not options.peers:
         return SECTIONS
     return {
         f"hand-off with {host}:{port}": {"transports": partial(check_peer, host=host, port=port)}
-        for host, port in peers
+        for host, port in options.peers
     }
 
 

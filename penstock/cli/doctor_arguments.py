@@ -1,10 +1,13 @@
 """What may be said to `penstock doctor`. Parses and explains; `penstock/cli/doctor.py` acts."""
 
 import argparse
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+SERVER: Final = "http://127.0.0.1:8000"
 
 _EXAMPLES = """\
 examples:
@@ -13,6 +16,8 @@ examples:
   penstock doctor --json | jq .is_ok          for a script; exit status 1 when something failed
   penstock doctor --listen 0.0.0.0:7000       let other hosts try the hand-off with this one
   penstock doctor 10.0.0.5:7000               try it with the host where that runs
+  penstock doctor --cluster                   every pair of workers of the server on this machine
+  penstock doctor --cluster http://10.0.0.5:8000 --json         of another one, for a script
 
 The first time the model's kernels are compiled, which takes longer. Between hosts both need the
 same cluster key: copy its file (0600), or set PENSTOCK_CLUSTER_KEY.
@@ -41,6 +46,21 @@ def add_doctor(commands: "Commands") -> None:
         default=[],
         metavar="HOST:PORT[,HOST:PORT]",
         help="only try the hand-off, with the hosts where `penstock doctor --listen` runs",
+    )
+    add(
+        "--cluster",
+        nargs="?",
+        const=SERVER,
+        metavar="URL",
+        help=f"only the hand-off between the workers of a server that runs (default: {SERVER}): "
+        "for every pair which transports are possible and why not the others, how long opening "
+        "takes, rates beside their limits, clocks, and whether their KV goes together",
+    )
+    add(
+        "--api-key",
+        default=os.environ.get("PENSTOCK_API_KEY"),
+        metavar="KEY",
+        help="that server's (default: $PENSTOCK_API_KEY)",
     )
     add(
         "--listen",

@@ -41,6 +41,7 @@ sessions of agents; told by its columns), or a rule with its numbers:
   chat:turns=5,in=600,out=250,think=20,system=500
   agents:turns=20,in=400,out=80,think=1,system=2000
   step:in=1500,out=300,sigma=0.8,at=120,factor=3            swing:period=600
+  phases:phase=120,busier=1.8
 clusters: COUNTxGPU[-tpN][:prefill|decode|mixed], with commas; GPUs A100 H100 H200 L40S H20 L20
 faults: kill:WORKER@SECONDS, or slow:WORKER@SECONDSxFACTOR (slow:decode-0@30x2 takes twice as long)
 """

@@ -13,6 +13,7 @@ from penstock.control.audit import audit
 from penstock.control.fleet import Fleet
 from penstock.control.policies import HOLDS_BACK
 from penstock.control.record import RequestRecord, WorkerRecord
+from penstock.control.relocation import Relocation, is_due
 from penstock.control.roles import Roles
 from penstock.control.router import Router
 from penstock.control.sizing import Sizing
@@ -34,7 +35,6 @@ from penstock.core.events import (
 )
 from penstock.core.explain import Accuracy, Explanation
 from penstock.core.messages import (
-    Assign,
     BlocksChanged,
     Cancel,
     Expired,
@@ -46,7 +46,7 @@ from penstock.core.messages import (
     TokenOutput,
     Tokens,
 )
-from penstock.core.request import Request, RequestState, Timeline
+from penstock.core.request import Request, RequestState
 from penstock.core.service import ClusterStatus
 from penstock.core.types import FRONT, NS_PER_MS, RequestId, WorkerId
 
@@ -63,6 +63,7 @@ class Controller:
         self.router = Router(config, self.fleet)
         self.admission = Admission(config, self.fleet, self.router)
         self.roles = Roles(config, self.fleet, self.admission.queue)
+        self.relocation = Relocation(self.fleet, self.router)
         self.sizing = Sizing(config, self.fleet, self.roles)
         self.requests: dict[RequestId, RequestRecord] = {}
         self._by_wire_id: dict[RequestId, RequestRecord] = {}
@@ -216,28 +217,25 @@ class Controller:
         if chosen is None:
             return []
         request = self.router.assign(record, *chosen)
-        prefill, decode = record.prefill, record.decode
-        assert prefill is not None
-        assert decode is not None
         self._by_wire_id[record.wire_id] = record
-        is_alone = prefill is decode
+        is_alone = record.prefill is record.decode
         record.move_to(RequestState.DECODING if is_alone else RequestState.PREFILLING)
-        timeline = Timeline(
-            arrived_ns=record.arrived_ns,
-            prefill_worker=prefill.info.worker_id,
-            prompt_tokens=len(request.prompt_token_ids),
-        )
-        assign = Assign(request=request, decode_worker=decode.info.worker_id, timeline=timeline)
-        return [Send(prefill.info.worker_id, assign)]
+        return [record.assignment(request)]
 
     # --------------------------------------------------------------------------- a request goes on
 
     def _note_offered(self, wire_id: RequestId, now_ns: int) -> list[Command]:
         record = self._by_wire_id.get(wire_id)
-        if record is not None and record.state is RequestState.PREFILLING:
+        if record is None:
+            return []
+        if record.state is RequestState.PREFILLING:
             self.router.note_prefilled(record, now_ns)
             record.move_to(RequestState.HANDING_OFF)
             self._has_room = bool(self.admission.queue)
+        elif record.early is not None and record.decode is not None:
+            early, record.early = tuple(record.early), None
+            worker_id = record.decode.info.worker_id
+            return self._take_tokens(Tokens(worker_id=worker_id, outputs=early), now_ns)
         return []
 
     def _take_tokens(self, event: Tokens, now_ns: int) -> list[Command]:
@@ -250,9 +248,13 @@ class Controller:
                 if output.finish_reason is None:  # the cancel crossed these tokens, or was lost
                     commands.append(Send(event.worker_id, Cancel(request_id=output.request_id)))
                 continue
+            if record.been and not is_due(record, event.worker_id, output):
+                continue
             record.output_token_ids += output.token_ids
             if not record.is_decoding:
                 self._start_decoding(record, output, now_ns)
+            elif record.been:
+                self.router.note_moved(record, event.worker_id)
             outputs.append(record.under_own_id(output))
             if output.finish_reason is not None:
                 self.router.lengths.note(len(record.output_token_ids))
@@ -348,9 +350,7 @@ class Controller:
         self._totals["retried"] += 1
         self.router.release(record, now_ns)
         self._by_wire_id.pop(record.wire_id, None)
-        record.prefill = record.decode = None
-        record.is_decoding = False
-        record.move_to(RequestState.QUEUED)
+        record.end_attempt()
         return commands + self._queue(record, now_ns)
 
     def _expire(self, now_ns: int) -> list[Command]:
@@ -376,7 +376,8 @@ class Controller:
         self._is_looking = False
         if membership.relabel(self.fleet, self.roles.look(now_ns)):
             self._has_room = bool(self.admission.queue)
-        commands = [] if self.admission.is_draining else self.sizing.look(now_ns)
+        commands = self.relocation.look(self.requests.values(), now_ns)
+        commands += [] if self.admission.is_draining else self.sizing.look(now_ns)
         is_needed = self.requests or self.sizing.is_needed
         return commands + (self._look_again(now_ns) if is_needed else [])
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from penstock.control.cost import D, TransferCosts
 from penstock.control.fit import Float64
-from penstock.control.prefix_index import Int64, PrefixIndex
+from penstock.control.prefix_index import PrefixIndex
 from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.descriptors import WorkerInfo
@@ -37,6 +37,7 @@ _COLUMNS: Final = (
     "backlog",
     "backlog_least",
     "free_at",
+    "spare_at",
     "step",
     "seats",
     "kv_free",
@@ -64,6 +65,7 @@ class Fleet:
     backlog: Float64
     backlog_least: Float64
     free_at: Float64
+    spare_at: Float64
     step: Float64
     seats: Float64
     kv_free: Float64
@@ -85,6 +87,10 @@ class Fleet:
         self.has_pairs = False
         self.work_ns = 0.0
         """Predicted time of all prefills ever assigned."""
+        self.seat_ns = 0.0
+        """Predicted time from assignment to end of all requests ever assigned."""
+        self.num_booked = 0
+        """How many those are."""
         self.leaving: list[WorkerRecord] = []
         self._by_slot: list[WorkerRecord | None] = []
         self._open: list[bool] = []
@@ -161,6 +167,7 @@ class Fleet:
         self.backlog[slot] = worker.backlog_ns
         self.backlog_least[slot] = worker.backlog_ns / 2
         self.free_at[slot] = worker.free_at_ns
+        self.spare_at[slot] = worker.spare_at_ns
         self.seats[slot] = worker.num_decodes
         self.prefill_tokens[slot] = worker.prefill_tokens
         self.decode_tokens[slot] = worker.decode_tokens
@@ -236,13 +243,13 @@ class Fleet:
         step_error = sum(errors) / len(errors) if errors else 0.0
         return step_error, self.transfers.all_pairs.error
 
-    def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Int64:
+    def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Float64:
         """Return how many tokens of a prompt behind `root` every slot has, [num_slots]."""
-        tokens: Int64 | None = None
+        tokens: Float64 | None = None
         for size in self._block_sizes:
             found = self.index.tokens(token_ids, size, root)
             tokens = found if tokens is None else np.maximum(tokens, found)
-        return np.zeros(len(self._by_slot), np.int64) if tokens is None else tokens
+        return np.zeros(len(self._by_slot)) if tokens is None else tokens
 
     def _resize(self, num_slots: int) -> None:
         added = num_slots - len(self._by_slot)

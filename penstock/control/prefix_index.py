@@ -32,6 +32,7 @@ KNOWN_MAX: Final = 30_000
 """Chunks whose names are remembered, about 600 bytes each."""
 DEAD_SLOTS_MAX: Final = 64
 
+Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -168,12 +169,12 @@ class PrefixIndex:
         levels.append(Level(num_blocks, live))
         return levels
 
-    def tokens(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Int64:
+    def tokens(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Float64:
         """Return how many tokens of a prompt each slot has, [num_slots]."""
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
         blocks = PromptBlocks(token_ids, block_size, root, self._known)
-        tokens = np.zeros(self._num_slots, dtype=np.int64)
+        tokens = np.zeros(self._num_slots)
         for level in self.levels(blocks):
             if level.num_blocks:
                 tokens[slots_of(level.workers)] = level.num_blocks * block_size

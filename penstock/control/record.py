@@ -8,8 +8,9 @@ from msgspec import structs
 
 from penstock.control.cost import WorkerCost
 from penstock.core.descriptors import WorkerInfo
-from penstock.core.messages import Load, TokenOutput
-from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState
+from penstock.core.events import Send
+from penstock.core.messages import Assign, Load, TokenOutput
+from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState, Timeline
 from penstock.core.types import RequestId, Role, WorkerId
 
 SEATS_AHEAD: Final = 1.125
@@ -54,6 +55,7 @@ class WorkerRecord:
         "role",
         "seats_max",
         "slot",
+        "spare_at_ns",
     )
 
     def __init__(self, info: WorkerInfo, slot: int) -> None:
@@ -73,6 +75,8 @@ class WorkerRecord:
         self.num_prefills = 0
         self.backlog_ns = 0.0
         self.free_at_ns = 0.0
+        self.spare_at_ns = 0.0
+        """When what it decodes has made up for the prompts that it has computed beside."""
         self.arriving_tokens = 0
         self.decode_tokens = 0
         self.num_decodes = 0
@@ -115,8 +119,10 @@ class RequestRecord:
     __slots__ = (
         "arrived_ns",
         "attempts",
+        "been",
         "booking",
         "decode",
+        "early",
         "expected_ns",
         "is_decoding",
         "output_token_ids",
@@ -142,6 +148,10 @@ class RequestRecord:
         self.decode: WorkerRecord | None = None
         self.booking: Booking | None = None
         self.output_token_ids: list[int] = []
+        self.been: tuple[WorkerRecord, ...] = ()
+        """Who has had this attempt before; somebody once it was told to go on elsewhere."""
+        self.early: list[TokenOutput] | None = None
+        """What the other one has said so far; None when it may be heard."""
 
     @property
     def request_id(self) -> RequestId:
@@ -180,11 +190,32 @@ class RequestRecord:
             self.wire_id = RequestId(f"{self.request_id}~{self.attempts}")
         self.attempts += 1
         self.prefill, self.decode = prefill, decode
+        self.been, self.early = (), None
         if not self.output_token_ids and self.wire_id == self.request_id:
             return self.request
         return structs.replace(
             self.request, request_id=self.wire_id, output_token_ids=tuple(self.output_token_ids)
         )
+
+    def assignment(self, request: Request) -> Send:
+        """Return what tells this attempt's workers of `request`, as `begin_attempt` gave it."""
+        assert self.prefill is not None
+        assert self.decode is not None
+        prefill_worker = self.prefill.info.worker_id
+        timeline = Timeline(
+            arrived_ns=self.arrived_ns,
+            prefill_worker=prefill_worker,
+            prompt_tokens=len(request.prompt_token_ids),
+        )
+        decode_worker = self.decode.info.worker_id
+        assign = Assign(request=request, decode_worker=decode_worker, timeline=timeline)
+        return Send(prefill_worker, assign)
+
+    def end_attempt(self) -> None:
+        """Wait for another attempt, with the output so far."""
+        self.prefill = self.decode = None
+        self.is_decoding = False
+        self.move_to(RequestState.QUEUED)
 
     def under_own_id(self, output: TokenOutput) -> TokenOutput:
         """Return a worker's output under the id that the client's side knows."""

@@ -3,7 +3,9 @@
 Both loads are ratios to what the SLOs allow, 1 is full:
 
     prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
-    decode    sequences on the decode workers, over those that could run within the TPOT
+    decode    all sequences there are, or will be at once if requests go on to come as of late
+              (their rate times their expected time), over those that the decode workers could run
+              within the TPOT; or the tokens of KV that they are to hold, over what they can
 
 What waits at the controller counts on the side that it waits for: where a prefill worker would take
 the next one, all of them wait for seats or room to decode.
@@ -13,34 +15,51 @@ normal      neither side is full
 imbalanced  one side is full, the other half empty at most
 overloaded  both are full, or one and nothing is to be had from the other
 
-A worker changes sides when that lowers the larger of the two loads clearly (hysteresis), has done
-so for several looks in a row, and the last change is some time ago (cooldown): what a flip must not
-do is be taken back. A flip is a label: it holds from the next assignment on, moves no process and
-drops no cache; sequences that decode where prompts come in now end there. A side never becomes
-empty, and a worker that a person has pinned stays.
+A worker changes sides when the side that it leaves stays clearly below what the other one has now
+(hysteresis) and is not full itself, when that has been so for several looks in a row, and when the
+last change is some time ago (cooldown; less for more of the same, more for the way back while no
+side is full, or when workers have come and gone before): what a flip must not do is be taken back.
+Where one is not enough several go at once, first those whose hardware is better at the work to come
+than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves no
+process and drops no cache; sequences that decode where prompts come in now end there, or are moved
+where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a person
+has pinned stays.
 
 Source: Arrow's loads (arXiv 2505.11916) in place of FlowKV's, whose formula is not published.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from math import log2
 from typing import Final
 
+from penstock.control.cost import B
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.queue import FairQueue
 from penstock.control.record import WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.types import NS_PER_MS, NS_PER_S, Role
 
-ACT_ABOVE: Final = 0.7
+ACT_ABOVE: Final = 0.8
 """Loads below this are nobody's concern, however unequal."""
 GAIN_MIN: Final = 0.15
-"""Part by which the larger load must fall."""
+"""Part of the larger load by which that of the side that gives must stay below it."""
+FULL: Final = 0.9
+"""No side gives what would bring it above this: it would want it back."""
 LOOKS_MIN: Final = 3
 SMOOTHING: Final = 0.3
-FLIPS_SHARE: Final = 8
+FLIPS_SHARE: Final = 4
 """At most one worker in so many changes sides at a time."""
+SETTLE_SHARE: Final = 0.5
+"""Of the cooldown, until more workers follow to the same side."""
+WAY_BACK: Final = 4.0
+"""Times the cooldown, until workers go the other way without a side that is full."""
+PATIENCE_MAX: Final = 8.0
+"""The same where they have come and gone again and again: no split is right, or all are full."""
 TARGET_LOAD: Final = 0.8
+USUAL_TOKENS: Final = 1000.0
+"""Context of a sequence while none decodes."""
 
 
 class Regime(Enum):
@@ -73,15 +92,23 @@ class Loads:
         """The larger of the two."""
         return max(self.prefill, self.decode)
 
-    def after(self, to: Role) -> "Loads":
-        """Return what they would be with one more worker on side `to`, from the other."""
+    def of(self, role: Role) -> float:
+        """Return that of one side."""
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def after(self, to: Role, for_prefill: float = 1.0, for_decode: float = 1.0) -> "Loads":
+        """Return what they would be with one more worker on side `to`, from the other.
+
+        What it is worth on either side is beside the mean worker there.
+        """
         step = 1 if to is Role.PREFILL else -1
-        num_prefill, num_decode = self.num_prefill + step, self.num_decode - step
+        left_prefill = self.num_prefill + step * for_prefill
+        left_decode = self.num_decode - step * for_decode
         return Loads(
-            self.prefill * self.num_prefill / max(num_prefill, 1),
-            self.decode * self.num_decode / max(num_decode, 1),
-            num_prefill,
-            num_decode,
+            self.prefill * self.num_prefill / max(left_prefill, 0.1),
+            self.decode * self.num_decode / max(left_decode, 0.1),
+            self.num_prefill + step,
+            self.num_decode - step,
         )
 
 
@@ -96,11 +123,16 @@ class Roles:
         self._queue = queue
         self._work_ns = 0.0
         self._looked_ns = 0
+        self._seat_ns = 0.0
         self._use = 0.0
+        self._coming = 0.0
         self._wants_decode = 0.0
+        self._context_tokens = USUAL_TOKENS
         self._favours: Role | None = None
         self._num_looks = 0
         self._flipped_ns: int | None = None
+        self._flipped_to: Role | None = None
+        self._patience = 1.0
 
     @property
     def is_needed(self) -> bool:
@@ -120,11 +152,11 @@ class Roles:
         self._favours = favours
         if not self._config.is_switching_roles:
             return []
-        if favours is None or self._num_looks < LOOKS_MIN or not self._is_cool(now_ns):
+        if favours is None or self._num_looks < LOOKS_MIN or not self._is_cool(favours, now_ns):
             return []
         flips = self._choose(favours)
         if flips:
-            self._flipped_ns = now_ns
+            self._note_flips(favours, now_ns)
             self._num_looks = 0
             self.num_flips += len(flips)
         return [(worker, favours) for worker in flips]
@@ -144,9 +176,24 @@ class Roles:
         decode = loads.decode * loads.num_decode / TARGET_LOAD
         return max(1, round(prefill + 0.5)) + max(1, round(decode + 0.5))
 
-    def _is_cool(self, now_ns: int) -> bool:
+    def _is_cool(self, to: Role, now_ns: int) -> bool:
+        if self._flipped_ns is None:
+            return True
         cooldown_ns = self._config.role_cooldown_ms * NS_PER_MS
-        return self._flipped_ns is None or now_ns - self._flipped_ns >= cooldown_ns
+        if to is self._flipped_to:
+            cooldown_ns *= SETTLE_SHARE
+        else:
+            cooldown_ns *= max(self._patience, 1.0 if self.loads.of(to) >= 1 else WAY_BACK)
+        return now_ns - self._flipped_ns >= cooldown_ns
+
+    def _note_flips(self, to: Role, now_ns: int) -> None:
+        """Be more patient after a way back that came soon, and less after one that did not."""
+        if self._flipped_ns is not None and to is not self._flipped_to:
+            soon_ns = 4 * self._patience * self._config.role_cooldown_ms * NS_PER_MS
+            is_soon = now_ns - self._flipped_ns < soon_ns
+            self._patience *= 2.0 if is_soon else 0.5
+            self._patience = min(max(self._patience, 1.0), PATIENCE_MAX)
+        self._flipped_ns, self._flipped_to = now_ns, to
 
     def _side(self, role: Role) -> list[WorkerRecord]:
         """Return who works on a side: everybody on both where nobody is meant for one."""
@@ -163,7 +210,13 @@ class Roles:
         weight = 1.0 if elapsed_ns > 10 * NS_PER_S else SMOOTHING
         self._use += (use - self._use) * weight
         self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
+        coming = (self._fleet.seat_ns - self._seat_ns) / elapsed_ns
+        self._coming += (coming - self._coming) * weight
         self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
+        self._seat_ns = self._fleet.seat_ns
+        num_decodes = sum(w.num_decodes for w in decode)
+        context_tokens = sum(w.context_tokens for w in decode)
+        self._context_tokens = max(context_tokens / num_decodes, 1) if num_decodes else USUAL_TOKENS
         self.loads = Loads(
             max(self._use, self._lateness(prefill)),
             self._fullness(decode),
@@ -180,7 +233,7 @@ class Roles:
         """Return the time until a new prompt would begin, over the TTFT that is asked for."""
         if not workers:
             return 0.0
-        per_token_ns = [float(self._fleet.coefficients[1, w.slot]) for w in workers]
+        per_token_ns = [float(self._fleet.coefficients[B, w.slot]) for w in workers]
         num_tokens = self._queue.num_tokens * (1 - self._wants_decode)
         queued_ns = num_tokens * sum(per_token_ns) / len(workers)
         waiting_ns = sum(w.backlog_ns for w in workers) + queued_ns
@@ -189,10 +242,23 @@ class Roles:
 
     def _fullness(self, workers: list[WorkerRecord]) -> float:
         """Return the sequences that decode, or are to, over the seats within the TPOT."""
+        seats = sum(map(self._seats, workers))
+        # Those on workers that have changed sides, too: they are to come, or would else come back.
+        everybody = [w for w in self._fleet if self._fleet.is_candidate(w)]
+        num_decodes = self._wants_decode * len(self._queue)
+        num_decodes += sum(w.num_decodes for w in everybody)
+        room = sum(w.capacity_tokens for w in workers)
+        held = sum(w.kv_tokens for w in everybody) / room if room else 0.0
+        return max(num_decodes / seats, self._coming / seats, held) if seats else 0.0
+
+    def _seats(self, worker: WorkerRecord) -> float:
+        """Return how many sequences of the usual length a worker could decode within the TPOT."""
         slo_ms = self._config.slo_tpot_ms or self._config.usual_tpot_ms
-        seats = sum(_seats(worker, slo_ms * NS_PER_MS) for worker in workers)
-        num_decodes = sum(w.num_decodes for w in workers) + self._wants_decode * len(self._queue)
-        return num_decodes / seats if seats else 0.0
+        return _seats(worker, slo_ms * NS_PER_MS, self._context_tokens)
+
+    def _speed(self, worker: WorkerRecord) -> float:
+        """Return the tokens of prompts that a worker computes per ns."""
+        return 1 / max(float(self._fleet.coefficients[B, worker.slot]), 1e-9)
 
     def _better(self) -> Role | None:
         """Return the side to which one more worker would clearly help, if any."""
@@ -200,36 +266,49 @@ class Roles:
         if loads.worst < ACT_ABOVE or not self._fleet.has_pairs:
             return None
         to = Role.PREFILL if loads.prefill > loads.decode else Role.DECODE
-        return to if self._gains(loads, to) and self._givers(to) else None
-
-    def _gains(self, loads: Loads, to: Role) -> bool:
-        if (loads.num_decode if to is Role.PREFILL else loads.num_prefill) < 2:
-            return False
-        return loads.after(to).worst <= loads.worst * (1 - GAIN_MIN)
-
-    def _givers(self, to: Role) -> list[WorkerRecord]:
-        """Return who may change to that side, the idlest first."""
-        other = Role.DECODE if to is Role.PREFILL else Role.PREFILL
-        givers = [w for w in self._side(other) if not w.is_pinned]
-        return sorted(givers, key=lambda w: (w.num_decodes, w.backlog_ns))
+        return to if self._choose(to) else None
 
     def _choose(self, to: Role) -> list[WorkerRecord]:
-        """Return as many as it takes, and no more than a share at a time."""
+        """Return who is to change to a side: as many as it takes, but a share at a time."""
+        giving = Role.DECODE if to is Role.PREFILL else Role.PREFILL
+        sides = {role: self._side(role) for role in (to, giving)}
+        speed = _mean(map(self._speed, sides[Role.PREFILL]))
+        seats = _mean(map(self._seats, sides[Role.DECODE]))
         chosen: list[WorkerRecord] = []
         loads = self.loads
         most = max(1, (loads.num_prefill + loads.num_decode) // FLIPS_SHARE)
-        for worker in self._givers(to)[:most]:
-            if not self._gains(loads, to):
+        for worker in self._givers(sides[giving], to)[:most]:
+            for_prefill, for_decode = self._speed(worker) / speed, self._seats(worker) / seats
+            after = loads.after(to, for_prefill, for_decode)
+            is_needed = loads.of(to) >= ACT_ABOVE and len(sides[giving]) - len(chosen) > 1
+            limit = min(loads.of(to) * (1 - GAIN_MIN), FULL)
+            if not is_needed or after.of(giving) > limit:
                 break
-            loads = loads.after(to)
+            loads = after
             chosen.append(worker)
         return chosen
 
+    def _givers(self, side: list[WorkerRecord], to: Role) -> list[WorkerRecord]:
+        """Return who of a side may change: first who is better at the other's work by a factor of
+        two and more beside the rest, then the idlest.
+        """
+        sign = -1 if to is Role.PREFILL else 1
 
-def _seats(worker: WorkerRecord, slo_ns: float) -> float:
-    """Return how many sequences like its own a worker could decode within a time per token."""
+        def order(worker: WorkerRecord) -> tuple[int, int, float]:
+            advantage = log2(self._speed(worker) / self._seats(worker))
+            return round(sign * advantage), worker.num_decodes, worker.backlog_ns
+
+        return sorted((w for w in side if not w.is_pinned), key=order)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 1.0
+
+
+def _seats(worker: WorkerRecord, slo_ns: float, context_tokens: float) -> float:
+    """Return how many sequences of this length a worker could decode within a time per token."""
     fixed, per_sequence, per_token = worker.decode_coefficients
-    context = worker.context_tokens / worker.num_decodes if worker.num_decodes else 1000.0
-    by_time = (slo_ns - fixed) / (per_sequence + per_token * context)
-    by_room = worker.capacity_tokens / max(context, 1.0)
+    by_time = (slo_ns - fixed) / (per_sequence + per_token * context_tokens)
+    by_room = worker.capacity_tokens / context_tokens
     return max(1.0, min(by_time, by_room, worker.info.max_num_seqs))

@@ -9,20 +9,22 @@ from typing import Final
 
 from penstock.control.cost import F
 from penstock.control.explain import Decision, Explanations
+from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.lengths import OutputLengths
-from penstock.control.policies import POLICIES, USES_PREFIXES, Ask, Choice
+from penstock.control.policies import POLICIES, USES_DRAWS, USES_PREFIXES, Ask, Choice
 from penstock.control.policies.policy import breaks_tpot, lacks_room, predict
 from penstock.control.record import Booking, RequestRecord, WorkerRecord
 from penstock.core.config import ControllerConfig
 from penstock.core.errors import StartupFailed
-from penstock.core.request import Request
-from penstock.core.types import NS_PER_MS, RequestId
+from penstock.core.request import Request, RequestState
+from penstock.core.types import NS_PER_MS, RequestId, WorkerId
 
 TPOT_SHARE: Final = 0.9
 """Of the TPOT that is asked for, the part that steps may take: the rest is for what disturbs them,
 such as blocks that arrive and sequences that turn out longer than expected.
 """
+SPARE_MIN: Final = 0.02
 
 
 class Router:
@@ -41,13 +43,15 @@ class Router:
             raise StartupFailed(f"--policy: {config.policy!r} is none of {known}")
         self._choose = POLICIES[config.policy]
         self._uses_prefixes = config.policy in USES_PREFIXES
+        self._draws = config.policy in USES_DRAWS
         self._num_placed = 0
 
     def choose(self, record: RequestRecord, now_ns: int) -> tuple[Ask, Choice] | None:
         """Return what was asked and chosen, or None when nobody is open. Changes no book."""
         if not self._fleet.workers:
             return None
-        ask = self._ask(record.request, record.output_token_ids, now_ns)
+        waited_ns = now_ns - record.queued_ns
+        ask = self._ask(record.request, record.output_token_ids, now_ns, waited_ns=waited_ns)
         choice = self._choose(self._fleet, ask)
         return None if choice is None else (ask, choice)
 
@@ -83,6 +87,10 @@ class Router:
             context=ask.num_tokens + ask.expected_output_tokens // 2,
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
+        if prefill is decode and fleet.has_pairs:
+            self._note_stall(prefill, prediction.prefill_ns, ask)
+        decode_ns = ask.expected_output_tokens * prediction.tpot_ns
+        fleet.seat_ns += prediction.ttft_ns + decode_ns
         self.explanations.note(
             Decision(
                 record.request_id,
@@ -97,6 +105,42 @@ class Router:
             )
         )
         return request
+
+    def ask_to_go_on(self, record: RequestRecord, now_ns: int) -> Ask:
+        """Return what a request asks for that decodes already."""
+        return self._ask(record.request, record.output_token_ids, now_ns, looks_up=False)
+
+    def steps_of_seats(self, ask: Ask) -> Float64:
+        """Return the step of every worker that could decode a request within the TPOT that is usual
+        or asked for, with it, [num_slots]; `CLOSED` and more for the others.
+        """
+        fleet = self._fleet
+        steps: Float64 = fleet.step + fleet.coefficients[F] * ask.num_tokens
+        is_slow = steps > ask.slo_tpot_ns * TPOT_SHARE
+        return steps + fleet.decode_closed + lacks_room(fleet, ask) + is_slow * CLOSED
+
+    def move(self, record: RequestRecord, to: WorkerRecord, now_ns: int) -> None:
+        """Book a request that decodes on another worker from now on: where it is now is where its
+        KV comes from.
+        """
+        booking, source = record.booking, record.decode
+        assert booking is not None
+        assert source is not None
+        self.release(record, now_ns)
+        record.been += record.holders
+        record.prefill, record.decode, record.booking = source, to, booking
+        source.num_requests += 1
+        booking.arriving_tokens = record.num_tokens
+        to.arriving_tokens += record.num_tokens
+        self._book_decode(booking, to)
+        self._fleet.refresh(source)
+
+    def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
+        """Note that a request that moves is heard from where it was to go."""
+        is_there = record.decode is not None and speaker == record.decode.info.worker_id
+        if record.state is RequestState.HANDING_OFF and is_there:
+            self.note_landed(record)
+            record.move_to(RequestState.DECODING)
 
     def note_prefilled(self, record: RequestRecord, now_ns: int) -> None:
         """Take a prefill that is done off its worker's books."""
@@ -145,6 +189,7 @@ class Router:
         now_ns: int,
     ) -> None:
         self._fleet.work_ns += booking.prefill_ns
+        self._fleet.num_booked += 1
         prefill.num_prefills += 1
         prefill.prefill_tokens += record.request.num_tokens
         prefill.backlog_ns += booking.prefill_ns
@@ -153,14 +198,26 @@ class Router:
             prefill.num_requests += 1
             booking.arriving_tokens = record.num_tokens
             decode.arriving_tokens += record.num_tokens
+        self._book_decode(booking, decode)
+        if decode is not prefill:
+            self._fleet.refresh(prefill)
+
+    def _note_stall(self, worker: WorkerRecord, prefill_ns: float, ask: Ask) -> None:
+        """Note a prompt on a worker that decodes: its sequences are behind, and catch up in what
+        their steps leave of the TPOT.
+        """
+        budget_ns = ask.slo_tpot_ns * TPOT_SHARE
+        spare = max(1 - self._fleet.step.item(worker.slot) / budget_ns, SPARE_MIN)
+        worker.spare_at_ns = max(worker.spare_at_ns, ask.now_ns) + prefill_ns / spare
+        self._fleet.refresh(worker)
+
+    def _book_decode(self, booking: Booking, decode: WorkerRecord) -> None:
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
         decode.kv_tokens += booking.kv_tokens
         decode.context_tokens += booking.context_tokens
         decode.num_requests += 1
-        self._fleet.refresh(prefill)
-        if decode is not prefill:
-            self._fleet.refresh(decode)
+        self._fleet.refresh(decode)
 
     def _ask(
         self,
@@ -169,6 +226,7 @@ class Router:
         now_ns: int,
         *,
         looks_up: bool = True,
+        waited_ns: int = 0,
     ) -> Ask:
         config = self._config
         cached = None
@@ -182,11 +240,12 @@ class Router:
             num_tokens=len(request.prompt_token_ids) + num_output,
             expected_output_tokens=self.lengths.expect(request.params.max_tokens - num_output),
             cached_tokens=cached,
-            draw=_draw(request.request_id),
+            draw=_draw(request.request_id) if self._draws else 0,
             turn=self._num_placed,
             now_ns=now_ns,
             slo_ttft_ns=(slo_ttft_ms or config.usual_ttft_ms) * NS_PER_MS,
             slo_tpot_ns=(slo_tpot_ms or config.usual_tpot_ms) * NS_PER_MS,
+            waited_ns=waited_ns,
             tpot_bound_ns=slo_tpot_ms * TPOT_SHARE * NS_PER_MS if slo_tpot_ms else CLOSED,
         )
 

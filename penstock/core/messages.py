@@ -5,13 +5,15 @@ Frozen, tagged structs, encoded as msgpack: nothing on any wire can execute code
 who                     says                                              to
 front                   Submit, Cancel                                    controller
 controller              Assign, Cancel, Migrate, PeerUp, PeerDown, TellNames,   worker
-                        Stop, Ping, Survey
+                        Stop, Ping, Survey, TryLinks
 controller              Tokens, RequestFailed, Resize                     front
 worker                  Hello, Load, BlocksChanged, Tokens, Offered,          controller
-                        Expired, RequestFailed, Ping, Surveyed
+                        Expired, RequestFailed, Ping, Surveyed,
+                        LinksTried
 prefill worker          Offer, Progress, Withdraw                         decode worker
 decode worker           Renew, Release, Grant                             prefill worker
 worker                  ShelfChanged, ShelfUsed                           worker of its host
+worker                  AskTime, TellTime                                 worker
 another host            Join, Ping, Leave, Gone                           controller
 controller              Admitted, Refused, Ping, Evict                    another host
 """
@@ -22,6 +24,7 @@ from msgspec import DecodeError, Struct
 from msgspec.msgpack import Decoder, Encoder
 
 from penstock.core.descriptors import WorkerInfo
+from penstock.core.links import AskTime, LinksTried, TellTime, TryLinks
 from penstock.core.membership import Admitted, Evict, Gone, Join, Leave, Ping, Refused
 from penstock.core.request import Request, Timeline
 from penstock.core.residency import Survey, Surveyed
@@ -350,6 +353,10 @@ Message = (
     | Surveyed
     | ShelfChanged
     | ShelfUsed
+    | TryLinks
+    | LinksTried
+    | AskTime
+    | TellTime
 )
 
 # ------------------------------------------------------------------------------------------ wire

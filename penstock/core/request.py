@@ -59,7 +59,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `output_token_ids` is not empty when the request is continued after a preemption, a migration or
     a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
-    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. Its KV
+    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. With a
+    `kv_window` decoding looks at the first block and the last so many tokens alone. Its KV
     is to be kept for `retention_ns` after its end, before all others' if it is a `pin`. A lower
     `priority` is more urgent; requests of one `fairness_key` share what keys are given in turn. The
     SLOs, in ms, are those of the cluster where there are none.
@@ -71,6 +72,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     accepts_loss: bool = False
+    kv_window: int = 0
     retention_ns: int = 0
     pin: str = ""
     priority: int = 0
@@ -82,7 +84,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def root(self) -> BlockHash:
         """The name that is before that of its first block."""
-        return root_hash(self.cache_salt, accepts_loss=self.accepts_loss)
+        return root_hash(self.cache_salt, accepts_loss=self.accepts_loss, kv_window=self.kv_window)
 
     @property
     def pin_id(self) -> str:
@@ -111,11 +113,11 @@ _ENDINGS = frozenset({RequestState.FINISHED, RequestState.ABORTED, RequestState.
 
 REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
     # A single worker that does both goes from queued straight to decoding; a lost worker puts a
-    # request back in the queue.
+    # request back in the queue. What decodes may be handed on to another worker.
     RequestState.QUEUED: frozenset({RequestState.PREFILLING, RequestState.DECODING}) | _ENDINGS,
     RequestState.PREFILLING: frozenset({RequestState.HANDING_OFF, RequestState.QUEUED}) | _ENDINGS,
     RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED}) | _ENDINGS,
-    RequestState.DECODING: frozenset({RequestState.QUEUED}) | _ENDINGS,
+    RequestState.DECODING: frozenset({RequestState.HANDING_OFF, RequestState.QUEUED}) | _ENDINGS,
     RequestState.FINISHED: frozenset(),
     RequestState.ABORTED: frozenset(),
     RequestState.FAILED: frozenset(),
@@ -127,6 +129,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
     anything to put into them (`reserved_ns` counts from the offer on). `exposed_ns` is how long it
     waited for blocks out of tiers although it was its turn: a part of what is called queue.
+    `pull_copy_ns` is how long bytes were copied, in all parts of a pull together.
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
     the client saw beyond them is the residual.
@@ -146,6 +149,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     pull_bytes: int = 0
     pull_spans: int = 0
     pull_moves: int = 0
+    pull_copy_ns: int = 0
     pull_verified: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -157,6 +161,20 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
+        self.pull_copy_ns = max(self.pull_copy_ns, other.pull_copy_ns)  # one side of the two copies
+
+    def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:
+        """Count a part of the pull that has landed, and the time that copying it took."""
+        self.transport = transport if num_spans else self.transport
+        self.pull_bytes += num_bytes
+        self.pull_spans += num_spans
+        self.pull_moves += 1
+        self.pull_copy_ns += copied_ns
+
+    @property
+    def pull_bytes_per_s(self) -> float:
+        """Rate at which the KV was copied; 0 where nothing was."""
+        return self.pull_bytes * NS_PER_S / self.pull_copy_ns if self.pull_copy_ns > 0 else 0.0
 
     def ledger(self, delivered_ns: int) -> dict[str, float]:
         """Return the parts of TTFT in seconds; they and `residual` add up to `ttft`.

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.explain import Accuracy, Explanation
+from penstock.core.links import LinksTried
 from penstock.core.messages import Load, RequestFailed, TokenOutput
 from penstock.core.request import Request
 from penstock.core.residency import KVQuery, KVSurvey
@@ -118,6 +119,18 @@ class KVDirectory(Protocol):
         """Say where blocks are.
 
         Raises: `UnknownWorker`; `UnknownRequest` when none of the requests is live.
+        """
+
+
+class LinkTester(Protocol):
+    """A cluster whose workers can say what the links between them are worth. Calls are made on the
+    event loop's thread; they wait for the worker, which measures.
+    """
+
+    async def try_links(self, worker_id: WorkerId, moved_bytes: int) -> LinksTried:
+        """Have a worker try every transport to every other one, and measure them.
+
+        Raises: `UnknownWorker`; `DeadlineExceeded` when it does not answer.
         """
 
 

@@ -14,15 +14,9 @@ from pathlib import Path
 from penstock.control.controller import Controller
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest, StartupFailed, UnknownWorker, WorkersUnavailable
-from penstock.core.events import (
-    Configured,
-    Drain,
-    Event,
-    Move,
-    MoveDone,
-    SetRole,
-)
+from penstock.core.events import Configured, Drain, Event, Move, MoveDone, SetRole
 from penstock.core.explain import Accuracy, Explanation
+from penstock.core.links import LinksTried
 from penstock.core.messages import (
     Cancel,
     Hello,
@@ -42,6 +36,7 @@ from penstock.runtime.clock import LoopClock
 from penstock.runtime.folder import RunFolder
 from penstock.runtime.journal import open_journal
 from penstock.runtime.link import Prepare
+from penstock.runtime.links import LinkQuestions
 from penstock.runtime.membership import Membership
 from penstock.runtime.messaging import Messenger, open_network
 from penstock.runtime.process import HostProcess
@@ -115,6 +110,7 @@ class LocalCluster:
             self._messenger, self.settings, deliver=self._deliver, kill=self._supervisor.kill
         )
         self._surveys = Surveys(self._messenger.send)
+        self._links = LinkQuestions(self._messenger.send)
         self._watching = asyncio.ensure_future(self._membership.watch())
         self._supervisor.start()
         self._is_started = True
@@ -210,6 +206,14 @@ class LocalCluster:
             self._info(query.worker_id)
         return await self._surveys.survey(self.controller, query)
 
+    async def try_links(self, worker_id: WorkerId, moved_bytes: int) -> LinksTried:
+        """Have a worker try every transport to every other one, and measure them.
+
+        Raises: `UnknownWorker`; `DeadlineExceeded` when it does not answer.
+        """
+        self._info(worker_id)
+        return await self._links.ask(worker_id, moved_bytes, len(self.controller.workers))
+
     # ----------------------------------------------------------------------------- administration
 
     def start_workers(self, role: Role, count: int) -> tuple[WorkerId, ...]:
@@ -292,6 +296,8 @@ class LocalCluster:
             self._note_ready()
         elif isinstance(message, Surveyed):
             self._surveys.take(message)
+        elif isinstance(message, LinksTried):
+            self._links.take(message)
         elif not self._membership.receive(message):
             self._deliver(message)
 

@@ -1,11 +1,10 @@
 """`Surveys`: questions to all workers, and their answers as they come, until a deadline.
 
-A worker that does not answer in time is named, and what the others said is kept. Owns the open
-questions and how a page of blocks is put together from several workers; what is asked and answered
-is `core/residency.py`'s. Called by `LocalCluster`, on the loop's thread.
+A worker that does not answer in time is named, and what the others said is kept. Owns how a
+page of blocks is put together from several workers; what is asked and answered is
+`core/residency.py`'s. Called by `LocalCluster`, on the loop's thread.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,17 +16,11 @@ from penstock.core.errors import UnknownRequest
 from penstock.core.messages import Message
 from penstock.core.residency import KVQuery, KVSurvey, Place, PlacedBlock, Survey, Surveyed
 from penstock.core.types import RequestId, WorkerId
+from penstock.runtime.questions import Questions
 
 TIMEOUT_S: Final = 2.0
 ROUNDS_MAX: Final = 16
 """Questions for one page: an answer looks at so many blocks at most, and finds few of them."""
-
-
-@dataclass(slots=True)
-class _Question:
-    waiting: set[WorkerId]
-    done: asyncio.Future[None]
-    answers: dict[WorkerId, Surveyed] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -59,19 +52,12 @@ class Surveys:
     def __init__(
         self, send: Callable[[WorkerId, Message], None], timeout_s: float = TIMEOUT_S
     ) -> None:
-        self._send = send
         self._timeout_s = timeout_s
-        self._questions: dict[int, _Question] = {}
-        self._last = 0
+        self._questions = Questions[Surveyed](send)
 
     def take(self, answer: Surveyed) -> None:
         """Take an answer; one that comes too late is of no use any more."""
-        question = self._questions.get(answer.number)
-        if question is not None and answer.worker_id in question.waiting:
-            question.waiting.remove(answer.worker_id)
-            question.answers[answer.worker_id] = answer
-            if not question.waiting and not question.done.done():
-                question.done.set_result(None)
+        self._questions.take(answer.number, answer.worker_id, answer)
 
     async def survey(self, controller: Controller, query: KVQuery) -> KVSurvey:
         """Ask the workers that are up, in the order of their names; requests have other ids there.
@@ -123,17 +109,6 @@ class Surveys:
 
     async def _ask(self, workers: Iterable[WorkerId], survey: Survey) -> dict[WorkerId, Surveyed]:
         """Return the answers that came in time."""
-        waiting = set(workers)
-        if not waiting:
-            return {}
-        self._last += 1
-        question = _Question(waiting, asyncio.get_running_loop().create_future())
-        self._questions[self._last] = question
-        numbered = replace(survey, number=self._last)
-        try:
-            for worker in sorted(waiting):
-                self._send(worker, numbered)
-            await asyncio.wait([question.done], timeout=self._timeout_s)
-        finally:
-            del self._questions[numbered.number]
-        return question.answers
+        return await self._questions.ask(
+            workers, lambda number: replace(survey, number=number), self._timeout_s
+        )

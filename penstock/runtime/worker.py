@@ -19,6 +19,7 @@ from penstock.core.config import WorkerConfig
 from penstock.core.descriptors import Endpoint, RegionDescriptor, TierRegion, WorkerInfo
 from penstock.core.errors import StartupFailed
 from penstock.core.events import Move, MoveDone
+from penstock.core.links import AskTime, TellTime, TryLinks
 from penstock.core.membership import Ping
 from penstock.core.messages import Cancel, Hello, Message, PeerDown, PeerUp, Stop
 from penstock.core.node import Node
@@ -26,9 +27,10 @@ from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, WorkerId
 from penstock.runtime.clock import HostTime, LoopClock
-from penstock.runtime.executor import ThreadExecutor
+from penstock.runtime.executor import Rounds, ThreadExecutor
 from penstock.runtime.heart import Heart, Return
 from penstock.runtime.journal import open_journal
+from penstock.runtime.links import LinkTester, Probe
 from penstock.runtime.messaging import Messenger, open_network
 from penstock.runtime.settings import NetworkSettings, PulseSettings
 from penstock.runtime.transport import LaneTransport
@@ -47,12 +49,22 @@ class KnowsPeers(Protocol):
         """Let go of this incarnation; a newer one is left alone."""
 
 
+@dataclass(frozen=True)
+class WorkerEngine:
+    """What runs a worker's steps, what its thread does first, and a line about it for people."""
+
+    execute: Callable[[Step], tuple[Sampled, ...]]
+    prepare: Callable[[], None]
+    description: str
+    rounds: Rounds | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerParts:
     """What a composition root puts into a worker process, made there after the fork.
 
     `prepare` runs first on the executor's thread. `peers` are told of peers that come and go.
-    `requests` names all that the core knows of.
+    `requests` names all that the core knows of, `probe` tries every transport to a peer.
     """
 
     core: Core
@@ -66,6 +78,8 @@ class WorkerParts:
     engine: str
     requests: Callable[[], Iterable[RequestId]] = tuple
     tiers: tuple[TierRegion, ...] = ()
+    rounds: Rounds | None = None
+    probe: Probe = lambda _info, _moved_bytes: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +134,16 @@ class _WorkerProcess:
             digest=self._parts.digest,
             prepare=self._parts.prepare,
             now=place.time.now_ns,
+            rounds=self._parts.rounds,
         )
         self._moves = LaneTransport(self._messenger, self._parts.move)
+        self._links = LinkTester(
+            config.worker_id,
+            config.layout,
+            self._parts.probe,
+            send=self._messenger.send,
+            now_ns=place.time.now_ns,
+        )
         log = open_journal(self._place.decision_log, f".{config.worker_id}.{config.epoch}")
         self._node = Node(
             self._parts.core,
@@ -187,6 +209,9 @@ class _WorkerProcess:
             case Ping():
                 self._heart.hear(message)
                 return
+            case TryLinks() | AskTime() | TellTime():
+                self._links.hear(message)
+                return
             case Stop(reason=reason):
                 if reason and not self._end.done():
                     self._end.set_exception(StartupFailed(reason))
@@ -197,12 +222,12 @@ class _WorkerProcess:
                 route = self._messenger.route(info.address, info.remote_address)
                 self._messenger.connect(info.worker_id, info.epoch, route)
                 self._peers[info.worker_id] = info.epoch
-                for known in self._parts.peers:
+                for known in (*self._parts.peers, self._links):
                     known.add_peer(info)
             case PeerDown(worker_id=worker_id, epoch=epoch):
                 self._peers.pop(worker_id, None)
                 self._messenger.forget(worker_id, epoch)
-                for known in self._parts.peers:
+                for known in (*self._parts.peers, self._links):
                     known.forget(worker_id, epoch)
                 self._moves.forget(worker_id)
         self._node.deliver(message)

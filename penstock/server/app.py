@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.core.errors import BadRequest, CapacityExceeded, PenstockError
-from penstock.core.service import Administration, KVDirectory, Service
+from penstock.core.service import Administration, KVDirectory, LinkTester, Service
 from penstock.server.asgi import JSON, read_body, respond
 from penstock.server.cluster import ClusterApi
 from penstock.server.errors import error_body, error_headers, error_kind, http_error_body
@@ -31,6 +31,7 @@ from penstock.server.explanations import ExplanationApi
 from penstock.server.gate import CALLER, Gate, id_header
 from penstock.server.generation import Generation
 from penstock.server.intake import Intake, Query
+from penstock.server.links import LinksApi
 from penstock.server.metrics import Metrics
 from penstock.server.openai import CHAT, TEXT, ChunkWriter, Form, token_text
 from penstock.server.openapi import describe_api
@@ -69,11 +70,13 @@ def create_app(
     settings: ServerSettings,
     administration: Administration | None = None,
     directory: KVDirectory | None = None,
+    tester: LinkTester | None = None,
 ) -> Starlette:
     """Return the application that serves `model` from `service`."""
     api = Api(service, model, settings)
     cluster = ClusterApi(service, administration)
     residency = ResidencyApi(directory, api.explanations.ids_of)
+    links = LinksApi(tester)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -95,6 +98,7 @@ def create_app(
             Route("/cluster/workers", cluster.start_workers, methods=["POST"]),
             Route("/pd_role_switch", cluster.switch_role, methods=["POST"]),
             Route("/cluster/workers/{worker}", cluster.retire_worker, methods=["DELETE"]),
+            Route("/cluster/workers/{worker}/links", links.try_links, methods=["POST"]),
             Route("/cluster/requests/{request_id:path}/explanation", api.explanations.show),
             Route("/kv/residency", residency.show),
             Route("/openapi.json", api.show_openapi),

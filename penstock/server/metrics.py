@@ -170,9 +170,8 @@ class Metrics(Collector):
         self._handoff_bytes[transport] += timeline.pull_bytes
         self._handoff_verified[transport] += timeline.pull_verified
         self._histograms["handoff_spans"].observe(timeline.pull_spans)
-        # Of a pull in parts only the last is timed: its rate is not that of all the bytes.
-        if seconds > 0 and timeline.pull_moves == 1:
-            self._handoff_rates[transport].observe(timeline.pull_bytes / seconds)
+        if timeline.pull_copy_ns > 0:
+            self._handoff_rates[transport].observe(timeline.pull_bytes_per_s)
 
     # ------------------------------------------------------------------------------------- scraping
 
@@ -376,7 +375,7 @@ _HELP = {
     "ttft_part_seconds": "Parts that add up to the time to first token.",
     "handoff_seconds": "Time of pulling and verifying one request's KV.",
     "handoff_bytes": "Bytes pulled from prefill workers, by the transport really used.",
-    "handoff_bytes_per_second": "Rate of pulling one request's KV, verifying included.",
+    "handoff_bytes_per_second": "Rate at which one request's KV was copied, in all its parts.",
     "handoff_spans": "Copies it took to pull one request's KV; 1 is one piece.",
     "handoff_verified": "Requests whose pulled KV was compared with the digests of its offer.",
     "handoff_corrupt": "Pulls whose content was not what was offered; they were pulled again.",

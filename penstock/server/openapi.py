@@ -20,6 +20,7 @@ from penstock.server.cluster import (
 )
 from penstock.server.errors import ERROR_KINDS, ErrorBody
 from penstock.server.explanations import ExplainedRequests
+from penstock.server.links import LinksView, TryLinksBody
 from penstock.server.residency import PARAMETERS, KVResidencyView
 from penstock.server.results import (
     ChatCompletion,
@@ -77,6 +78,10 @@ _OPERATIONS = (
         "post", "/cluster/workers", "Start more workers here", StartWorkers, WorkersStarted
     ),
     _Operation("post", "/pd_role_switch", "Give a worker another role", SwitchRole, RoleSwitched),
+    _Operation(
+        "post", "/cluster/workers/{worker}/links", "Try and measure a worker's links to the others",
+        TryLinksBody, LinksView,
+    ),
     _Operation(
         "delete", "/cluster/workers/{worker}", "Let a worker finish and leave", None, WorkerLeaves
     ),

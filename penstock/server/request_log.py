@@ -48,5 +48,6 @@ def _moved(timeline: Timeline) -> str:
     milliseconds = (timeline.pulled_ns - timeline.reserved_ns) / NS_PER_MS
     return (
         f" transport={timeline.transport.replace(' ', '')} pull_bytes={timeline.pull_bytes}"
-        f" spans={timeline.pull_spans} pull_ms={milliseconds:.2f}"
+        f" gb_per_s={timeline.pull_bytes_per_s / 1e9:.2f} spans={timeline.pull_spans}"
+        f" pull_ms={milliseconds:.2f}"
     )

@@ -2,8 +2,8 @@
 
 Rules (`KINDS` has their numbers): `fixed` and `lognormal` single requests, `chat` and `agents`
 sessions of many turns, `step` a rate that changes once, `swing` a mix whose ratio of input to
-output swings. A file with times keeps their pattern, faster or slower when a rate is asked for; one
-without times is drawn from at that rate.
+output swings, `phases` its two kinds in turns. A file with times keeps their pattern, faster or
+slower when a rate is asked for; one without times is drawn from at that rate.
 
 Called by the command line and by benchmarks.
 """
@@ -25,6 +25,7 @@ from penstock.sim.workload import (
     arrival_times,
     constant,
     lognormal,
+    phased,
     sessions,
     step,
     swinging,
@@ -38,6 +39,7 @@ KINDS: Final[dict[str, dict[str, float]]] = {
     "agents": {"turns": 20, "in": 400, "out": 80, "think": 1, "system": 2000},
     "step": {"in": 1500, "out": 300, "sigma": 0.8, "at": 120, "factor": 3},
     "swing": {"period": 600},
+    "phases": {"phase": 120, "busier": 1.8},
 }
 """Rules by name, with their numbers and what they are unless said otherwise."""
 _NAMES_PER_ROUND: Final = 10_000_000
@@ -95,6 +97,9 @@ def _by_rule(spec: WorkloadSpec, kind: str, rest: str) -> Iterator[Arrival]:
             return synthetic(rng, lengths, times(changing))
         case "swing":
             return swinging(rng, rate, duration_s, period_s=numbers["period"], cv=spec.cv)
+        case "phases":
+            phase_s, busier = numbers["phase"], numbers["busier"]
+            return phased(rng, rate, duration_s, phase_s=phase_s, busier=busier)
         case _:
             shape = SessionShape(
                 turns=numbers["turns"],

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from penstock.core.events import Move, MoveDone
+from penstock.core.events import Move, MoveClass, MoveDone
 from penstock.core.messages import Message
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_S, WorkerId
 from penstock.sim.clock import SimClock
@@ -112,7 +112,13 @@ class Fabric:
         move: Move,
         done: Callable[[MoveDone], None],
     ) -> None:
-        """Carry a move's bytes; it fails when the source is gone, or another, at its end."""
+        """Carry a move's bytes; it fails when the other side is gone, or another, at its end.
+
+        What has a destination is written there (push), all else is read. A comparison of what is
+        there already reads its own memory.
+        """
+        peer = move.destination or move.source
+        is_own = peer == reader or move.kind is MoveClass.VERIFY
         started_ns = self.clock.now_ns()
         num_spans = sum(map(len, move.spans))
         num_bytes = sum(
@@ -122,8 +128,9 @@ class Fabric:
         )
 
         def land() -> None:
-            source = self._nodes.get(move.source)
-            is_there = source is not None and source[0] == move.epoch
+            node = self._nodes.get(peer)
+            is_there = node is not None and node[0] == move.epoch
+            is_there |= move.kind is MoveClass.VERIFY
             done(
                 MoveDone(
                     move_id=move.move_id,
@@ -132,15 +139,15 @@ class Fabric:
                     transport="sim",
                     started_ns=started_ns,
                     finished_ns=self.clock.now_ns(),
-                    error=None if is_there else f"{move.source} is gone",
+                    error=None if is_there else f"{peer} is gone",
                 )
             )
 
         begins_ns = started_ns + self.cost.latency_ns + num_spans * self.cost.span_ns
-        if move.source == reader:  # within its own memory: nobody else's link is used
+        if is_own:  # within its own memory: nobody else's link is used
             self.clock.call_at(begins_ns + int(num_bytes / OWN_BYTES_PER_S * NS_PER_S), land)
             return
-        links = self._way(move.source, reader)
+        links = self._way(reader, peer) if move.destination else self._way(peer, reader)
         if num_bytes:
             self.clock.call_at(begins_ns, lambda: self.links.carry(links, num_bytes, land))
         else:

@@ -13,7 +13,7 @@ import numpy as np
 from penstock.control.controller import Controller
 from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, Handoff, WorkerConfig
-from penstock.core.events import Command, Event, WorkerLost
+from penstock.core.events import Command, Event, SetRole, WorkerLost
 from penstock.core.messages import (
     Cancel,
     Hello,
@@ -60,6 +60,7 @@ class ClusterSpec:
     model: MakeModel = chain_model
     handoff: Handoff = Handoff.STREAM
     is_defragmenting: bool = True
+    max_rounds: int = 1
     has_digests: bool = True
     tiers: tuple[SimTier, ...] = ()
     detection_ns: int = 20 * NS_PER_MS
@@ -94,6 +95,7 @@ class SimWorker:
             eos_token_ids=spec.eos_token_ids,
             handoff=spec.handoff,
             is_defragmenting=spec.is_defragmenting,
+            max_rounds=spec.max_rounds,
             tiers=tiers.configs(),
         )
         generations = tuple(np.zeros(count, np.int64) for count in spec.num_blocks)
@@ -106,7 +108,9 @@ class SimWorker:
         transport = SimTransport(network, self.config.worker_id, memory, lambda: self.is_alive)
         model = spec.model(layout, self.pools)
         digested = self.pools if spec.has_digests else ()
-        executor = SimExecutor(network.clock, spec.step_cost, model, digested)
+        executor = SimExecutor(
+            network.clock, spec.step_cost, model, digested, block_size=layout.block_size
+        )
         clock = MortalClock(network.clock, lambda: self.is_alive)
         self._node = Node(
             self.core, clock=clock, transport=transport, executor=executor, log=self.log
@@ -220,6 +224,11 @@ class SimCluster:
     def kill(self, name: str, at_ns: int) -> None:
         """Schedule a worker's death; its successor joins with the next epoch some time later."""
         self.clock.call_at(at_ns, lambda: self._kill(name))
+
+    def set_role(self, name: str, role: Role, at_ns: int) -> None:
+        """Schedule a change of a worker's label, as a person asks for it."""
+        change = SetRole(worker_id=WorkerId(name), role=role, is_pinned=True)
+        self.clock.call_at(at_ns, lambda: self._node.deliver(change))
 
     def restart_controller(self, at_ns: int) -> None:
         """Schedule the controller's death: another takes its place, and the workers find it with

@@ -13,7 +13,7 @@ from itertools import count
 from penstock.control.controller import Controller
 from penstock.control.policies import USES_PREFIXES
 from penstock.core.block import KVLayout
-from penstock.core.config import ControllerConfig, WorkerConfig
+from penstock.core.config import ControllerConfig, Handoff, WorkerConfig
 from penstock.core.events import Configured, Event, Move, MoveDone, Retire, WorkerLost
 from penstock.core.messages import (
     Hello,
@@ -64,6 +64,7 @@ class ServeSpec:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int = 1 << 17
+    handoff: Handoff = Handoff.STREAM
     is_prefix_caching: bool = True
     is_defragmenting: bool = False
     max_repeats: int = 64
@@ -110,6 +111,7 @@ class ModelledWorker:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
+            handoff=spec.handoff,
             is_prefix_caching=spec.is_prefix_caching,
             is_defragmenting=spec.is_defragmenting,
             max_repeats=spec.max_repeats if hardware.spread is None else 1,

@@ -156,19 +156,44 @@ def step(rate: float, at_s: float, factor: float) -> Rate:
     return lambda now_s: rate * (factor if now_s >= at_s else 1.0)
 
 
+LONG_PROMPT, LONG_ANSWER = (6000, 120), (600, 1500)
+"""Mean prompt and output tokens of the two kinds that loads swing between: summaries, reasoning."""
+
+
+def phased(
+    rng: random.Random, rate: float, duration_s: float, *, phase_s: float, busier: float
+) -> Iterator[Arrival]:
+    """Yield long prompts with short answers for `phase_s`, then short prompts with long answers at
+    `busier` times the rate for as long, and so on; `rate` is the mean of both.
+    """
+
+    def is_answering(now_s: float) -> bool:
+        return int(now_s // phase_s) % 2 == 1
+
+    first = 2 * rate / (1 + busier)
+
+    def rate_at(now_s: float) -> float:
+        return first * busier if is_answering(now_s) else first
+
+    times_s = arrival_times(rng, rate_at, duration_s)
+    for name, at_s in zip(count(FIRST_NAME), times_s, strict=False):
+        num_input, num_output = LONG_ANSWER if is_answering(at_s) else LONG_PROMPT
+        pieces = ((name, lognormal(rng, num_input, 0.5)),)
+        yield Arrival(int(at_s * NS_PER_S), pieces, lognormal(rng, num_output, 0.5))
+
+
 def swinging(
     rng: random.Random, rate: float, duration_s: float, *, period_s: float, cv: float = 1.0
 ) -> Iterator[Arrival]:
     """Yield requests of two kinds whose shares swing against each other with `period_s`.
 
-    Long prompts with short answers (summaries: 6,000 in, 120 out) at one end, short prompts with
-    long answers (reasoning: 600 in, 1,500 out) at the other: the regime in which no static split
-    of the workers is right for long.
+    Long prompts with short answers at one end, short prompts with long answers at the other. Loads
+    go up and down slowly, and a split in the middle is never far off.
     """
 
     def lengths_at(now_s: float) -> tuple[int, int]:
         is_long_prompt = rng.random() < 0.5 + 0.5 * math.sin(2 * math.pi * now_s / period_s)
-        num_input, num_output = (6000, 120) if is_long_prompt else (600, 1500)
+        num_input, num_output = LONG_PROMPT if is_long_prompt else LONG_ANSWER
         return lognormal(rng, num_input, 0.5), lognormal(rng, num_output, 0.5)
 
     times_s = arrival_times(rng, constant(rate), duration_s, cv=cv)

@@ -34,8 +34,10 @@ def cut(source_ids: BlockIds, destination_ids: BlockIds) -> SpanArray:
     """
     count = len(source_ids)
     assert count == len(destination_ids), (count, len(destination_ids))
-    if count <= 1:
-        return np.array([(*source_ids, *destination_ids, 1)][:count], np.int64).reshape(-1, 3)
+    if count == 1:
+        return np.array(((source_ids[0], destination_ids[0], 1),), np.int64)
+    if count == 0:
+        return np.empty((0, 3), np.int64)
     ids = np.stack([as_array(source_ids), as_array(destination_ids)])
     is_cut = (np.diff(ids) != 1).any(axis=0)
     starts = np.concatenate(([0], np.flatnonzero(is_cut) + 1))

@@ -53,8 +53,8 @@ class Region:
 
 
 def address_of(array: npt.NDArray[np.uint8] | SpanArray) -> int:
-    """Return where an array's first element lies; quicker than `array.ctypes.data`."""
-    address: int = array.__array_interface__["data"][0]
+    """Return where an array's first element lies."""
+    address: int = array.ctypes.data
     return address
 
 
@@ -87,13 +87,16 @@ def bounds_error(spans: SpanArray, *, source_blocks: int, destination_blocks: in
         else _suspects(spans, source_blocks, destination_blocks)
     )
     for source, destination, count in rows:
+        is_span = count > 0 and source >= 0 and destination >= 0
+        is_inside = source + count <= source_blocks and destination + count <= destination_blocks
+        if is_span and is_inside:
+            continue
         span = Span(BlockId(source), BlockId(destination), count)
-        if count <= 0 or source < 0 or destination < 0:
+        if not is_span:
             return f"{span} is not a span"
         if source + count > source_blocks:
             return f"{span} leaves the source, which has {source_blocks} blocks"
-        if destination + count > destination_blocks:
-            return f"{span} leaves the destination, which has {destination_blocks} blocks"
+        return f"{span} leaves the destination, which has {destination_blocks} blocks"
     return None
 
 

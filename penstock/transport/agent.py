@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from penstock.core.block import KVLayout
 from penstock.core.descriptors import RegionDescriptor
@@ -56,8 +57,7 @@ class Peer:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pulled:
+class Pulled(Struct, frozen=True):
     """What a pull took: by which transport, how much was read in how many spans."""
 
     transport: str

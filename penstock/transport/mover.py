@@ -26,6 +26,7 @@ from penstock.transfer.plan import SpanArray, cut, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transfer.reshape import plan_reshape, whole_blocks
 from penstock.transport.cuda_ipc import CudaIpc, CudaRegion, MappedCudaPool, OwnCudaPool
+from penstock.transport.nixl import NixlRegion
 from penstock.transport.peers import Peers
 from penstock.transport.reshape import Carried, Reshaper, check
 from penstock.transport.shm import MappedPool, SharedMemory
@@ -42,7 +43,7 @@ class BlockMover:
 
     A peer has a region of counters for each of its own (`transfer/generation.py`), read last.
     `ways` are tried in their order; what was used stands in `MoveDone.transport`. Pools of a GPU
-    are filled from pools of GPUs, by `CudaIpc`; counters are the host's in any case.
+    are filled from pools of GPUs, by `CudaIpc` or NIXL; counters are the host's in any case.
     Source: KVDirect (arXiv 2501.14743), one-sided reads without a communicator.
     """
 
@@ -255,7 +256,7 @@ def _pull(source: Source, destination: Pool, spans: SpanArray) -> None:
     """Copy spans. Raises: `PeerLost` where a GPU's memory would be filled from the host's, and what
     `Source.pull` raises.
     """
-    if isinstance(source, MappedCudaPool | OwnCudaPool):
+    if isinstance(source, MappedCudaPool | OwnCudaPool | NixlRegion):
         source.pull(destination, spans)
     elif isinstance(destination, Region):
         source.pull(destination, spans)  # of any other kind: they know the host's memory alone

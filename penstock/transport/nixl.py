@@ -1,7 +1,8 @@
 """The way to memory of peers through NIXL over UCX: one-sided reads, by RDMA where there is any.
 
 For each region, its own and a peer's, a list of descriptors is prepared once; a pull names entries
-of two lists. With every pull comes a page on which the owner keeps its epoch: memory that answers
+of two lists. Regions may be on GPUs: UCX then copies between the two, or reads into one over RDMA.
+With every pull comes a page on which the owner keeps its epoch: memory that answers
 at an address which is used again is found out, without the owner's help.
 
 When to take it: UCX authenticates nobody, and where it has nothing better than TCP it emulates
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from penstock.core.errors import BackendUnavailable, DeadlineExceeded, PeerLost
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import PeerMemory, Region, described_blocks
+from penstock.transport.cuda_ipc import CudaRegion
 from penstock.transport.nixl_agent import NIXL, Entries, NixlAgent, Rows
 from penstock.transport.nixl_owner import PAGE, NixlAddress, address_of_owner
 from penstock.transport.tcp import BYTES_PER_S_MIN, SILENCE_S
@@ -32,6 +34,8 @@ from penstock.transport.tcp import BYTES_PER_S_MIN, SILENCE_S
 DESTINATIONS_MAX: Final = 64
 """Regions to pull into that stay registered."""
 _NOTHING: Final = np.empty((0, 3), np.int64)
+_ONE: Final = np.zeros(1, np.int32)
+Pool = Region | CudaRegion
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +88,7 @@ class Nixl:
         return region
 
     def read(
-        self, source: "NixlRegion", destination: Region | None = None, spans: SpanArray = _NOTHING
+        self, source: "NixlRegion", destination: Pool | None = None, spans: SpanArray = _NOTHING
     ) -> None:
         """Read spans of a region, and the owner's page; without spans the page alone.
 
@@ -161,7 +165,7 @@ class NixlRegion:
         self.num_blocks = described_blocks(memory.regions[index])
         self.block_bytes = memory.regions[index].block_bytes
 
-    def pull(self, destination: Region, spans: SpanArray) -> None:
+    def pull(self, destination: Pool, spans: SpanArray) -> None:
         """Read spans that lie inside both regions; the interpreter is free meanwhile.
 
         Raises: `PeerLost` when the peer is gone or came back, `DeadlineExceeded` when it is silent.
@@ -174,16 +178,20 @@ class NixlRegion:
 
 @dataclass(slots=True)
 class _Opened:
-    """A peer as our agent knows it: its name there, and the list of each region."""
+    """A peer as our agent knows it: its name there, the list of its page alone, and that of each
+    region.
+    """
 
     agent_name: str
+    page: int
     lists: dict[int, int] = field(default_factory=dict)
 
 
 class _Reader:
     """An agent that reads. Not for several threads at once.
 
-    The last entry of every list is the owner's page, or the place where it lands.
+    The last entry of every list of the host's memory is the owner's page, or the place where it
+    lands. Lists of a GPU's have none, so where one is in it the page is read behind the blocks.
     """
 
     def __init__(self) -> None:
@@ -192,27 +200,30 @@ class _Reader:
         self._landed = Region(np.zeros((1, PAGE.size), np.uint8))
         self._agent.register(self._landed)
         self._page_alone = self._agent.prepare(None, _rows(0, 0, 0, page=self._landed.address))
-        self._destinations: OrderedDict[tuple[int, int, int], tuple[Region, int]] = OrderedDict()
+        self._destinations: OrderedDict[tuple[int, ...], tuple[Pool, int]] = OrderedDict()
 
     def read(
         self,
         source: NixlRegion,
-        destination: Region | None,
+        destination: Pool | None,
         spans: SpanArray,
         watch: Callable[[], None],
     ) -> None:
         """Read spans and the page. Raises: `PeerLost`, `BackendUnavailable`, what `watch` does."""
+        peer = source.peer
         theirs, ours, last = self._source(source), self._page_alone, 0
         if destination is not None:
             ours, last = self._destination(destination), destination.num_blocks
         self._landed.blocks[:] = 0
         starts, to, counts = spans.T
-        self._agent.read(
-            (ours, _entries(to, counts, last)),
-            (theirs, _entries(starts, counts, source.num_blocks)),
-            watch,
-        )
-        peer = source.peer
+        ends = _entries(to, counts, last), _entries(starts, counts, source.num_blocks)
+        if peer.address.device(source.index) is None and not isinstance(destination, CudaRegion):
+            self._agent.read((ours, ends[0]), (theirs, ends[1]), watch)
+        else:
+            if len(spans):
+                self._agent.read((ours, ends[0][:-1]), (theirs, ends[1][:-1]), watch)
+            page = self._opened(peer).page
+            self._agent.read((self._page_alone, _ONE), (page, _ONE), watch)
         if self._landed.blocks.tobytes() != PAGE.pack(peer.epoch, peer.address.token):
             raise PeerLost("it is in another epoch: what was known of it is out of date")
 
@@ -220,7 +231,7 @@ class _Reader:
         """Give up what is open to a peer."""
         opened = self.opened.pop(peer, None)
         if opened is not None:
-            for prepared in opened.lists.values():
+            for prepared in (opened.page, *opened.lists.values()):
                 self._agent.release(prepared)
             self._agent.remove(opened.agent_name)
 
@@ -229,21 +240,29 @@ class _Reader:
         self.opened.clear()
         self._agent.close()
 
-    def _source(self, source: NixlRegion) -> int:
-        peer = source.peer
+    def _opened(self, peer: _Peer) -> _Opened:
         if peer not in self.opened:
             name = self._agent.add(peer.address.metadata)
             if any(name == opened.agent_name for opened in self.opened.values()):
                 raise PeerLost("it gives the metadata of another peer")
-            self.opened[peer] = _Opened(name)
-        opened = self.opened[peer]
+            page = self._agent.prepare(name, _rows(0, 0, 0, page=peer.address.page))
+            self.opened[peer] = _Opened(name, page)
+        return self.opened[peer]
+
+    def _source(self, source: NixlRegion) -> int:
+        opened, address = self._opened(source.peer), source.peer.address
         if source.index not in opened.lists:
-            base, page = peer.address.bases[source.index], peer.address.page
-            rows = _rows(base, source.num_blocks, source.block_bytes, page=page)
-            opened.lists[source.index] = self._agent.prepare(opened.agent_name, rows)
+            base, device = address.bases[source.index], address.device(source.index)
+            rows = _rows(base, source.num_blocks, source.block_bytes, page=address.page)
+            if device is not None:
+                rows = _on_device(rows, device)
+            opened.lists[source.index] = self._agent.prepare(
+                opened.agent_name, rows, is_gpu=device is not None
+            )
         return opened.lists[source.index]
 
-    def _destination(self, region: Region) -> int:
+    def _destination(self, region: Pool) -> int:
+        is_gpu = isinstance(region, CudaRegion)
         key = (region.address, region.num_blocks, region.block_bytes)
         if key not in self._destinations:
             if len(self._destinations) >= DESTINATIONS_MAX:
@@ -252,7 +271,9 @@ class _Reader:
                 self._agent.unregister(oldest)
             self._agent.register(region)
             rows = _rows(*key, page=self._landed.address)
-            self._destinations[key] = region, self._agent.prepare(None, rows)
+            if isinstance(region, CudaRegion):
+                rows = _on_device(rows, region.device)
+            self._destinations[key] = region, self._agent.prepare(None, rows, is_gpu=is_gpu)
         self._destinations.move_to_end(key)
         return self._destinations[key][1]
 
@@ -264,6 +285,12 @@ def _rows(base: int, num_blocks: int, block_bytes: int, *, page: int) -> Rows:
     rows[:-1, 1] = block_bytes
     rows[-1, :2] = page, PAGE.size
     return rows
+
+
+def _on_device(rows: Rows, device: int) -> Rows:
+    """Return the same blocks as a device's, without the page."""
+    rows[:, 2] = device
+    return rows[:-1]
 
 
 def _entries(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], last: int) -> Entries:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from penstock.core.errors import BackendUnavailable, PeerLost, PenstockError
 from penstock.transfer.region import Region
+from penstock.transport.cuda_ipc import CudaRegion
 
 NIXL: Final = "nixl"
 MISSING: Final = "NIXL is not installed: pip install 'penstock[nixl]'"
@@ -74,12 +75,15 @@ class NixlAgent:
             options = {"ucx_error_handling_mode": "peer"}
             self._backends = [self._agent.createBackend("UCX", options)]
 
-    def register(self, region: Region) -> None:
-        """Register memory, which must outlive the agent. Raises: `BackendUnavailable`."""
+    def register(self, region: Region | CudaRegion) -> None:
+        """Register memory of the host or of a GPU, which must outlive the agent.
+
+        Raises: `BackendUnavailable`.
+        """
         with self._failing(BackendUnavailable, f"NIXL cannot register {region.capacity_bytes} B"):
             self._agent.registerMem(self._memory(region), self._backends)
 
-    def unregister(self, region: Region) -> None:
+    def unregister(self, region: Region | CudaRegion) -> None:
         """Let go of memory that no read is under way into. Raises: `BackendUnavailable`."""
         with self._failing(BackendUnavailable, "NIXL cannot let go of memory"):
             self._agent.deregisterMem(self._memory(region), self._backends)
@@ -101,12 +105,14 @@ class NixlAgent:
         with suppress(*self._failures):  # it is gone already
             self._agent.invalidateRemoteMD(name)
 
-    def prepare(self, name: str | None, rows: Rows) -> int:
-        """Return a list of descriptors of another agent's memory, or of our own.
+    def prepare(self, name: str | None, rows: Rows, *, is_gpu: bool = False) -> int:
+        """Return a list of descriptors of another agent's memory, or of our own; all of the host's
+        memory or all of GPUs'.
 
         Raises: `PeerLost` when they are not inside memory that is registered.
         """
-        descriptors = self._library.nixlXferDList(self._library.DRAM_SEG, rows)
+        kind = self._library.VRAM_SEG if is_gpu else self._library.DRAM_SEG
+        descriptors = self._library.nixlXferDList(kind, rows)
         with self._failing(PeerLost, "NIXL finds the blocks outside what is registered"):
             prepared: int = self._agent.prepXferDlist(
                 self._library.NIXL_INIT_AGENT if name is None else name, descriptors, self._backends
@@ -150,7 +156,10 @@ class NixlAgent:
         """End the agent, and with it every read that is under way on either side."""
         self._agent = None
 
-    def _memory(self, region: Region) -> Any:  # noqa: ANN401 - theirs, without a type
+    def _memory(self, region: Region | CudaRegion) -> Any:  # noqa: ANN401 - theirs, without a type
+        if isinstance(region, CudaRegion):
+            rows = [(region.address, region.capacity_bytes, region.device, "")]
+            return self._library.nixlRegDList(self._library.VRAM_SEG, rows)
         rows = [(region.address, region.capacity_bytes, 0, "")]
         return self._library.nixlRegDList(self._library.DRAM_SEG, rows)
 

@@ -17,9 +17,11 @@ import numpy as np
 from penstock.core.descriptors import Endpoint
 from penstock.core.errors import PeerLost
 from penstock.transfer.region import PeerMemory, Region
+from penstock.transport.cuda_ipc import CudaRegion
 from penstock.transport.nixl_agent import NIXL, NixlAgent
 
 TOKEN_BYTES: Final = 32
+HOST: Final = -1
 PAGE: Final = Struct(f"<Q{TOKEN_BYTES}s24x")
 """An owner's epoch and a random token."""
 _Place = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -32,6 +34,13 @@ class NixlAddress(msgspec.Struct, frozen=True, array_like=True):
     page: _Place
     token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
     bases: tuple[_Place, ...]
+    devices: tuple[int, ...] = ()
+    """Of regions on GPUs the device there, of others -1; without an entry all are the host's."""
+
+    def device(self, index: int) -> int | None:
+        """Return the device that a region is on, or None where it is the host's."""
+        device = self.devices[index] if index < len(self.devices) else HOST
+        return device if device >= 0 else None
 
 
 class NixlOwner:
@@ -46,19 +55,22 @@ class NixlOwner:
         page = np.frombuffer(bytearray(PAGE.pack(epoch, self._token)), np.uint8)
         self._page = Region(page.reshape(1, -1))
         self._agent.register(self._page)
-        self._regions: list[Region] = []
+        self._regions: list[Region | CudaRegion] = []
 
     @property
     def endpoint(self) -> Endpoint:
         """How what is registered by now is read. Who knows it can: it is for peers alone."""
         bases = tuple(region.address for region in self._regions)
-        address = NixlAddress(self._agent.metadata, self._page.address, self._token, bases)
+        devices = tuple(
+            region.device if isinstance(region, CudaRegion) else HOST for region in self._regions
+        )
+        address = NixlAddress(self._agent.metadata, self._page.address, self._token, bases, devices)
         return Endpoint(NIXL, base64.b64encode(msgspec.msgpack.encode(address)).decode())
 
-    def add(self, region: Region) -> int:
-        """Let a region be read; return its index. Its memory stays until `close`.
+    def add(self, region: Region | CudaRegion) -> int:
+        """Let a region be read, of the host's memory or a GPU's; return its index.
 
-        Raises: `BackendUnavailable` when it cannot be registered.
+        Its memory stays until `close`. Raises: `BackendUnavailable` when it cannot be registered.
         """
         self._agent.register(region)
         self._regions.append(region)

@@ -32,8 +32,8 @@ import numpy as np
 from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import PeerLost, StartupFailed
 from penstock.transfer.plan import SpanArray
-from penstock.transfer.region import PeerMemory, Region, address_of, described_blocks
-from penstock.transport.native.library import load_library
+from penstock.transfer.region import PeerMemory, Region, described_blocks
+from penstock.transport.native.library import address_of_own, load_library
 
 MEMFD: Final = "memfd"
 FILE: Final = "file"
@@ -179,11 +179,12 @@ def copy_spans(source: Region, destination: Region, spans: SpanArray) -> None:
     Without the interpreter lock: the worker's other threads go on.
     """
     library = load_library()
+    if not len(spans):
+        return
     if library is not None:
         assert spans.flags.c_contiguous, spans.strides
-        library.penstock_copy(
-            source.address, destination.address, source.block_bytes, address_of(spans), len(spans)
-        )
+        addresses = source.address, destination.address
+        library.penstock_copy(*addresses, source.block_bytes, address_of_own(spans), len(spans))
         return
     for start, to, count in spans.tolist():
         destination.blocks[to : to + count] = source.blocks[start : start + count]

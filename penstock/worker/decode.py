@@ -309,11 +309,11 @@ class PullDesk:
             filled = whole_blocks(wanted, self.config.layout.block_size)
             self.kv.note_digests(index, zip(filled, digests, strict=False))
         arrival.is_verified &= all(r.is_verified for r in copy.reshapes)
-        timeline = arrival.offer.timeline
-        timeline.transport = done.transport if done.num_spans else timeline.transport
-        timeline.pull_bytes += done.num_bytes
-        timeline.pull_spans += done.num_spans
-        timeline.pull_moves += 1
+        # What was pushed has been copied by the other side, which has stamped how long that took.
+        copied_ns = 0 if arrival.offer.is_push else done.finished_ns - done.started_ns
+        arrival.offer.timeline.take_pull(
+            done.transport, done.num_bytes, done.num_spans, copied_ns=copied_ns
+        )
 
     def _abort(self, arrival: Arrival, outcome: SequenceState) -> None:
         if arrival.session.state is not SessionState.ABORTED:

@@ -150,6 +150,7 @@ class PushDesk:
             )
             sequence, commands = self._end(push, SessionState.RELEASED)
             return sequence, [Send(CONTROLLER, failed), *commands]
+        push.sequence.timeline.pull_copy_ns += done.finished_ns - done.started_ns
         before, push.num_written = push.num_written, num_ready
         is_last = num_ready == push.sequence.target_tokens
         push.session.move_to(SessionState.LANDED if is_last else SessionState.RESERVED)

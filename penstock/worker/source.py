@@ -4,8 +4,8 @@
 
 from collections.abc import Mapping
 
-from penstock.core.block import KVLayout
 from penstock.core.config import Handoff, WorkerConfig
+from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Command, MoveDone
 from penstock.core.messages import Grant, Release, Renew
 from penstock.core.types import RequestId, WorkerId
@@ -38,12 +38,12 @@ class SourceDesk:
         """How many nobody claimed in time."""
         return self._pulled.num_expired + self._pushed.num_expired
 
-    def meet(self, worker_id: WorkerId, layout: KVLayout) -> None:
-        """Know in what shape a peer keeps its KV: only what has ours can be written."""
-        if layout == self._config.layout:
-            self._like_us.add(worker_id)
+    def meet(self, info: WorkerInfo) -> None:
+        """Know a peer: what is on our host and has our shape can be written, others pull."""
+        if info.layout == self._config.layout and info.host == self._config.host:
+            self._like_us.add(info.worker_id)
         else:
-            self._like_us.discard(worker_id)
+            self._like_us.discard(info.worker_id)
 
     def announce(self, sequence: Sequence, now_ns: int) -> list[Command]:
         """Say that a sequence will be handed off, if its peer has to know before."""

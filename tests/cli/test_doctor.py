@@ -74,7 +74,8 @@ def test_what_fails_is_said_with_the_next_step_and_the_exit_status(tmp_path: Pat
 
 
 def options(**values: bool) -> Namespace:
-    return Namespace(**({"json": False, "quick": True, "peers": [], "listen": None} | values))
+    plain = {"json": False, "quick": True, "peers": [], "listen": None, "cluster": None}
+    return Namespace(**(plain | values))
 
 
 def test_warnings_do_not_fail(monkeypatch, capsys):

@@ -96,6 +96,24 @@ def test_the_transport_that_was_asked_for_is_used_and_proven(
         assert "prefill-0 → decode-0 tcp" in server.text
 
 
+def test_the_doctor_looks_at_every_pair_of_workers(
+    free_port: int, folder: Path, capsys, monkeypatch
+):
+    monkeypatch.setenv("PENSTOCK_CLUSTER_KEY", "a key for this test alone")
+    with serving("--transport", "tcp", port=free_port, folder=folder) as server:
+        server.wait_until_up()
+        url = f"http://127.0.0.1:{free_port}"
+        assert main(["doctor", "--quick", "--cluster", url]) == 0
+        page = capsys.readouterr().out
+        for pair in ("decode-0 ← prefill-0", "prefill-0 ← decode-0"):
+            (line,) = [line for line in page.splitlines() if pair in line]
+            assert re.search(r"shm.* GB/s, .* of a copy in one process.*\(not used\)", line)
+            assert re.search(r"; tcp.* GB/s, .* of a plain socket, opened in [0-9.]+ ms; ", line)
+            assert re.search(r"clocks [+-]\d+ µs apart, known to .*; KV \w{16} on both", line)
+        # It has left everybody able to serve.
+        assert server.complete(3)[0] == 200
+
+
 def test_one_mixed_worker_is_enough(free_port: int, folder: Path):
     with serving("--mixed", "1", port=free_port, folder=folder) as server:
         server.wait_until_up()

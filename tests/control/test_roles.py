@@ -48,7 +48,7 @@ def test_a_flip_is_not_taken_back_at_once_and_the_next_one_waits() -> None:
     story = make("p0", "d0", "d1", "d2", role_cooldown_ms=10_000.0)
     press(story, LOOKS_MIN + 1, 15)
     assert roles(story).count("p") == 2
-    press(story, 4, 30)
+    press(story, 3, 30)
     assert roles(story).count("p") == 2
     press(story, 8, 30)
     assert roles(story).count("p") == 3

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.descriptors import RegionDescriptor, TierRegion, WorkerInfo
+from penstock.core.links import AskTime, Link, LinksTried, TellTime, TryLinks, WayTried
 from penstock.core.messages import (
     WIRE_ERRORS,
     Assign,
@@ -94,6 +95,24 @@ MESSAGES: list[Message] = [
         ),
         next=(1, 5),
     ),
+    TryLinks(number=1, moved_bytes=2),
+    LinksTried(
+        number=1,
+        worker_id=WorkerId("d"),
+        fingerprint="aa",
+        links=(
+            Link(
+                owner=WorkerId("p"),
+                fingerprint="bb",
+                incompatibility="another model",
+                ways=(WayTried(kind="tcp", name="tcp", is_used=True, bytes_per_s=1.5),),
+                skew_ns=-3,
+                skew_within_ns=4,
+            ),
+        ),
+    ),
+    AskTime(worker_id=WorkerId("d"), asked_ns=1),
+    TellTime(worker_id=WorkerId("p"), asked_ns=1, answered_ns=2),
 ]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock.core.config import ControllerConfig, EngineConfig
+from penstock.core.config import ControllerConfig, EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.runtime.settings import (
     ClusterSettings,
@@ -32,6 +32,13 @@ def test_without_other_hosts_there_must_be_workers_here():
         engine=engine, prefill=0, decode=0, network=NetworkSettings(host="127.0.0.1")
     )
     assert settings.num_workers == 0
+
+
+@pytest.mark.parametrize("transport", ["tcp", "nixl"])
+def test_what_only_reads_cannot_push(transport: str):
+    with pytest.raises(StartupFailed, match=f"--handoff push: over {transport}"):
+        ClusterSettings(engine=EngineConfig(model="m"), transport=transport, handoff=Handoff.PUSH)
+    ClusterSettings(engine=EngineConfig(model="m"), transport="shm", handoff=Handoff.PUSH)
 
 
 def test_workers_of_another_host_are_called_after_it():

@@ -191,6 +191,7 @@ def timeline_of(request: Request) -> Timeline:
         pull_bytes=4096,
         pull_spans=2,
         pull_moves=1,
+        pull_copy_ns=200_000,
         prompt_tokens=len(request.prompt_token_ids),
         cached_tokens=3,
     )

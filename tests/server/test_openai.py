@@ -56,6 +56,7 @@ def test_the_ledger_adds_up():
     assert entry["residual"] == pytest.approx(5e-9)
     assert (entry["prefill_worker"], entry["decode_worker"]) == ("prefill-0", "decode-0")
     assert (entry["transport"], entry["pull_bytes"], entry["pull_spans"]) == ("shm", 4096, 2)
+    assert entry["pull_bytes_per_s"] == pytest.approx(4096 / 0.0002)
     assert entry["pull_verified"] is False
     assert entry["cached_tokens"] == 3
     assert len(ledger(_finished(query_of(n=2)))) == 2, "one for each choice"

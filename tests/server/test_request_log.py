@@ -19,7 +19,8 @@ def test_a_request_is_one_line(caplog):
     (record,) = caplog.records
     assert record.getMessage() == (
         "cmpl-q-0 prompt=2 cached=3 output=3 finish=length ttft_ms=12.00 tpot_ms=2.000 "
-        "workers=prefill-0->decode-0 transport=shm pull_bytes=4096 spans=2 pull_ms=0.25"
+        "workers=prefill-0->decode-0 transport=shm pull_bytes=4096 gb_per_s=0.02 spans=2 "
+        "pull_ms=0.25"
     )
 
 

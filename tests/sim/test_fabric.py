@@ -1,6 +1,7 @@
 """The fabric: what a move costs between hosts, within one, and within a worker."""
 
 import pytest
+from msgspec.structs import replace
 
 from penstock.core.events import Move, MoveClass, MoveDone, Span
 from penstock.core.types import BlockId, RequestId, WorkerId
@@ -52,3 +53,18 @@ def test_what_stays_in_a_worker_uses_no_link() -> None:
 def test_a_source_that_is_gone_or_another_fails_the_move() -> None:
     assert carry(move(C), leaves=True)[0].error == "c is gone"
     assert carry(move(C, epoch=2))[0].error == "c is gone"
+
+
+def test_what_is_written_goes_the_other_way_and_asks_for_the_one_it_is_written_to() -> None:
+    written = replace(move(A), destination=C)
+    done, fabric = carry(written)
+    carried = fabric.links.bytes_carried
+    assert (carried["out", 0], carried["in", 1], carried["out", 1]) == (5000, 5000, 0)
+    assert done.error is None
+    assert carry(replace(written, epoch=2))[0].error == "c is gone"
+
+
+def test_comparing_what_is_here_asks_nobody() -> None:
+    done, fabric = carry(replace(move(C, epoch=2), kind=MoveClass.VERIFY))
+    assert done.error is None
+    assert not any(fabric.links.bytes_carried.values())

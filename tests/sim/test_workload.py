@@ -15,6 +15,7 @@ from penstock.sim.workload import (
     arrival_times,
     constant,
     lognormal,
+    phased,
     sessions,
     step,
     swinging,
@@ -85,3 +86,13 @@ def test_the_ratio_of_input_to_output_swings() -> None:
         return sum(a.input_tokens for a in inside) / sum(a.output_tokens for a in inside)
 
     assert ratio(100, 200) > 10 * ratio(400, 500)
+
+
+def test_phases_take_turns_and_the_second_is_busier() -> None:
+    arrivals = list(phased(random.Random(0), 20.0, 400.0, phase_s=100.0, busier=3.0))
+    first = [a for a in arrivals if a.at_ns // (100 * NS_PER_S) % 2 == 0]
+    second = [a for a in arrivals if a.at_ns // (100 * NS_PER_S) % 2 == 1]
+    assert len(first) == pytest.approx(10 * 200, rel=0.1)
+    assert len(second) == pytest.approx(30 * 200, rel=0.1)
+    assert min(sum(a.input_tokens for a in first) / len(first), 6000) > 5000
+    assert sum(a.output_tokens for a in second) / len(second) > 1000

@@ -13,6 +13,7 @@ from penstock.core.descriptors import Endpoint, RegionDescriptor
 from penstock.core.errors import DeadlineExceeded, PeerLost
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
+from penstock.transport.cuda_ipc import CudaRegion
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_owner import NixlAddress, NixlOwner
 from tests.transport.double.nixl_agent import DoubleAgent
@@ -271,3 +272,33 @@ def test_two_peers_are_not_one_agent(way, owner):
     way.open(memory_of(owner, region), 0)
     with pytest.raises(PeerLost, match="metadata of another peer"):
         way.open(memory_of(owner, region, name="q"), 0)
+
+
+def on_gpu(region: Region, device: int = 3) -> CudaRegion:
+    """Return memory as the double takes it for a GPU's."""
+    return CudaRegion(device, region.address, region.num_blocks, region.block_bytes)
+
+
+@pytest.mark.parametrize("is_source_on_gpu", [True, False])
+@pytest.mark.parametrize("is_destination_on_gpu", [True, False])
+def test_blocks_of_gpus_and_the_page_behind_them(
+    monkeypatch, is_source_on_gpu, is_destination_on_gpu
+):
+    agent = type("Agent", (DoubleAgent,), {"agents": {}})
+    monkeypatch.setattr("penstock.transport.nixl.NixlAgent", agent)
+    monkeypatch.setattr("penstock.transport.nixl_owner.NixlAgent", agent)
+    theirs, ours, owner = region_of(8), empty(6), NixlOwner(1)
+    owner.add(on_gpu(theirs) if is_source_on_gpu else theirs)
+    memory = memory_of(owner, theirs)
+    assert address_in(memory).device(0) == (3 if is_source_on_gpu else None)
+    way = Nixl()
+    source = way.open(memory, 0)
+    into = on_gpu(ours, 5) if is_destination_on_gpu else ours
+    source.pull(into, cut([6, 1, 2], [0, 3, 4]))
+    assert ours.blocks[:, 0].tolist() == [7, 0, 0, 2, 3, 0]
+    # The owner came back: its page says so, though blocks are read before it.
+    owner._page.blocks[:] = 0
+    with pytest.raises(PeerLost, match="another epoch"):
+        source.pull(into, cut([0], [0]))
+    way.close()
+    owner.close()

@@ -22,6 +22,9 @@ from penstock.worker.worker import Worker
 P0, D0 = WorkerId("p0"), WorkerId("d0")
 LAYOUT = chain_layout(16)
 
+COPY_NS = 500
+"""What every move takes."""
+
 
 class Story:
     """A worker, and the steps and moves it has under way."""
@@ -77,7 +80,7 @@ class Story:
                 num_spans=1,
                 transport="test",
                 started_ns=0,
-                finished_ns=0,
+                finished_ns=COPY_NS,
                 error=error,
                 is_corrupt=is_corrupt,
             )

@@ -15,7 +15,7 @@ from penstock.core.messages import (
     Withdraw,
 )
 from penstock.core.types import RequestId, WorkerId
-from tests.worker.story import D0, P0, Story, assign, offer_of, request, streamed_to_d0
+from tests.worker.story import COPY_NS, D0, P0, Story, assign, offer_of, request, streamed_to_d0
 
 
 def test_an_offer_is_pulled_released_and_continued() -> None:
@@ -62,6 +62,8 @@ def test_parts_are_pulled_as_they_are_finished_and_run_when_all_have_landed() ->
     (tokens,) = story.heard(Tokens)
     timeline = tokens.outputs[0].timeline
     assert timeline.pull_moves == 3
+    assert timeline.pull_copy_ns == 3 * COPY_NS
+    assert timeline.pull_bytes_per_s == pytest.approx(timeline.pull_bytes / (3 * COPY_NS / 1e9))
     parts = timeline.ledger(delivered_ns=story.now_ns)
     assert min(parts.values()) >= 0
     story.assert_empty()

@@ -1,7 +1,9 @@
 """The prefill worker's half of the hand-off, as stories."""
 
 import pytest
+from msgspec.structs import replace
 
+from penstock.core.config import Handoff
 from penstock.core.events import Woken
 from penstock.core.messages import (
     Cancel,
@@ -9,6 +11,7 @@ from penstock.core.messages import (
     Offer,
     Offered,
     PeerDown,
+    PeerUp,
     Progress,
     Release,
     Renew,
@@ -16,7 +19,7 @@ from penstock.core.messages import (
     Withdraw,
 )
 from penstock.core.types import RequestId
-from tests.worker.story import D0, P0, Story, assign, offer_of, request
+from tests.worker.story import D0, P0, Story, assign, info_of, offer_of, request
 
 
 def test_a_prefill_worker_computes_all_but_the_last_token_and_never_samples() -> None:
@@ -195,3 +198,18 @@ def test_a_dead_decode_worker_frees_what_was_offered_to_it() -> None:
         story.step()
     assert [f.request_id for f in story.heard(RequestFailed)] == ["late"] or story.worker.is_idle
     story.assert_empty()
+
+
+def test_only_a_peer_of_this_host_is_written_to() -> None:
+    story = Story(P0, handoff=Handoff.PUSH)
+    story.tell(assign(request("near", 40), D0))
+    (offer,) = story.heard(Offer)
+    assert (offer.is_push, offer.num_ready) == (True, 0)
+    story.tell(Cancel(request_id=RequestId("near")))
+    story.tell(PeerUp(info=replace(info_of(D0), epoch=2, host="another")))
+    story.tell(assign(request("far", 40), D0))
+    assert not story.heard(Offer)  # it is told when there is something to pull
+    while story.steps:
+        story.step()
+    (offer,) = story.heard(Offer)
+    assert (offer.is_push, offer.num_ready) == (False, 39)

@@ -29,9 +29,12 @@ POLICIES: Final[dict[str, Policy]] = {
 USES_PREFIXES: Final = frozenset({"predicted", "prefix_aware"})
 """Policies that ask who has which blocks; for the others nobody is asked."""
 
+USES_DRAWS: Final = frozenset({"power_of_two"})
+"""Policies that look at `Ask.draw`; for the others it is 0."""
+
 HOLDS_BACK: Final = frozenset({"predicted"})
 """Policies that leave a request at the controller until a worker is open for it. The others push,
 as they do elsewhere: a request goes to a worker's own queue at once.
 """
 
-__all__ = ["HOLDS_BACK", "POLICIES", "USES_PREFIXES", "Ask", "Choice", "Policy"]
+__all__ = ["HOLDS_BACK", "POLICIES", "USES_DRAWS", "USES_PREFIXES", "Ask", "Choice", "Policy"]

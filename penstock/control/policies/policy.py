@@ -1,39 +1,37 @@
 """What a policy is asked and what it answers, and the prediction that every answer comes with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct
 
 from penstock.control.cost import A, B, C, F
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
-from penstock.control.prefix_index import Int64
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True, gc=False):
     """A request that wants workers.
 
     `num_tokens` are prompt and output so far. `cached_tokens` are how many of them each slot has,
     [num_slots], None where nobody looked. `draw` is 64 bits that depend on the request alone,
-    `turn` counts the requests that were placed. SLOs in ns; `tpot_bound_ns` is `CLOSED` where there
-    is none to keep.
+    `turn` counts the requests that were placed, `waited_ns` is since this one came. SLOs in ns;
+    `tpot_bound_ns` is `CLOSED` where there is none to keep.
     """
 
     num_tokens: int
     expected_output_tokens: int
-    cached_tokens: Int64 | None
+    cached_tokens: Float64 | None
     draw: int
     turn: int
     now_ns: int
     slo_ttft_ns: float
     slo_tpot_ns: float
     tpot_bound_ns: float
+    waited_ns: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True, gc=False):
     """The slots of the workers chosen, equal when one does both.
 
     `costs` are what was compared, per part and slot in ns, for the explanation.
@@ -41,15 +39,14 @@ class Choice:
 
     prefill: int
     decode: int
-    costs: dict[str, Float64] = field(default_factory=dict)
+    costs: dict[str, Float64]
 
 
 Policy = Callable[[Fleet, Ask], Choice | None]
 """Chooses; None when nobody who could do it is open. Changes nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(Struct, frozen=True, gc=False):
     """The expected parts of one request's time to first token, and of each token after it, in
     ns.
     """
@@ -70,26 +67,26 @@ def predict(fleet: Fleet, ask: Ask, prefill: int, decode: int) -> Prediction:
     """Predict what a request would see on these two slots, whoever chose them."""
     is_alone = prefill == decode
     num_tokens = ask.num_tokens - (not is_alone)
-    coefficients = fleet.coefficients
-    cached = cached_on_decode = 0
+    of = fleet.coefficients.item
+    cached = cached_on_decode = 0.0
     if ask.cached_tokens is not None:
-        cached = min(int(ask.cached_tokens[prefill]), num_tokens)
-        cached_on_decode = min(int(ask.cached_tokens[decode]), num_tokens)
-    a, b, c = coefficients[A, prefill], coefficients[B, prefill], coefficients[C, prefill]
-    compute_ns = a + b * (num_tokens - cached) + c * (num_tokens**2 - cached**2)
-    ahead_ns = max(fleet.free_at[prefill] - ask.now_ns, fleet.backlog_least[prefill])
-    step_ns = float(fleet.step[decode] + coefficients[F, decode] * ask.num_tokens)
+        cached = min(ask.cached_tokens.item(prefill), num_tokens)
+        cached_on_decode = min(ask.cached_tokens.item(decode), num_tokens)
+    compute_ns = of(A, prefill) + of(B, prefill) * (num_tokens - cached)
+    compute_ns += of(C, prefill) * (num_tokens**2 - cached**2)
+    ahead_ns = max(fleet.free_at.item(prefill) - ask.now_ns, fleet.backlog_least.item(prefill))
+    step_ns = fleet.step.item(decode) + of(F, decode) * ask.num_tokens
     transfer_ns = 0.0
     if not is_alone:
         num_bytes = (num_tokens - cached_on_decode) * fleet.token_bytes
         names = fleet.names
         transfer_ns = fleet.transfers.predict_ns(names[prefill], names[decode], num_bytes, 1)
     return Prediction(
-        queue_ns=float(min(ahead_ns, fleet.backlog[prefill])),
-        prefill_ns=float(compute_ns if num_tokens else 0.0),
+        queue_ns=min(ahead_ns, fleet.backlog.item(prefill)),
+        prefill_ns=compute_ns if num_tokens else 0.0,
         transfer_ns=transfer_ns,
         # A step is under way when the KV arrives; it has to end first.
-        first_decode_ns=0.0 if is_alone else step_ns + step_ns / 2 * bool(fleet.seats[decode]),
+        first_decode_ns=0.0 if is_alone else step_ns + step_ns / 2 * bool(fleet.seats.item(decode)),
         tpot_ns=step_ns,
     )
 

@@ -5,7 +5,9 @@ so a few of the best of either side are looked at together. Against the pair sta
 would do both. What that costs others is counted too: a prompt on a worker that decodes makes each
 of its sequences wait, which is weighed by the two SLOs, and it takes a decode worker's time, which
 is not meant for it. So a hand-off is left out when it costs more than it saves: the prompt is
-short, or mostly cached there, or the prefill workers are busy for long.
+short, or mostly cached there, or the prefill workers are busy for long. Sequences whose steps are
+shorter than their TPOT catch up, so a decode worker is a slow prefill worker, too: what its steps
+leave of the TPOT is the part of its time that prompts may have when they wait at the controller.
 
 Source: the regimes of FlowKV, Arrow's loads in SLOs, conditional disaggregation as in Dynamo and
 AMPD; the rule is ours.
@@ -22,6 +24,10 @@ from penstock.control.policies.policy import Ask, Choice, breaks_tpot, lacks_roo
 
 FINALISTS: Final = 3
 """Of either side, looked at in pairs."""
+WAIT_SHARE: Final = 0.25
+"""Of the TTFT's SLO: who has waited so long may go wherever there is time for it."""
+FIRST_STEPS: Final = 1.5
+"""A step is under way when the KV arrives, and half of it is still to come."""
 
 
 def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
@@ -34,85 +40,105 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
         hits: Float64 = np.minimum(cached, num_tokens - 1.0)
         fresh = num_tokens - hits
         work = work - hits * hits
-    compute = coefficients[A] + coefficients[B] * fresh
+    compute = coefficients[B] * fresh
+    compute += coefficients[A]
     compute += coefficients[C] * work
     begin = fleet.wait_ns(ask.now_ns)
     begin += compute
-    step = fleet.step + coefficients[F] * num_tokens
+    step = coefficients[F] * num_tokens
+    step += fleet.step
     no_room = lacks_room(fleet, ask)
-    no_room += breaks_tpot(fleet, ask, step)
-    alone = _alone(fleet, ask, compute, no_room)
+    is_bound = ask.tpot_bound_ns < CLOSED
+    if is_bound:
+        no_room += breaks_tpot(fleet, ask, step)
+    alone = _alone(fleet, ask, compute, begin)
     alone += begin
-    if ask.tpot_bound_ns < CLOSED:
+    alone += no_room
+    if is_bound:
         # Prompts on a worker that decodes stall it; over one answer, by this much a token.
         stalled = step + begin / ask.expected_output_tokens
         alone += breaks_tpot(fleet, ask, stalled)
     costs = {"alone": alone}
     best = int(alone.argmin())
-    choice, cost = (best, best), float(alone[best])
+    choice, cost = (best, best), alone.item(best)
     if fleet.has_pairs and num_tokens > 1:
-        soonest = float((begin + fleet.prefill_barred).min())
-        begin += fleet.prefill_closed
-        land = step * 1.5
+        no_room += fleet.decode_closed
+        first = begin + fleet.prefill_closed
+        # A part of the TPOT's SLO is worth the same part of the TTFT's. Which decode worker is best
+        # is also a matter of how full it is: the estimates of transfers would else keep requests
+        # away for long from a worker that was crowded once, or send all to one that is new.
+        land = step * (FIRST_STEPS + ask.slo_ttft_ns / ask.slo_tpot_ns)
         land += no_room
-        land += fleet.decode_closed
-        costs |= {"prefill": begin, "decode": land}
-        # A part of the TPOT's SLO is worth the same part of the TTFT's.
-        slow = step * (ask.slo_ttft_ns / ask.slo_tpot_ns)
-        pair, pair_cost = _pair(fleet, begin, land, fresh, slow)
+        costs |= {"prefill": first, "decode": land}
+        pair, pair_cost = _pair(fleet, first, land, fresh, step)
         if pair_cost <= cost:
             choice, cost = pair, pair_cost
-        elif pair_cost >= CLOSED and cost > soonest + float(land.min()):
+        elif pair_cost >= CLOSED and cost > _turn_ns(fleet, begin, step, no_room):
             return None  # a turn at a prefill worker comes before this is worth it
     return Choice(*choice, costs) if cost < CLOSED else None
 
 
-def _alone(fleet: Fleet, ask: Ask, compute: Float64, no_room: Float64) -> Float64:
-    """Return what serving a request alone costs beyond its own prefill, for each slot."""
+def _turn_ns(fleet: Fleet, begin: Float64, step: Float64, closed: Float64) -> float:
+    """Return the TTFT without a transfer of who waits for a turn at a prefill worker."""
+    soonest = float((begin + fleet.prefill_barred).min())
+    return soonest + float((step * FIRST_STEPS + closed).min())
+
+
+def _alone(fleet: Fleet, ask: Ask, compute: Float64, begin: Float64) -> Float64:
+    """Return what serving a request alone costs beyond its own prefill, for each slot.
+
+    Where there are workers for prompts, those that decode have to catch up first with the one
+    before; and who has waited for long is in nobody's way any more.
+    """
     output_ns = ask.expected_output_tokens * ask.slo_tpot_ns
     charge = fleet.seats * (ask.slo_ttft_ns / output_ns)
     charge += fleet.alone_charge
-    charge *= compute
-    charge += no_room
+    if fleet.has_pairs:
+        charge *= max(0.0, 1 - ask.waited_ns / (WAIT_SHARE * ask.slo_ttft_ns))
+        charge *= compute
+        behind = fleet.spare_at - ask.now_ns
+        behind += compute
+        behind -= begin
+        charge += np.maximum(behind, 0.0, out=behind)
+    else:
+        charge *= compute
     charge += fleet.alone_closed
     return charge
 
 
 def _pair(
-    fleet: Fleet, begin: Float64, land: Float64, fresh: Float64 | float, slow: Float64
+    fleet: Fleet, first: Float64, land: Float64, fresh: Float64 | float, step: Float64
 ) -> tuple[tuple[int, int], float]:
-    """Return the best pair and its cost: TTFT, of which the transfer is per pair.
-
-    Which decode worker is best is also a matter of how full it is: by `slow` and what is on its way
-    there. The estimates of transfers would else keep requests away for long from a worker that was
-    crowded once, or send all to one that is new.
+    """Return the best pair and its TTFT, of which the transfer is per pair. Changes `land`: to what
+    is on its way to a worker, and what is to come.
     """
-    transfers = fleet.transfers
-    fixed, per_span, per_byte = transfers.others
-    num_bytes = np.multiply(fresh, fleet.token_bytes)
-    # Where nothing is cached the bytes are the same for all.
-    fullness = slow + fleet.arriving * per_byte
-    land = land + fullness
-    land_all = land + (fixed + per_span + per_byte * num_bytes)
-    if not transfers.num_known:
-        prefill, decode = int(begin.argmin()), int(land_all.argmin())
-        return (prefill, decode), float(begin[prefill] + land_all[decode] - fullness[decode])
-    names = fleet.names
-    best, best_cost = (0, 0), 4 * CLOSED
-    first = [(slot, float(begin[slot])) for slot in _least(begin)]
-    for decode in _least(land_all):
-        base = float(land[decode])
-        size = float(num_bytes[decode]) if num_bytes.ndim else float(num_bytes)
-        for prefill, begin_ns in first:
-            took_ns = transfers.predict_ns(names[prefill], names[decode], size, 1)
-            cost = begin_ns + base + took_ns
-            if cost < best_cost:
-                best, best_cost = (prefill, decode), cost
-    return best, best_cost - float(fullness[best[1]])
+    transfers, token_bytes = fleet.transfers, fleet.token_bytes
+    _, _, per_byte = transfers.others
+    land += fleet.arriving * per_byte
+    land += fresh * (per_byte * token_bytes)
+    if transfers.num_known:
+        prefills, decodes = _least(first), _least(land)
+    else:
+        prefills, decodes = [int(first.argmin())], [int(land.argmin())]
+    coefficients, names = transfers.coefficients, fleet.names
+    starts = [(slot, names[slot], first.item(slot)) for slot in prefills]
+    best, best_cost, best_ns = (0, 0), 4 * CLOSED, 4 * CLOSED
+    for decode in decodes:
+        missing = fresh if isinstance(fresh, float) else fresh.item(decode)
+        num_bytes, name = missing * token_bytes, names[decode]
+        land_ns = land.item(decode) - per_byte * num_bytes
+        for prefill, source, begin_ns in starts:
+            fixed, per_span, each = coefficients(source, name)
+            took_ns = begin_ns + fixed + per_span + each * num_bytes
+            if took_ns + land_ns < best_cost:
+                best, best_cost, best_ns = (prefill, decode), took_ns + land_ns, took_ns
+    if best_cost >= CLOSED:
+        return best, best_cost
+    return best, best_ns + FIRST_STEPS * step.item(best[1])
 
 
 def _least(costs: Float64) -> list[int]:
     if len(costs) <= FINALISTS:
         return list(range(len(costs)))
-    best: list[int] = np.argpartition(costs, FINALISTS)[:FINALISTS].tolist()
+    best: list[int] = costs.argpartition(FINALISTS)[:FINALISTS].tolist()
     return best

@@ -5,10 +5,24 @@ interpreter lock.
 """
 
 import logging
-from ctypes import CDLL, POINTER, Structure, c_int32, c_int64, c_uint64, c_void_p, pointer
+from ctypes import (
+    CDLL,
+    POINTER,
+    Structure,
+    addressof,
+    c_char,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+    pointer,
+)
 from functools import cache
 from pathlib import Path
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from penstock.core.errors import BackendUnavailable
 from penstock.native.build import Recipe, build
@@ -93,6 +107,13 @@ def load_library() -> CDLL | None:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def address_of_own(array: npt.NDArray[np.int64]) -> int:
+    """Return where an array that we have made lies, one that may be written and is not empty: in a
+    third of the time that `array.ctypes.data` takes, which counts where one block is moved.
+    """
+    return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]
 
 
 def read(library: CDLL, reading: Reading) -> int:

@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from penstock.core.block import root_hash
+from penstock.core.events import SetRole
 from penstock.core.messages import Assign, Cancel, Load, PullSample, StepSample
 from penstock.core.types import NS_PER_MS, RequestId, WorkerId
 from tests.control.story import Story
@@ -149,6 +150,23 @@ def test_a_turn_that_comes_soon_is_waited_for_rather_than_disturbing_a_decode_wo
         story.submit(f"r{number}", LONG)
     assert story.pairs() == [("p0", "d0")] * 4  # a fifth would find p0 free in 0.2 s
     assert story.controller.status().queued == 2
+
+
+def test_what_has_waited_goes_to_a_decode_worker_as_far_as_its_steps_leave_time() -> None:
+    def taken(usual_tpot_ms: float, waited_ms: int) -> list[tuple[str, str]]:
+        story = make("p0", admit_backlog_ms=1.0, usual_tpot_ms=usual_tpot_ms)
+        story.join("d0", max_num_seqs=64)
+        for number in range(9):
+            story.submit(f"r{number}", LONG)
+        assert story.pairs() == [("p0", "d0")] * 4
+        story.now_ns += waited_ms * NS_PER_MS
+        story.tell(SetRole(worker_id=WorkerId("nobody"), role=None))
+        return story.pairs()
+
+    assert not taken(100.0, waited_ms=1)
+    with_time, without = taken(100.0, waited_ms=400), taken(7.0, waited_ms=400)
+    assert set(with_time) == set(without) == {("d0", "d0")}
+    assert 5 > len(with_time) > len(without) == 1
 
 
 def test_prompts_on_a_decode_worker_are_within_its_tpot_too() -> None:

@@ -1,7 +1,8 @@
 """A double of `NixlAgent` within one process, so that what stands on it is tested without NIXL.
 
 It refuses what NIXL refuses: metadata that is not an agent's, blocks outside what is registered,
-memory that was let go, an agent that has ended.
+memory that was let go, an agent that has ended, a list of both kinds of memory. What it takes for a
+GPU's is the host's.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 from penstock.core.errors import PeerLost
 from penstock.transfer.region import Region
+from penstock.transport.cuda_ipc import CudaRegion
 from penstock.transport.nixl_agent import Entries, Rows
 
 
@@ -51,16 +53,17 @@ class DoubleAgent:
     def remove(self, name: str) -> None:
         del self.known[name]
 
-    def prepare(self, name: str | None, rows: Rows) -> int:
+    def prepare(self, name: str | None, rows: Rows, *, is_gpu: bool = False) -> int:
         agent, regions = (self, self.regions) if name is None else self.known[name]
-        for address, size, _ in rows.tolist():
-            if not _is_inside(regions, address, size):
+        for address, size, device in rows.tolist():
+            if not _is_inside(regions, address, size, device if is_gpu else None):
                 raise PeerLost("NIXL finds the blocks outside what is registered")
         self.lists[len(self.lists)] = agent, rows
         return len(self.lists) - 1
 
     def has(self, address: int, size: int) -> bool:
-        return _is_inside(self.regions, address, size)
+        devices = {None, *(r.device for r in self.regions.values() if isinstance(r, CudaRegion))}
+        return any(_is_inside(self.regions, address, size, device) for device in devices)
 
     def release(self, prepared: int) -> None:
         self.lists[prepared] = self, self.lists[prepared][1][:0]
@@ -85,8 +88,12 @@ class DoubleAgent:
         del self.agents[self.name]
 
 
-def _is_inside(regions: dict[int, Region], address: int, size: int) -> bool:
+def _is_inside(
+    regions: dict[int, Region | CudaRegion], address: int, size: int, device: int | None
+) -> bool:
     return any(
-        start <= address and address + size <= start + region.capacity_bytes
+        start <= address
+        and address + size <= start + region.capacity_bytes
+        and device == (region.device if isinstance(region, CudaRegion) else None)
         for start, region in regions.items()
     )
