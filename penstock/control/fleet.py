@@ -88,7 +88,7 @@ class Fleet:
         self.work_ns = 0.0
         """Predicted time of all prefills ever assigned."""
         self.seat_ns = 0.0
-        """Predicted time from assignment to end of all requests ever assigned."""
+        """Predicted time of all requests ever assigned, without that until their prefills begin."""
         self.num_booked = 0
         """How many those are."""
         self.leaving: list[WorkerRecord] = []

@@ -90,7 +90,7 @@ class Router:
         if prefill is decode and fleet.has_pairs:
             self._note_stall(prefill, prediction.prefill_ns, ask)
         decode_ns = ask.expected_output_tokens * prediction.tpot_ns
-        fleet.seat_ns += prediction.ttft_ns + decode_ns
+        fleet.seat_ns += prediction.ttft_ns - prediction.queue_ns + decode_ns
         self.explanations.note(
             Decision(
                 record.request_id,
