@@ -19,11 +19,11 @@ A worker changes sides when the side that it leaves stays clearly below what the
 (hysteresis) and is not full itself, when that has been so for several looks in a row, and when the
 last change is some time ago (cooldown; less for more of the same, more for the way back while no
 side is full, or when workers have come and gone before): what a flip must not do is be taken back.
-Where one is not enough several go at once, first those whose hardware is better at the work to come
-than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves no
-process and drops no cache; sequences that decode where prompts come in now end there, or are moved
-where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a person
-has pinned stays.
+Where one leaves a side full several go at once, first those whose hardware is better at the work to
+come than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves
+no process and drops no cache; sequences that decode where prompts come in now end there, or are
+moved where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a
+person has pinned stays.
 
 Source: Arrow's loads (arXiv 2505.11916) in place of FlowKV's, whose formula is not published.
 """
@@ -247,7 +247,8 @@ class Roles:
         seats = sum(map(self._seats, workers))
         most_per_ns = sum(map(self._tokens_per_ns, workers))
         # Those on workers that have changed sides, too: they are to come, or would else come back.
-        everybody = [w for w in self._fleet if self._fleet.is_candidate(w)]
+        others = [w for w in self._side(Role.PREFILL) if w not in workers]
+        everybody = workers + others
         num_decodes = self._wants_decode * len(self._queue)
         num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
@@ -290,7 +291,8 @@ class Roles:
         for worker in self._givers(sides[giving], to)[:most]:
             for_prefill, for_decode = self._speed(worker) / speed, self._seats(worker) / seats
             after = loads.after(to, for_prefill, for_decode)
-            is_needed = loads.of(to) >= ACT_ABOVE and len(sides[giving]) - len(chosen) > 1
+            is_needed = loads.of(to) >= (1.0 if chosen else ACT_ABOVE)
+            is_needed &= len(sides[giving]) - len(chosen) > 1
             limit = min(loads.of(to) * (1 - GAIN_MIN), FULL)
             if not is_needed or after.of(giving) > limit:
                 break
