@@ -10,7 +10,8 @@ Size and error: real KV, which the built-in model computed of held-out text, fp3
 
 Quality: the built-in model reads held-out files (those of the interpreter's library that its
 training never saw), each block of KV going through the codec as soon as it is full: the relative
-increase of the loss, and at how many positions the most likely token stays the same.
+increase of the loss, and at how many positions the most likely token stays the same. The same with
+all KV as it is and a window of it alone, as with `kv_window` in a request.
 
     python bench/codec.py [--quick] [--only speed|quality] [--output FILE]
 """
@@ -63,6 +64,8 @@ TARGETS = {
 }
 LOSS_TARGETS = {"int8": 0.1, "int4": 1.0}
 """Percent."""
+WINDOWS = (256, 512, 1024)
+"""Tokens of the KV that are seen, beside the first block."""
 
 
 def load(dtype: str) -> LoadedModel:
@@ -221,6 +224,10 @@ def measure_quality(report: Report, dtype: str, model: LoadedModel, texts: list[
         found = compare(exact, read_texts(model, texts, round_trip, block_size=BLOCK_SIZE))
         report.add(f"{name}_{dtype}_loss_increase_percent", [100 * found.loss_increase], "%")
         report.add(f"{name}_{dtype}_greedy_agreement", [found.greedy_agreement], "of positions")
+    for window in WINDOWS if dtype == "bfloat16" else ():
+        found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, window=window))
+        report.add(f"window{window}_loss_increase_percent", [100 * found.loss_increase], "%")
+        report.add(f"window{window}_greedy_agreement", [found.greedy_agreement], "of positions")
 
 
 def report_targets(report: Report) -> None:

@@ -13,7 +13,8 @@ works at a time: that makes TTFT smallest and the share largest. The pools are f
 of the decode worker's are touched for the first time by a pull.
 
     python bench/handoff.py [--model FOLDER] [--transport auto|shm|tcp] [--threads N]
-                            [--handoff stream|whole|push] [--quick] [--output FILE]
+                            [--handoff stream|whole|push] [--only tiny|0.6b] [--quick]
+                            [--output FILE]
 """
 
 import argparse
@@ -157,22 +158,23 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="within 45 s: the built-in model alone"
     )
+    parser.add_argument("--only", choices=("tiny", "0.6b"), help="one of the two models alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each worker")
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
     settings = {"transport": args.transport, "load": "none", "threads": args.threads}
-    report = Report("handoff", settings=settings)
+    report = Report("_".join(filter(None, ("handoff", args.only, args.handoff))), settings=settings)
     lengths = (256, 2048, 4096) if args.quick else LENGTHS
     ways = (args.handoff,) if args.handoff else WAYS if args.transport != "tcp" else WAYS[:2]
     common = ["--transport", args.transport, "--threads", str(args.threads)]
     if args.model:
         bench(report, "model", [args.model, *common], lengths, ways)
-    else:
+    elif args.only != "0.6b":
         bench(report, "tiny", common, lengths, ways)
-    if not args.model and not args.quick:
+    if not args.model and args.only != "tiny" and (args.only or not args.quick):
         with tempfile.TemporaryDirectory() as folder:
             make_model(Path(folder))
-            flags = [folder, "--load-format", "dummy", "--kv-cache-memory", "2GiB", *common]
+            flags = [folder, "--load-format", "dummy", "--kv-cache-memory", "1GiB", *common]
             bench(report, "0.6b", flags, lengths, ways)
     report_target(report)
     report.finish(args.output)

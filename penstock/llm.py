@@ -93,6 +93,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             **(cluster_options or {}),
         )
+        self._accepts_loss = not settings.kv_quality.is_exact
         self._background = Background(settings)
         self._background.start()
         # Runs at `close`, when nobody holds the object any more, or when the program ends.
@@ -204,6 +205,7 @@ class LLM:
             request_id=RequestId(f"llm-{secrets.token_hex(8)}"),
             prompt_token_ids=tuple(token_ids),
             params=replace(params, seed=seed, max_tokens=min(params.max_tokens, room)),
+            accepts_loss=self._accepts_loss,
         )
 
 

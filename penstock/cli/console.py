@@ -69,6 +69,7 @@ class ServeConsole:
             ("engine", model.description),
             ("KV cache", _kv_line(model)),
             *([("KV tiers", model.tiers)] if model.tiers else []),
+            *(("KV codec", note) for note in model.codec_notes),
             ("transport", _transport_line(workers, self._transport)),
             ("address", address),
         ]

@@ -100,7 +100,7 @@ class Front:
             return False
         facts = ready.result()
         served = self._served(facts, await tokenizer)
-        settings, cluster = self._server_settings(), self._cluster
+        settings, cluster = self._server_settings(facts), self._cluster
         app = create_app(cluster, served, settings, cluster, cluster, cluster)
         await stack.enter_async_context(app.router.lifespan_context(app))
         self._gate.app = app
@@ -170,11 +170,15 @@ class Front:
             keys = (key,)
         return keys
 
-    def _server_settings(self) -> ServerSettings:
+    def _server_settings(self, facts: ModelFacts) -> ServerSettings:
+        accepts_loss = not self._options.kv_quality.is_exact
+        groups = facts.layout.groups if facts.layout is not None else ()
         return ServerSettings(
             api_keys=self._api_keys(),
             version=VERSION,
             is_logging_requests=self._options.log_requests,
+            accepts_loss=accepts_loss,
+            accepts_window=accepts_loss and len(groups) == 1 and not groups[0].window,
         )
 
     # ------------------------------------------------------------------------- serving and its end

@@ -88,15 +88,28 @@ def _tell_worker(worker: dict[str, Any]) -> Iterator[str]:
         )
     if worker["tiers"]:
         yield _TIER_TOP
+    block_bytes = worker["pools"][0]["block_bytes"] if worker["pools"] else 0
     for tier in worker["tiers"]:
         moving = tier["arriving"] + tier["reading"]
         yield (
             f"{worker['id'] + ' ' + tier['name']:<26}{tier['slots']:>9}{tier['used']:>9}"
             f"{tier['hits']:>9}{_size(tier['bytes_in']):>10}{_size(tier['bytes_out']):>10}"
-            f"{tier['exposed_ns'] / 1e6:>8.1f} ms{moving:>9}  {tier['codec'] or '-'}"
+            f"{tier['exposed_ns'] / 1e6:>8.1f} ms{moving:>9}  {tier['codec']}"
+            + _codec_costs(tier, block_bytes)
             + (f", {tier['corrupt']} corrupt" if tier["corrupt"] else "")
             + (f", {tier['failed']} failed" if tier["failed"] else "")
         )
+
+
+def _codec_costs(tier: dict[str, Any], block_bytes: int) -> str:
+    """Say how small a codec makes blocks, and the time that it has taken; "" for raw."""
+    if tier["slot_bytes"] == block_bytes and not tier["codec_decode_ns"]:
+        return ""
+    return (
+        f" ({tier['slot_bytes'] / block_bytes:.2f} of a block, {tier['decode_ns'] / 1e3:.0f} us to "
+        f"decode one; {tier['codec_encode_ns'] / 1e6:.1f} ms in, "
+        f"{tier['codec_decode_ns'] / 1e6:.1f} ms out)"
+    )
 
 
 def _tell_block(block: dict[str, Any]) -> str:

@@ -34,9 +34,10 @@ examples:
   penstock sim memory --accesses recorded.jsonl.gz --json
 
 --heads is a table of scores, layers x KV heads, such as DuoAttention publishes; the better half of
-the heads reads from the whole context. --accesses is what an engine recorded, one JSON object a
-line:
-  {"step": 0, "layer": 0, "group": 3, "request": "a", "blocks": [0, 61, 62, 63]}
+the heads reads from the whole context. Traces of what real decoding reads are not published, so
+record some: --accesses is what penstock serve --record-kv-access wrote, one JSON object a line:
+  {"step": 0, "layer": 0, "group": 3, "request": "a", "blocks": [0, 63], "mass": [0.7, 0.3]}
+--mass 0.95 reads the fewest blocks that hold so much of each head's attention.
 """
 
 
@@ -54,6 +55,7 @@ def add_memory(acts: "Commands") -> None:
     add("--sweep", action="store_true", help="vary tier sizes, bandwidths, codec costs, prefetch")
     add("--pressure", action="store_true", help="several sequences, more than HBM holds")
     add("--accesses", metavar="FILE", help="simulate recorded accesses (JSON lines)")
+    add("--mass", type=_share, default=1.0, metavar="SHARE", help="of --accesses (default 1: all)")
     add("--heads", metavar="FILE", help="scores of heads for --pressure (default: half and half)")
     add("--layers", type=_count, default=8, metavar="N", help="of --heads, evenly (default 8)")
     add("--tenants", type=_count, default=6, metavar="N", help="sequences (default 6)")
@@ -92,7 +94,7 @@ def _studies(options: argparse.Namespace) -> "list[Row]":
     from penstock.sim.memory_study import liberties, sweeps
 
     if options.accesses:
-        accesses = read_accesses(Path(options.accesses))
+        accesses = read_accesses(Path(options.accesses), mass=options.mass)
         plans = [("recorded", name, setup) for name, setup in liberties()]
     elif options.pressure:
         return _pressure(options)
@@ -235,6 +237,16 @@ def _write_chart(path: Path, rows: "list[Row]") -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StartupFailed(f"--chart {path}: {error}") from error
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, 1 at most")
+    return share
 
 
 def _count(text: str) -> int:

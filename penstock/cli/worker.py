@@ -59,6 +59,7 @@ class _Joining:
         self._console = ServeConsole()
         self._host = JoinedHost(settings, RunFolder.create())
         self._num_signals = 0
+        self._is_told = False
 
     async def run(self) -> int:
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
@@ -125,6 +126,7 @@ class _Joining:
             pulse=self._settings.pulse,
             host=admitted.name,
             tiers=tuple(options.kv_tier),
+            kv_quality=options.kv_quality,
             kv_eviction=options.kv_eviction,
         )
 
@@ -134,6 +136,10 @@ class _Joining:
             model=find_clusters_model(theirs.model, self._options.model),
             dtype=self._options.dtype or theirs.dtype,
             block_size=self._options.block_size or theirs.block_size,
+            device=self._options.device,
+            gpu_memory_utilization=self._options.gpu_memory_utilization,
+            enforce_eager=self._options.enforce_eager,
+            attention_backend=self._options.attention_backend,
             kv_cache_bytes=self._options.kv_cache_memory,
             # Whether code may run here that comes with a model is said here and nowhere else.
             trust_remote_code=self._options.trust_remote_code,
@@ -143,6 +149,10 @@ class _Joining:
         model = self._host.model
         engine = f": {model.description}" if model is not None else ""
         self._console.say(f"worker {worker_id} has joined {self._host.door}{engine}")
+        if model is not None and not self._is_told:
+            self._is_told = True
+            for note in (*filter(None, [model.tiers]), *model.codec_notes):
+                self._console.say(f"KV tiers: {note}")
 
     async def _leave(self) -> None:
         """Finish what the workers have, as long as that may take."""

@@ -3,7 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from penstock.cli.values import kv_tier, parse_bytes, positive, seconds
+from penstock.cli.values import kv_quality, kv_tier, parse_bytes, positive, seconds, share
+from penstock.kv.quality import KvQuality
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -62,6 +63,7 @@ def add_worker(commands: "Commands") -> None:
         choices=(16, 32, 64, 128),
         help="tokens of a KV block here (default: the cluster's)",
     )
+    add_device(workers, default="cpu")
     add_limits(workers)
     network = parser.add_argument_group("other hosts")
     add_key(network)
@@ -82,6 +84,38 @@ def add_worker(commands: "Commands") -> None:
         "--decision-log",
         metavar="PATH",
         help="write what the workers (PATH.<worker>) decide, as JSON lines",
+    )
+
+
+def add_device(group: "Group", *, default: str) -> None:
+    """Add where the model runs."""
+    add = group.add_argument
+    add(
+        "--device",
+        default=default,
+        metavar="DEVICE",
+        help="cpu, cuda (workers are shared out among the GPUs), cuda:N, or auto: a GPU if there "
+        f"is one (default: {default})",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=share,
+        default=0.9,
+        metavar="PART",
+        help="part of a GPU's memory that all workers on it take together, in equal shares "
+        "(default: 0.9)",
+    )
+    add(
+        "--enforce-eager",
+        action="store_true",
+        help="on a GPU, launch decode steps operation by operation instead of as CUDA graphs",
+    )
+    add(
+        "--attention-backend",
+        choices=("triton", "fa3", "flashinfer"),
+        default="triton",
+        help="on a GPU, what attends for prompts: our own kernel, or a library that is installed "
+        "(default: triton)",
     )
 
 
@@ -115,15 +149,7 @@ def add_limits(group: "Group") -> None:
         metavar="SIZE",
         help="KV cache of each worker, such as 1GiB (default: a share of the free memory)",
     )
-    add(
-        "--kv-tier",
-        type=kv_tier,
-        action="append",
-        default=[],
-        metavar="TIER",
-        help="keep what falls out of the KV caches in dram=SIZE, cxl=SIZE or disk=FOLDER,SIZE; may "
-        "be given for each, nearest first (default: nowhere)",
-    )
+    _add_tiers(group)
     add(
         "--kv-eviction",
         choices=("lru", "arc", "cost"),
@@ -153,6 +179,31 @@ def add_limits(group: "Group") -> None:
         default=10.0,
         metavar="S",
         help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
+    )
+
+
+def _add_tiers(group: "Group") -> None:
+    add = group.add_argument
+    add(
+        "--kv-tier",
+        type=kv_tier,
+        action="append",
+        default=[],
+        metavar="TIER",
+        help="keep what falls out of the KV caches in dram=SIZE, cxl=SIZE or disk=FOLDER,SIZE; may "
+        "be given for each, nearest first (default: nowhere). With ,codec=NAME blocks lie there as "
+        "raw, lossless, fp8, int8, int4 or sparse, or auto: what is quickest within --kv-quality",
+    )
+    add(
+        "--kv-quality",
+        type=kv_quality,
+        default=KvQuality(),
+        metavar="BUDGET",
+        help="how much the loss of the model may rise by codecs of tiers: exact (default: blocks "
+        "come back bit for bit), or such as 0.1%%, or 0.1%%,99%% with the least share of greedy "
+        "tokens that stay the same. Codecs are measured on the model as it is loaded, and those "
+        "above the budget refused. Tiers without a codec are then auto; a request whose body says "
+        '"kv_quality": "exact" never gets what has been through a lossy codec',
     )
 
 

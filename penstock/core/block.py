@@ -125,15 +125,17 @@ _EXACT, _LOSSY = b"\0", b"\1"
 """The last byte of a name, which children have from their parents."""
 
 
-def root_hash(salt: str, *, accepts_loss: bool = False) -> BlockHash:
-    """Return the parent of a sequence's first block: depends on the tenant's salt and on whether
-    KV may come back changed by a lossy codec.
+def root_hash(salt: str, *, accepts_loss: bool = False, kv_window: int = 0) -> BlockHash:
+    """Return the parent of a sequence's first block: depends on the tenant's salt, on whether
+    KV may come back changed by a lossy codec, and on the window that decoding looks at (0: all).
 
     The same salt gives the same hash in every process (no random seed), which is what lets workers,
     router and restarts agree on names.
     """
     person = b"penstock-lossy" if accepts_loss else b"penstock-root"
-    digest = blake2b(salt.encode(), digest_size=_NAME_BYTES, person=person).digest()
+    # What decoding computes behind a window is no function of all tokens: names of its own.
+    window = kv_window.to_bytes(8, "little") if kv_window else b""
+    digest = blake2b(salt.encode(), digest_size=_NAME_BYTES, person=person, salt=window).digest()
     return BlockHash(digest + (_LOSSY if accepts_loss else _EXACT))
 
 
@@ -162,13 +164,15 @@ def extend_hashes(
     salt: str,
     *,
     accepts_loss: bool = False,
+    kv_window: int = 0,
 ) -> None:
     """Append the hashes of blocks that `token_ids` fills and `hashes` does not name yet.
 
     `hashes[i]` names tokens `[i * block_size, (i + 1) * block_size)`; a partial last block has no
     name.
     """
-    parent = hashes[-1] if hashes else root_hash(salt, accepts_loss=accepts_loss)
+    root = root_hash(salt, accepts_loss=accepts_loss, kv_window=kv_window)
+    parent = hashes[-1] if hashes else root
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
         parent = block_hash(parent, token_ids[start : start + block_size])
         hashes.append(parent)

@@ -24,11 +24,14 @@ class RegionDescriptor(Struct, frozen=True, array_like=True):
 
 
 class TierRegion(Struct, frozen=True, array_like=True):
-    """Where siblings find the slots of a worker's tier, and how to call it."""
+    """Where siblings find the slots of a worker's tier, how to call it, and in which codec they
+    are.
+    """
 
     name: str
     label: str
     region: RegionDescriptor
+    codec: str = "raw"
 
 
 class Endpoint(Struct, frozen=True, array_like=True):

@@ -59,7 +59,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `output_token_ids` is not empty when the request is continued after a preemption, a migration or
     a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
-    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. Its KV
+    cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. With a
+    `kv_window` decoding looks at the first block and the last so many tokens alone. Its KV
     is to be kept for `retention_ns` after its end, before all others' if it is a `pin`. A lower
     `priority` is more urgent; requests of one `fairness_key` share what keys are given in turn. The
     SLOs, in ms, are those of the cluster where there are none.
@@ -71,6 +72,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     accepts_loss: bool = False
+    kv_window: int = 0
     retention_ns: int = 0
     pin: str = ""
     priority: int = 0
@@ -82,7 +84,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def root(self) -> BlockHash:
         """The name that is before that of its first block."""
-        return root_hash(self.cache_salt, accepts_loss=self.accepts_loss)
+        return root_hash(self.cache_salt, accepts_loss=self.accepts_loss, kv_window=self.kv_window)
 
     @property
     def pin_id(self) -> str:
@@ -159,7 +161,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
-        self.pull_copy_ns += other.pull_copy_ns
+        self.pull_copy_ns = max(self.pull_copy_ns, other.pull_copy_ns)  # one side of the two copies
 
     def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:
         """Count a part of the pull that has landed, and the time that copying it took."""

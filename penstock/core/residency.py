@@ -53,13 +53,17 @@ class PoolResidency(Struct, frozen=True, array_like=True):
 
 
 class TierResidency(Struct, frozen=True, array_like=True):
-    """One tier below a worker's pool: totals, the codec of what is in it, and copies in flight."""
+    """One tier below a worker's pool: totals, the codec of its slots, and copies in flight.
+
+    Getting a block back is expected to cost `decode_ns` beside the copy; 0 for raw slots.
+    """
 
     load: TierLoad
     codec: str
     slot_bytes: int
     num_arriving: int
     num_reading: int
+    decode_ns: int = 0
 
 
 class PlacedBlock(Struct, frozen=True, array_like=True):

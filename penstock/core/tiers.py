@@ -23,6 +23,8 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     what to call it before people, if that is more.
 
     Rate and latency are what to expect until they have been measured; `kept` is what is there.
+    Slots hold blocks by way of `codec`, in `slot_bytes` each (0: a block's), of which `decode_ns`
+    is what getting one back costs. A lossy codec's slots are for those that accept a loss.
     """
 
     name: str
@@ -33,6 +35,10 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     label: str = ""
     eviction: str = "lru"
     """The order in which blocks are given up, one of `kv.eviction.ORDERS`."""
+    codec: str = "raw"
+    is_lossy: bool = False
+    slot_bytes: int = 0
+    decode_ns: int = 0
 
 
 class TierLoad(Struct, frozen=True, array_like=True):
@@ -42,7 +48,9 @@ class TierLoad(Struct, frozen=True, array_like=True):
     `num_corrupt` came back wrong and were dropped, `num_failed` could not be written,
     `num_evicted` were given up for others. Requests whose turn it was waited `exposed_ns` for moves
     out of here. `num_wanted` blocks were here when a request came that lacked them, `num_declined`
-    were not written here, because what they would save was not worth it.
+    were not written here, because what they would save was not worth it. Bytes are those of slots;
+    `raw_bytes_in` and `raw_bytes_out` are what they are as blocks, and `encode_ns` and `decode_ns`
+    what a codec took to make the one of the other.
 
     What was brought out of siblings' tiers of that name counts where it was brought to:
     `num_shared` of the hits, and `num_stale` that were not any more what the sibling had named.
@@ -63,6 +71,10 @@ class TierLoad(Struct, frozen=True, array_like=True):
     num_stale: int = 0
     num_wanted: int = 0
     num_declined: int = 0
+    raw_bytes_in: int = 0
+    raw_bytes_out: int = 0
+    encode_ns: int = 0
+    decode_ns: int = 0
 
 
 class PrefetchLoad(Struct, frozen=True, array_like=True):

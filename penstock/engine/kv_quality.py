@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from penstock.engine.batch import Batch
+from penstock.kv.selection import streaming_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,8 @@ class Quality:
     exact_loss: float
     greedy_agreement: float
     """Share of the positions at which the most likely token is the same, 0 to 1."""
+    loss_error: float = 0.0
+    """Standard error of the relative increase, from the differences at single tokens."""
 
     @property
     def loss_increase(self) -> float:
@@ -65,7 +68,10 @@ def compare(exact: Reading, coded: Reading) -> Quality:
     """Set two readings of the same text against each other."""
     assert len(exact.nats) == len(coded.nats), (len(exact.nats), len(coded.nats))
     agreement = float((exact.greedy == coded.greedy).mean())
-    return Quality(coded.loss, exact.loss, agreement)
+    differences = coded.nats - exact.nats
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    error = spread / len(differences) ** 0.5 / exact.loss
+    return Quality(coded.loss, exact.loss, agreement, error)
 
 
 def read_texts(
@@ -74,13 +80,15 @@ def read_texts(
     round_trip: RoundTrip | None = None,
     *,
     block_size: int,
+    window: int = 0,
 ) -> Reading:
     """Let a model read texts, each for itself; without `round_trip` the KV stays as it is.
 
     A text is token ids of which all but the first are predicted; it has two at least, and no more
-    than the model's context.
+    than the model's context. With a `window` a token sees the first block and the last so many
+    tokens alone, and what shares its blocks, as a request with a `kv_window` does.
     """
-    readings = [_read(model, text, round_trip, block_size) for text in texts]
+    readings = [_read(model, text, round_trip, block_size, window) for text in texts]
     return Reading(
         np.concatenate([reading.nats for reading in readings]),
         np.concatenate([reading.greedy for reading in readings]),
@@ -88,7 +96,11 @@ def read_texts(
 
 
 def _read(
-    model: LoadedModel, text: Sequence[int], round_trip: RoundTrip | None, block_size: int
+    model: LoadedModel,
+    text: Sequence[int],
+    round_trip: RoundTrip | None,
+    block_size: int,
+    window: int,
 ) -> Reading:
     num_tokens = len(text) - 1
     assert 0 < num_tokens <= model.max_model_len, (num_tokens, model.max_model_len)
@@ -99,7 +111,7 @@ def _read(
     with torch.inference_mode():
         for start in range(0, num_tokens, block_size):
             end = min(start + block_size, num_tokens)
-            logits = run(_batch(ids, start, end, pools))
+            logits = run(_batch(ids, start, end, pools, window))
             costs = torch.nn.functional.cross_entropy(
                 logits.double(), ids[start + 1 : end + 1], reduction="none"
             )
@@ -122,17 +134,26 @@ def _pools(model: LoadedModel, num_tokens: int, block_size: int) -> tuple[Tensor
     )
 
 
-def _batch(ids: Tensor, start: int, end: int, pools: Sequence[Tensor]) -> Batch:
+def _batch(ids: Tensor, start: int, end: int, pools: Sequence[Tensor], window: int) -> Batch:
     """Return the step that computes tokens `[start, end)` of one sequence and all their logits."""
     positions = torch.arange(start, end)
-    table = torch.arange(len(pools[0]), dtype=torch.int32)[None]
+    block_size = pools[0].shape[3]
+    num_blocks, num_hidden = -(-end // block_size), 0
+    if window:
+        # The first of the tokens sees as far back as any of them.
+        front, recent = streaming_blocks(
+            -(-(start + 1) // block_size), block_size=block_size, num_sinks=1, window=window
+        )
+        num_hidden = recent.start - front.stop
+    table = torch.arange(num_hidden, num_blocks, dtype=torch.int32)[None]
+    table[0, 0] = 0
     return Batch(
         token_ids=ids[start:end].contiguous(),
         positions=positions,
         # Block i of the pool holds block i of the text, so a slot's number is its position.
         slots=tuple(positions for _ in pools),
         query_start=torch.tensor([0, end - start], dtype=torch.int32),
-        kv_len=torch.tensor([end], dtype=torch.int32),
+        kv_len=torch.tensor([end - num_hidden * block_size], dtype=torch.int32),
         block_tables=tuple(table for _ in pools),
         logits_rows=torch.arange(end - start),
         max_query_len=end - start,

@@ -25,9 +25,12 @@ from penstock.kv.allocator import run_lengths
 from penstock.kv.group import Adopted, GroupCache, Held, Pull
 from penstock.kv.pool import Generations
 from penstock.kv.retention import Retention
+from penstock.kv.selection import streaming_blocks
 from penstock.kv.table import BlockTables
 
 NEVER: Final = 1 << 62
+SINK_TOKENS: Final = 4
+"""On which attention rests, whatever they say. Source: see `kv/selection.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +130,23 @@ class KVCache:
         return self._extend(holding, counts)
 
     def advance(
-        self, request_id: RequestId, num_computed: int, hashes: Sequence[BlockHash]
+        self,
+        request_id: RequestId,
+        num_computed: int,
+        hashes: Sequence[BlockHash],
+        *,
+        window: int = 0,
     ) -> None:
         """Note that the KV of tokens `[0, num_computed)` is valid and `hashes` names its blocks.
 
         Full blocks get their names and can be found from now on; blocks behind a sliding window are
-        let go. O(1) while neither has become due.
+        let go. O(1) while neither has become due. With a `window` only the first block and the last
+        so many tokens are kept, which is no prefix any more: it is not offered to a peer. That is
+        for layouts of one group without a window of its own.
         """
         holding = self._holdings[request_id]
+        if window:
+            self._keep_window(holding, num_computed, window)
         if num_computed < holding.due:
             return
         assert num_computed <= holding.capacity, (request_id, num_computed, holding.capacity)
@@ -268,6 +280,12 @@ class KVCache:
         rows = [holdings[request_id].row for request_id in request_ids]
         return self._tables.gather(rows, self.layout.num_blocks(max_tokens))
 
+    def gaps(self, request_ids: Iterable[RequestId]) -> Int32 | None:
+        """Return where each table lacks entries behind its first block, and how many, [S, 2]; None
+        where none does.
+        """
+        return self._tables.gaps(self._holdings[request_id].row for request_id in request_ids)
+
     def num_held(self, request_id: RequestId) -> tuple[int, ...]:
         """Return how many blocks the request holds, per group."""
         return tuple(len(held.held_ids) for held in self._holdings[request_id].groups)
@@ -342,6 +360,15 @@ class KVCache:
             self._tables.write(index, holding.row, group_held.start, group_held.held_ids)
         self._derive(holding)
         self._holdings[request_id] = holding
+
+    def _keep_window(self, holding: _Holding, num_tokens: int, window: int) -> None:
+        num_blocks = self.layout.num_blocks(num_tokens)
+        front, recent = streaming_blocks(
+            num_blocks, block_size=self._block_size, num_sinks=SINK_TOKENS, window=window
+        )
+        (group,), (held,) = self.groups, holding.groups
+        let_go = group.let_go_between(held, front.stop, recent.start)
+        self._tables.open_gap(holding.row, front.stop, let_go)
 
     def _missing(self, holding: _Holding, num_tokens: int) -> list[int]:
         wanted = self.layout.num_blocks(num_tokens)

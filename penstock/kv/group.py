@@ -78,18 +78,20 @@ class Adopted:
 class Held:
     """What one request holds in one group: `block_ids[i]` is entry i of its block table.
 
-    Entries before `start` have been let go, or were never needed, and are `NO_BLOCK`. Blocks before
-    entry `whole_from` lack tokens that nobody looks at any more, and get no name.
+    Entries before `start` have been let go, or were never needed, and are `NO_BLOCK`, save the
+    first `sinks`. Blocks before entry `whole_from` lack tokens that nobody looks at any more, and
+    get no name.
     """
 
     start: int
     block_ids: list[BlockId]
     whole_from: int = 0
+    sinks: int = 0
 
     @property
     def held_ids(self) -> list[BlockId]:
         """The blocks really held, in order."""
-        return self.block_ids[self.start :]
+        return self.block_ids[: self.sinks] + self.block_ids[self.start :]
 
 
 class GroupCache:
@@ -202,6 +204,18 @@ class GroupCache:
             self.pool.release(held.block_ids[let_go.start : let_go.stop])
             held.block_ids[let_go.start : let_go.stop] = [NO_BLOCK] * len(let_go)
             held.start = let_go.stop
+        return let_go
+
+    def let_go_between(self, held: Held, num_sinks: int, first: int) -> range:
+        """Release what lies between the first `num_sinks` entries and entry `first`; return the
+        entries. Those at the front stay for good.
+        """
+        begin = max(held.start, num_sinks)
+        let_go = range(begin, max(begin, first))
+        if let_go:
+            self.pool.release(held.block_ids[let_go.start : let_go.stop])
+            held.block_ids[let_go.start : let_go.stop] = [NO_BLOCK] * len(let_go)
+            held.start, held.sinks = let_go.stop, num_sinks
         return let_go
 
 

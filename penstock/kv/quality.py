@@ -15,6 +15,9 @@ LOSS_MIN: Final = 1e-6
 """What a lossy codec is charged at least. On a short text chance may lower the loss, and a budget
 of nothing must still refuse it."""
 
+NUM_ERRORS: Final = 2.0
+"""Standard errors that are added to what was measured before it is held against the budget."""
+
 
 class KvQuality(Struct, frozen=True):
     """How much worse a model may get. The default is not at all: blocks come back bit for bit."""
@@ -35,6 +38,13 @@ class Measured(Struct, frozen=True):
 
     loss_increase: float
     greedy_agreement: float
+    loss_error: float = 0.0
+    """Standard error of the increase: how far the luck of a short text may be off."""
+
+    @property
+    def loss_bound(self) -> float:
+        """What the increase is at most, as far as two standard errors tell."""
+        return self.loss_increase + NUM_ERRORS * self.loss_error
 
 
 def parse_quality(text: str) -> KvQuality:
@@ -53,8 +63,11 @@ def parse_quality(text: str) -> KvQuality:
 
 
 def charged_loss(measured: Measured | None) -> float:
-    """Return the loss that a codec is charged with; None stands for a lossless one."""
-    return 0.0 if measured is None else max(measured.loss_increase, LOSS_MIN)
+    """Return the loss that a codec is charged with; None stands for a lossless one.
+
+    It is the upper end of what was measured: what a short text did not show may still be there.
+    """
+    return 0.0 if measured is None else max(measured.loss_bound, LOSS_MIN)
 
 
 def refusal(quality: KvQuality, name: str, measured: Measured | None) -> str | None:
@@ -70,8 +83,8 @@ def refusal(quality: KvQuality, name: str, measured: Measured | None) -> str | N
     # Written so that a NaN is refused.
     if not charged_loss(measured) <= quality.loss_max:
         return (
-            f"{name} raises this model's loss by {measured.loss_increase:.3%}, and --kv-quality "
-            f"allows {quality.loss_max:.3%}"
+            f"{name} raises this model's loss by {measured.loss_increase:.3%} (at most "
+            f"{measured.loss_bound:.3%}), and --kv-quality allows {quality.loss_max:.3%}"
         )
     if not measured.greedy_agreement >= quality.agreement_min:
         return (

@@ -3,7 +3,7 @@
 One row per request and group; entries that hold no block are 0. Owned and called by `kv/cache.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,6 +23,7 @@ class BlockTables:
             np.zeros((ROWS_AT_START, COLUMNS_AT_START), np.int32) for _ in range(num_groups)
         ]
         self._free_rows = list(reversed(range(ROWS_AT_START)))
+        self._gaps: dict[int, tuple[int, int]] = {}
 
     def take_row(self) -> int:
         """Return an unused row, all zero."""
@@ -36,6 +37,7 @@ class BlockTables:
         """Take a row back and clear it."""
         for array in self._arrays:
             array[row] = 0
+        self._gaps.pop(row, None)
         self._free_rows.append(row)
 
     def write(self, group: int, row: int, start: int, block_ids: Sequence[BlockId]) -> None:
@@ -49,6 +51,19 @@ class BlockTables:
     def clear(self, group: int, row: int, entries: range) -> None:
         """Zero consecutive entries."""
         self._arrays[group][row, entries.start : entries.stop] = 0
+
+    def open_gap(self, row: int, first: int, entries: range) -> None:
+        """Zero consecutive entries of the one group, the last of a gap that begins at `first`."""
+        if entries:
+            self.clear(0, row, entries)
+            self._gaps[row] = first, entries.stop - first
+
+    def gaps(self, rows: Iterable[int]) -> Int32 | None:
+        """Return where each row's gap begins and its length, [S, 2]; None where no row has one."""
+        if not self._gaps:
+            return None
+        found = [self._gaps.get(row, (0, 0)) for row in rows]
+        return np.array(found, np.int32) if any(count for _, count in found) else None
 
     def gather(self, rows: Sequence[int], width: int) -> tuple[Int32, ...]:
         """Return a copy of the first `width` entries of rows, [len(rows), width] per group."""

@@ -1,8 +1,8 @@
 """Which KV codecs a model may use: each is measured on a short text, and judged by the budget.
 
 Composes the measure (`penstock/engine/kv_quality.py`), the codecs and the verdict
-(`penstock/kv/quality.py`). A host process that was given `--kv-quality` calls it once, after the
-model is loaded and before it forks; its workers then encode with what was admitted.
+(`penstock/kv/quality.py`). `runtime/tier_codecs.py` asks, after the model is loaded and before
+workers are forked; they then encode with what was admitted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from penstock.codec.codec import CODECS, Codec, make_codec
-from penstock.engine.kv_quality import Bytes2D, RoundTrip, compare, read_texts
+from penstock.engine.kv_quality import Bytes2D, Reading, RoundTrip, compare, read_texts
 from penstock.kv.quality import KvQuality, Measured, exact_refusal, refusal
 
 if TYPE_CHECKING:
@@ -46,11 +46,13 @@ def admit_codecs(
     texts: Sequence[Sequence[int]],
     *,
     block_size: int,
+    exact: Reading | None = None,
 ) -> Admission:
     """Measure codecs on a model and judge them; nothing is measured where the budget is exact.
 
     `texts` are token ids of at least two blocks each, in practice `PROBE` by the model's own
-    tokeniser. Takes one reading of the texts, and one more for each lossy codec.
+    tokeniser. Takes one reading of the texts, unless the `exact` one is there, and one more for
+    each lossy codec.
     Raises: `ValueError` for a codec that does not exist, or blocks that codecs are not made for.
     """
     layout = model.layout(block_size)
@@ -61,11 +63,12 @@ def admit_codecs(
     if quality.is_exact:
         return Admission(measured, {name: exact_refusal(name) for name in lossy})
     assert all(len(text) > 2 * block_size for text in texts), [len(text) for text in texts]
-    if lossy:
+    if lossy and exact is None:
         exact = read_texts(model, texts, block_size=block_size)
     for name in lossy:
+        assert exact is not None, name
         found = compare(exact, read_texts(model, texts, round_trips[name], block_size=block_size))
-        measured[name] = Measured(found.loss_increase, found.greedy_agreement)
+        measured[name] = Measured(found.loss_increase, found.greedy_agreement, found.loss_error)
     verdicts = {name: refusal(quality, name, measured[name]) for name in names}
     return Admission(measured, {n: verdict for n, verdict in verdicts.items() if verdict})
 

@@ -9,10 +9,14 @@ from penstock.core.block import KVLayout
 from penstock.core.config import ControllerConfig, EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import Role, WorkerId
+from penstock.kv.quality import KvQuality
+from penstock.kv.tiers import RAW
 
 MODEL_EXECUTOR = "model"
 INSTANT_EXECUTOR = "instant"
 AUTO = "auto"
+DEVICE_LOAD_TIMEOUT_S = 900.0
+EXACT_CODECS = (RAW, "lossless")
 TRANSPORTS = (AUTO, "shm", "nixl", "tcp")
 
 
@@ -55,11 +59,28 @@ class PulseSettings(Struct, frozen=True, kw_only=True):
 
 
 class TierSettings(Struct, frozen=True, kw_only=True):
-    """A tier below the workers' pools, for all of them together; `path` is a folder on disk."""
+    """A tier below the workers' pools, for all of them together; `path` is a folder on disk.
+
+    `codec` is how blocks lie there: raw, the name of a codec, or auto. "" is raw where blocks must
+    come back bit for bit, and auto where `--kv-quality` allows a loss.
+    """
 
     name: str
     num_bytes: int
     path: str = ""
+    codec: str = ""
+
+
+class TierCodec(Struct, frozen=True, kw_only=True):
+    """How blocks lie in a tier, as found when the model was loaded: times are those of a block."""
+
+    name: str = RAW
+    is_lossy: bool = False
+    slot_bytes: int = 0
+    encode_ns: int = 0
+    decode_ns: int = 0
+    bytes_per_s: int = 0
+    """Of the tier itself, measured; 0 where nothing had to be decided."""
 
 
 class ClusterSettings(Struct, frozen=True, kw_only=True):
@@ -71,7 +92,9 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     what this one is called, "" for that of the controller. `decision_log` is a file for the
     decisions of the controller; each worker's go to that name with its own behind it.
     `control` is for the controller, which decides for all hosts. `tiers` are nearest first,
-    and give blocks up in the order that `kv_eviction` names (`kv/eviction.py`).
+    and give blocks up in the order that `kv_eviction` names (`kv/eviction.py`); `kv_quality` is
+    what their codecs may cost the model. What decode steps attend to goes to `kv_access_log` with
+    a worker's process id behind it.
     `start_timeout_s` bounds each silence while the model loads, by default ten minutes, or a day
     where it has to be fetched.
     """
@@ -96,6 +119,8 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     handoff: Handoff = Handoff.STREAM
     control: ControllerConfig = ControllerConfig()
     tiers: tuple[TierSettings, ...] = ()
+    kv_quality: KvQuality = KvQuality()
+    kv_access_log: str | None = None
     kv_eviction: str = "lru"
 
     def __post_init__(self) -> None:
@@ -123,6 +148,17 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             raise StartupFailed(f"--kv-tier: each tier once, not {', '.join(names)}")
         if "disk" in names[:-1]:
             raise StartupFailed("--kv-tier: disk comes last, nothing sinks out of it")
+        lossy = {tier.codec for tier in self.tiers} - {"", AUTO, *EXACT_CODECS}
+        if lossy and self.kv_quality.is_exact:
+            raise StartupFailed(
+                f"--kv-tier: {', '.join(sorted(lossy))} is lossy, and --kv-quality is exact: say "
+                "what the model's loss may rise by, such as --kv-quality 0.1%"
+            )
+        if len(lossy) > 1:
+            raise StartupFailed(
+                f"--kv-tier: one lossy codec for all tiers, not {', '.join(sorted(lossy))}: what a "
+                "block loses by one after the other is not measured"
+            )
         if self.transport not in TRANSPORTS:
             raise StartupFailed(f"--transport: {self.transport!r} is none of {TRANSPORTS}")
         if self.handoff is Handoff.PUSH and self.transport not in (AUTO, "shm"):
@@ -153,6 +189,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             raise StartupFailed(
                 f"--min-workers {least}: {counts} are only {self.num_workers}; begin with more"
             )
+
+    @property
+    def worker_timeout_s(self) -> float:
+        """How long a worker that was forked may take to say hello; on a device it loads first."""
+        return self.join_timeout_s if self.engine.device == "cpu" else DEVICE_LOAD_TIMEOUT_S
 
     @property
     def num_workers(self) -> int:
@@ -192,6 +233,10 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     vocab_size: int
     description: str
     tiers: str = ""
+    tier_codecs: tuple[TierCodec, ...] = ()
+    """Of each tier of the settings; empty when all are raw."""
+    codec_notes: tuple[str, ...] = ()
+    """What was measured, admitted and refused, a line each, for people."""
 
 
 def split_address(text: str, flag: str) -> tuple[str, int]:

@@ -220,6 +220,20 @@ class Intake:
             )
         return room if max_tokens is None else max_tokens
 
+    def _check_window(self, body: GenerationBody) -> None:
+        if not body.kv_window:
+            return
+        if body.kv_quality is not None:
+            raise BadRequest(
+                "a window of the KV is not exact: leave one of the two out", "kv_window"
+            )
+        if not self.settings.accepts_window:
+            raise BadRequest(
+                "this server lets no request go on without all its KV: that takes --kv-quality and "
+                "a model without sliding windows",
+                "kv_window",
+            )
+
     def _params(
         self, body: GenerationBody, max_tokens: int, logprobs: int | None
     ) -> SamplingParams:
@@ -267,6 +281,7 @@ class Intake:
             raise BadRequest(
                 f"{count} choices in one request, {self.settings.max_choices} at most", "n"
             )
+        self._check_window(body)
         if body.kv_pin is not None and body.retention_ttl is None:
             raise BadRequest("`kv_pin` needs a `retention_ttl`: 0 lets go of the pin", "kv_pin")
         query_id = f"{kind}-{caller.request_id}"
@@ -280,6 +295,7 @@ class Intake:
                 params=_with_seed(params, i),
                 cache_salt=body.cache_salt or "",
                 accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
+                kv_window=body.kv_window or 0,
                 retention_ns=int((body.retention_ttl or 0.0) * NS_PER_S),
                 pin=body.kv_pin or "",
                 priority=body.priority or 0,

@@ -62,8 +62,10 @@ class PoolView(Struct, kw_only=True):
 class TierView(Struct, kw_only=True):
     """A tier below a worker's pool: slots of one block each, and totals since its start.
 
-    `codec` is that of what is in it, "" while it is empty. `arriving` are being written, `reading`
-    are on their way to the pool. Requests waited `exposed_ns` for moves out of it.
+    Slots hold blocks by way of `codec`, and `decode_ns` is what getting one back is expected to
+    cost beside the copy. `arriving` are being written, `reading` are on their way to the pool.
+    Requests waited `exposed_ns` for moves out of it. `bytes_in` and `bytes_out` count slots, the
+    `raw` ones the same as blocks; the codec has taken `codec_encode_ns` and `codec_decode_ns`.
     """
 
     name: str
@@ -80,6 +82,11 @@ class TierView(Struct, kw_only=True):
     failed: int
     evicted: int
     exposed_ns: int
+    decode_ns: int
+    raw_bytes_in: int
+    raw_bytes_out: int
+    codec_encode_ns: int
+    codec_decode_ns: int
 
 
 class KVWorkerView(Struct, kw_only=True):
@@ -253,6 +260,11 @@ def _view_tier(tier: TierResidency) -> TierView:
         failed=load.num_failed,
         evicted=load.num_evicted,
         exposed_ns=load.exposed_ns,
+        decode_ns=tier.decode_ns,
+        raw_bytes_in=load.raw_bytes_in,
+        raw_bytes_out=load.raw_bytes_out,
+        codec_encode_ns=load.encode_ns,
+        codec_decode_ns=load.decode_ns,
     )
 
 

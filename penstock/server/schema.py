@@ -24,6 +24,11 @@ Neutral = Annotated[Any, Meta(description="Not supported: only a value that asks
 KV_QUALITY: Final = (
     "`exact`: KV is never used that has been through a lossy codec, whatever the server is allowed."
 )
+KV_WINDOW: Final = (
+    "Decode as StreamingLLM does: look at the first block and the last so many tokens alone, and "
+    "give back what lies between once the prompt has been read. Lossy: only where the server was "
+    "started with a `--kv-quality` other than exact."
+)
 RETENTION_MAX_S: Final = 86_400.0
 RETENTION_TTL: Final = (
     "Seconds, from the end of this request, for which the KV of prompt and answer is given up only "
@@ -74,6 +79,7 @@ class GenerationBody(Struct, kw_only=True, forbid_unknown_fields=True):
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     kv_quality: Annotated[Literal["exact"], Meta(description=KV_QUALITY)] | None = None
+    kv_window: Annotated[int, Meta(ge=16, le=2**31 - 1, description=KV_WINDOW)] | None = None
     retention_ttl: (
         Annotated[float, Meta(ge=0.0, le=RETENTION_MAX_S, description=RETENTION_TTL)] | None
     ) = None

@@ -33,7 +33,8 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     `max_choices` bounds the sequences of one request (prompts times `n`). Text of more than
     `encode_inline_chars` is tokenised in a thread. A reader that is `stream_buffer_bytes` behind,
     or has taken nothing for `stall_timeout_s`, is given up. With `accepts_loss` KV may come back
-    from a lossy tier, unless a body says that it must be exact.
+    from a lossy tier, unless a body says that it must be exact. With `accepts_window` a body may
+    ask for decoding that looks at a window.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -46,5 +47,6 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     encode_inline_chars: int = 4 * KIB
     encode_threads: int = 2
     accepts_loss: bool = False
+    accepts_window: bool = False
     stream_buffer_bytes: int = MIB
     stall_timeout_s: float = 60.0

@@ -14,6 +14,8 @@ TIER_TOTALS: Final = {
     "kv_tier_corrupt": "num_corrupt",
     "kv_tier_failed": "num_failed",
     "kv_tier_evicted": "num_evicted",
+    "kv_tier_offloaded_raw_bytes": "raw_bytes_in",
+    "kv_tier_onboarded_raw_bytes": "raw_bytes_out",
     "kv_tier_wanted": "num_wanted",
     "kv_tier_declined": "num_declined",
 }
@@ -21,6 +23,8 @@ TIER_TOTALS: Final = {
 
 TIER_TIMES: Final = {
     "kv_tier_exposed_seconds": "exposed_ns",
+    "kv_tier_encode_seconds": "encode_ns",
+    "kv_tier_decode_seconds": "decode_ns",
 }
 """The same of times."""
 
@@ -35,6 +39,10 @@ TIER_HELP: Final = {
     "kv_tier_corrupt": "Blocks that came back wrong from a tier: dropped and computed again.",
     "kv_tier_failed": "Blocks that could not be written to a tier or read from it.",
     "kv_tier_evicted": "Blocks that a tier gave up for others.",
+    "kv_tier_offloaded_raw_bytes": "What was written to a tier, before its codec.",
+    "kv_tier_onboarded_raw_bytes": "What was read from a tier, after its codec.",
+    "kv_tier_encode_seconds": "Time in a tier's codec on the way in.",
+    "kv_tier_decode_seconds": "Time in a tier's codec on the way out.",
     "kv_tier_wanted": "Blocks in a tier that a request came for; hits are those that were brought.",
     "kv_tier_declined": "Blocks not written to a tier: what they would save is not worth it.",
     "kv_tier_exposed_seconds": "Time that requests whose turn it was waited for a tier's blocks.",

@@ -11,10 +11,12 @@ blocks that they select, and how much of a selection is that of the step before 
 DeepSeek-V3.2's top 2048). `read_accesses` takes what an engine recorded, in JSON lines:
 
     {"block_bytes": 65536, "compute_ns": 180}                        optional, first
-    {"step": 0, "layer": 0, "group": 3, "request": "a", "blocks": [0, 61, 62, 63]}
+    {"step": 0, "layer": 0, "group": 3, "request": "a", "blocks": [0, 63, 62, 61], "mass": [...]}
 
 `step` and `blocks` (numbers within the sequence) are needed; layer and group are 0 and request is
-"" where they are left out. Lines are in the order of computation.
+"" where they are left out. Lines are in the order of computation. `mass` is the share of the
+attention that each block got. `penstock serve --record-kv-access` writes such files
+(`penstock/engine/kv_access.py`).
 """
 
 import gzip
@@ -195,13 +197,16 @@ class _Line(msgspec.Struct):
     group: int = 0
     request: str = ""
     blocks: list[int] = []
+    mass: list[float] = []
     block_bytes: int | None = None
     compute_ns: int | None = None
 
 
-def read_accesses(path: Path) -> Accesses:
+def read_accesses(path: Path, *, mass: float = 1.0) -> Accesses:
     """Return recorded accesses, from JSON lines, gzipped or not.
 
+    Of what a line attends to only the fewest blocks are read that hold a share `mass` of it; 1 is
+    all that was recorded, whether lines say mass or not.
     Raises: `BadRequest` that names the line, when it is not one.
     """
     try:
@@ -216,6 +221,11 @@ def read_accesses(path: Path) -> Accesses:
         except msgspec.MsgspecError as error:
             raise BadRequest(f"{path}, line {number}: {error}") from error
     reads = [line for line in lines if line.step is not None]
+    if mass < 1:
+        for number, read in enumerate(reads, 1):
+            if not read.mass or len(read.mass) != len(read.blocks):
+                raise BadRequest(f"{path}, access {number}: there is no mass for every block")
+            read.blocks = _heaviest(read.blocks, read.mass, mass)
     if not reads or min(min(line.blocks, default=0) for line in reads) < 0:
         raise BadRequest(f"{path} has no line with step and blocks, or a block below 0")
     sizes = [line.block_bytes for line in lines if line.block_bytes]
@@ -226,6 +236,19 @@ def read_accesses(path: Path) -> Accesses:
         block_bytes=sizes[0] if sizes else kvflow.BLOCK_BYTES,
         compute_ns=computes[0] if computes else kvflow.COMPUTE_NS,
     )
+
+
+def _heaviest(blocks: Sequence[int], mass: Sequence[float], share: float) -> list[int]:
+    """Return the fewest blocks that hold a share of the mass, in the order of their numbers."""
+    ranked = sorted(zip(blocks, mass, strict=True), key=lambda pair: -pair[1])
+    wanted, held = share * sum(mass), 0.0
+    kept = []
+    for block, weight in ranked:
+        if held >= wanted:
+            break
+        kept.append(block)
+        held += weight
+    return sorted(kept)
 
 
 def _recorded(name: str, reads: Iterable[_Line], *, block_bytes: int, compute_ns: int) -> Accesses:

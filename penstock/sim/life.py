@@ -40,7 +40,7 @@ def introduction(config: WorkerConfig, profile: str = "") -> WorkerInfo:
         profile=profile,
         host=config.host,
         tiers=tuple(
-            TierRegion(tier.name, tier.name, RegionDescriptor("sim", "", 0, 0))
+            TierRegion(tier.name, tier.name, RegionDescriptor("sim", "", 0, 0), tier.codec)
             for tier in config.tiers
         ),
     )

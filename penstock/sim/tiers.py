@@ -14,11 +14,14 @@ import numpy as np
 
 from penstock.core.events import Move, MoveDone, Span
 from penstock.core.tiers import KeptBlock, TierConfig
-from penstock.core.types import BlockHash, BlockId, Digest
-from penstock.kv.tiers import Tier
+from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
+from penstock.kv.tiers import RAW, Tier
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import take_digests
 from penstock.transfer.region import Bytes2D
+
+CODE = np.uint8(0x5A)
+"""What the codec of a lossy tier does to every byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,8 @@ class SimTier:
     """A tier of every worker: its size, what a move costs, and what goes wrong, as probabilities.
 
     A move down fails (the disk is full), a move up fails (the disk is gone), one of its blocks
-    comes with a flipped bit.
+    comes with a flipped bit. Slots of a lossy tier hold encoded blocks and are known by digests of
+    what they hold; the codec gives back what went in, so that every later token tells of a mistake.
     """
 
     name: str
@@ -36,6 +40,12 @@ class SimTier:
     write_failure: float = 0.0
     read_failure: float = 0.0
     corruption: float = 0.0
+    is_lossy: bool = False
+
+    @property
+    def codec(self) -> str:
+        """What its slots are in."""
+        return "coded" if self.is_lossy else RAW
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +83,8 @@ class SimTiers:
                 bytes_per_s=spec.bytes_per_s,
                 latency_ns=spec.latency_ns,
                 kept=self._slots[spec.name].kept(),
+                codec=spec.codec,
+                is_lossy=spec.is_lossy,
             )
             for spec in self._specs.values()
         )
@@ -104,12 +116,13 @@ class SimTiers:
                 return
             digests: tuple[tuple[Digest, ...], ...] = ()
             if ends.destination:
-                error = self._write(pool, move)
+                error, landed = self._write(pool, move)
+                digests = (landed,)
             elif (tiers := owner()) is None or self._rng.random() < spec.read_failure:
                 error = f"{ends.source} of {move.source} cannot be read"
             else:
                 error = None
-                digests = (self._read(pool, spec, spans, tiers._slots[ends.source]),)
+                digests = (self._read(pool, spec, move, tiers._slots[ends.source]),)
             done(
                 MoveDone(
                     move_id=move.move_id,
@@ -125,27 +138,41 @@ class SimTiers:
 
         self._clock.call_at(started_ns + took_ns, land)
 
-    def _write(self, pool: Bytes2D, move: Move) -> str | None:
+    def _write(self, pool: Bytes2D, move: Move) -> tuple[str | None, tuple[Digest, ...]]:
+        """Return what went wrong, and by what the slots are to be known."""
         (spans,), (digests,), ends = move.spans, move.digests, move.tiers
         assert ends is not None, move
         if self._rng.random() < self._specs[ends.destination].write_failure:
-            return f"no space left on {ends.destination}"
+            return f"no space left on {ends.destination}", ()
         source = self._slots[ends.source].blocks if ends.source else pool
+        was_coded = bool(ends.source) and self._specs[ends.source].is_lossy
+        is_coded = self._specs[ends.destination].is_lossy
         into = self._slots[ends.destination]
+        landed = []
         for (block, slot), name, digest in zip(_pairs(spans), ends.names, digests, strict=True):
-            into.blocks[slot] = source[block]
+            into.blocks[slot] = source[block] ^ CODE if was_coded != is_coded else source[block]
+            if was_coded or is_coded:
+                (digest,) = take_digests(into.blocks, [BlockId(slot)])
             into.records[slot] = (name, digest)
-        return None
+            landed.append(digest)
+        return None, tuple(landed)
 
-    def _read(
-        self, pool: Bytes2D, spec: SimTier, spans: Sequence[Span], slots: Slots
-    ) -> tuple[Digest, ...]:
+    def _read(self, pool: Bytes2D, spec: SimTier, move: Move, slots: Slots) -> tuple[Digest, ...]:
+        (spans,), (wanted,) = move.spans, move.digests
         pairs = _pairs(spans)
         for slot, block in pairs:
             pool[block] = slots.blocks[slot]
         if self._rng.random() < spec.corruption:
             pool[self._rng.choice(pairs)[1], 0] ^= np.uint8(1)
-        return take_digests(pool, (BlockId(block) for _, block in pairs))
+        blocks = [BlockId(block) for _, block in pairs]
+        found = take_digests(pool, blocks)
+        if not spec.is_lossy:
+            return found
+        # Compared before it is decoded, as `transport/coded.py` does.
+        is_right = [a == b for a, b in zip(found, wanted, strict=True)]
+        pool[blocks] ^= CODE
+        content = take_digests(pool, blocks)
+        return tuple(c if r else NO_DIGEST for c, r in zip(content, is_right, strict=True))
 
 
 def make_slots(

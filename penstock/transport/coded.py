@@ -1,6 +1,6 @@
 """Slots that hold encoded blocks: what goes into a tier is encoded, what comes out is decoded.
 
-A `CodedTier` is a codec around the slots of any `TierStore`, which knows nothing of it. Where slots
+A `CodedTier` is a codec around the slots of any tier, which knows nothing of it. Where slots
 are memory the codec works in them directly; otherwise blocks pass by a small staging buffer, some
 at a time, so that what was just read is still in the cache when it is decoded.
 
@@ -18,13 +18,15 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import BlocksCorrupt
 from penstock.core.tiers import KeptBlock
 from penstock.core.types import MIB, NO_DIGEST, BlockHash, BlockId, Digest
+from penstock.kv.tiers import RAW
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import SpanArray, cut
 from penstock.transfer.region import Bytes2D, Region
-from penstock.transport.tier import MemoryTier, TierStore
+from penstock.transport.tier import MemoryTier, Readable, TierStore
 
 STAGING_BYTES: Final = 4 * MIB
 Ints = npt.NDArray[np.int64]
@@ -73,14 +75,14 @@ class CodedTier:
 
     def __init__(
         self,
-        store: TierStore,
+        store: Readable,
         codec: BlockCodec,
         *,
         is_steady: bool = True,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         assert codec.is_lossless or codec.encoded_bytes <= store.block_bytes, store.block_bytes
-        self.store = store
+        self._store = store
         self.codec = codec
         self.kind = f"{store.kind} {codec.name}"
         self.num_slots = store.num_slots
@@ -94,6 +96,17 @@ class CodedTier:
     def contents(self) -> list[KeptBlock]:
         """Return what was there when the tier was opened."""
         return self.store.contents()
+
+    @property
+    def store(self) -> TierStore:
+        """The slots, of a tier that may be written."""
+        assert isinstance(self._store, TierStore), self.kind
+        return self._store
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """What a sibling needs to read the slots."""
+        return self.store.descriptor
 
     def close(self) -> None:
         """Let go of memory and files."""
@@ -173,10 +186,10 @@ class CodedTier:
     def read(self, destination: Region, spans: SpanArray, digests: Sequence[Digest]) -> Copied:
         """Decode slots into blocks; of a lossy codec those whose digest is that of the slot."""
         slots, ids = flatten(spans)
-        if self._is_steady and isinstance(self.store, MemoryTier) and not self.codec.is_lossless:
+        if self._is_steady and isinstance(self._store, MemoryTier) and not self.codec.is_lossless:
             started_ns = self._clock()
-            copied = self._decode(self.store.region.blocks, slots, destination, ids, digests)
-            self.store.pace(spans, started_ns)
+            copied = self._decode(self._store.region.blocks, slots, destination, ids, digests)
+            self._store.pace(spans, started_ns)
             return copied
         buffer = self._take_staging()
         landed: list[Digest] = []
@@ -184,7 +197,7 @@ class CodedTier:
         for start in range(0, len(slots), self._batch_blocks):
             some = slice(start, start + self._batch_blocks)
             rows = np.arange(len(slots[some]))
-            self.store.read(Region(buffer[: len(rows)]), cut(slots[some], rows))
+            self._store.read(Region(buffer[: len(rows)]), cut(slots[some], rows))
             copied = self._decode(buffer, rows, destination, ids[some], digests[some])
             landed += copied.digests
             codec_ns += copied.codec_ns
@@ -281,6 +294,11 @@ def transcode(
         stored += landed
         codec_ns += up.codec_ns + down.codec_ns
     return Copied(tuple(stored), codec_ns)
+
+
+def slot_fingerprint(fingerprint: str, codec: str) -> str:
+    """Return what slots of blocks of a layout are known by when they are in a codec."""
+    return fingerprint if codec == RAW else f"{fingerprint} {codec}"
 
 
 def flatten(spans: SpanArray) -> tuple[Ints, Ints]:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from penstock.core.descriptors import RegionDescriptor, WorkerInfo
+from penstock.core.descriptors import TierRegion, WorkerInfo
 from penstock.core.errors import PeerLost
 from penstock.core.types import WorkerId
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Region, described_blocks
-from penstock.transport.coded import CodedTier
+from penstock.transport.coded import CodedTier, slot_fingerprint
 from penstock.transport.cxl import EMULATED, keep_pace
 from penstock.transport.disk import DISK_KIND, DiskReader
 from penstock.transport.shm import copy_spans, open_peer
@@ -53,14 +53,14 @@ class _Sibling:
 
 class SiblingTiers:
     """Who they are. `fingerprint` is that of the layout of our blocks; `wrap` puts what decodes a
-    tier's slots, by its name, around them.
+    tier's slots around them.
     """
 
     def __init__(
         self,
         worker_id: WorkerId,
         fingerprint: str,
-        wrap: Callable[[str, Readable], Readable | CodedTier] = lambda _, slots: slots,
+        wrap: Callable[[TierRegion, Readable], Readable | CodedTier] = lambda _, slots: slots,
     ) -> None:
         self.worker_id = worker_id
         self._fingerprint = fingerprint
@@ -93,10 +93,11 @@ class SiblingTiers:
             if sibling.is_gone:
                 raise PeerLost(f"{worker_id} is gone")
             if tier not in sibling.tiers:
-                slots = self._open(sibling.info, tier)
+                region = _region(sibling.info, tier)
+                slots = self._open(region)
                 if isinstance(slots, DiskReader):
                     sibling.files.append(slots)
-                sibling.tiers[tier] = self._wrap(tier, slots)
+                sibling.tiers[tier] = self._wrap(region, slots)
             return sibling.tiers[tier]
 
     def _give_up(self, sibling: _Sibling) -> None:
@@ -105,17 +106,22 @@ class SiblingTiers:
             for file in sibling.files:
                 file.close()
 
-    def _open(self, info: WorkerInfo, name: str) -> Readable:
-        for tier in info.tiers:
-            if tier.name == name:
-                if tier.region.kind == DISK_KIND:
-                    return self._open_file(tier.region)
-                return MappedSlots(tier.label, open_peer(tier.region))
-        raise PeerLost(f"{info.worker_id} has no tier {name}")
+    def _open(self, tier: TierRegion) -> Readable:
+        if tier.region.kind == DISK_KIND:
+            return self._open_file(tier)
+        return MappedSlots(tier.label, open_peer(tier.region))
 
-    def _open_file(self, region: RegionDescriptor) -> DiskReader:
+    def _open_file(self, tier: TierRegion) -> DiskReader:
+        region, fingerprint = tier.region, slot_fingerprint(self._fingerprint, tier.codec)
         path, num_slots = Path(region.location), described_blocks(region)
         try:
-            return DiskReader(path, num_slots, region.block_bytes, self._fingerprint)
+            return DiskReader(path, num_slots, region.block_bytes, fingerprint)
         except OSError as error:
             raise PeerLost(f"{path} cannot be read: {error}") from error
+
+
+def _region(info: WorkerInfo, name: str) -> TierRegion:
+    for tier in info.tiers:
+        if tier.name == name:
+            return tier
+    raise PeerLost(f"{info.worker_id} has no tier {name}")

@@ -6,7 +6,7 @@ file, `cxl.py` the same in a slower memory; `sibling.py` reads those of other wo
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from penstock.core.descriptors import RegionDescriptor
 from penstock.core.tiers import KeptBlock
@@ -27,6 +27,7 @@ class Readable(Protocol):
         """Copy slots into blocks. What cannot be read comes out as zeros: a digest shows it."""
 
 
+@runtime_checkable
 class TierStore(Readable, Protocol):
     """Slots that this worker alone writes."""
 

@@ -193,6 +193,7 @@ class Fetches:
             source=owner,
             epoch=epoch,
             spans=(tuple(align(slots, [fetch.block_ids[e - fetch.first] for e in entries])),),
+            digests=(tuple(block.digest for block in blocks),),
             tiers=TierEnds(place.name, ""),
         )
 
@@ -201,13 +202,15 @@ class Fetches:
         fetch, place, entries = read.fetch, read.place, read.entries
         place.books.num_reading -= len(entries)
         place.books.bytes_out += done.num_bytes
+        place.books.raw_bytes_out += len(entries) * self._config.layout.block_bytes[0]
+        place.books.decode_ns += done.codec_ns
         landed: Items[Digest | None] = [None] * len(entries)
         if done.error is None:
             (landed,) = done.digests
         # The end of a prefix is touched first, hence given up first.
         for entry, block, found in reversed(list(zip(entries, read.blocks, landed, strict=True))):
-            if found == block.digest:
-                fetch.digests[entry] = block.digest
+            if found is not None and place.books.is_right(block, found):
+                fetch.digests[entry] = found
                 place.confirm(block.name)
             else:
                 place.reject(block, is_read=found is not None)

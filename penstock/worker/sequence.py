@@ -124,6 +124,20 @@ class Sequence:
         is_running = self.state is SequenceState.RUNNING and self.decode_worker is None
         return is_running and self.num_computed == len(self.tokens) - 1 > 0
 
+    @property
+    def can_go(self) -> bool:
+        """True when it can be handed to another worker: all its KV is here, and it decodes."""
+        return self.is_decoding and not self.request.kv_window
+
+    @property
+    def window(self) -> int:
+        """The last tokens that are still looked at, 0 for all: as long as the prompt is read, it
+        goes on elsewhere, or a peer reads its blocks, it is all.
+        """
+        if not self.request.kv_window or self.decode_worker is not None or self.is_pinned:
+            return 0
+        return self.request.kv_window if self.num_computed >= self.target_tokens else 0
+
     def hand_to(self, decode_worker: WorkerId) -> None:
         """Make what has been decoded so far a request for another worker to continue."""
         output_token_ids = tuple(self.tokens[self.num_prompt :])
@@ -139,8 +153,14 @@ class Sequence:
     def name_blocks(self, block_size: int) -> None:
         """Extend `hashes` over every block that the tokens fill."""
         if len(self.tokens) // block_size > len(self.hashes):
-            salt, accepts_loss = self.request.cache_salt, self.request.accepts_loss
-            extend_hashes(self.hashes, self.tokens, block_size, salt, accepts_loss=accepts_loss)
+            extend_hashes(
+                self.hashes,
+                self.tokens,
+                block_size,
+                self.request.cache_salt,
+                accepts_loss=self.request.accepts_loss,
+                kv_window=self.request.kv_window,
+            )
 
     def retain(self, retention: Retention) -> None:
         """Have the named blocks of a sequence that ends kept as long as the request asks for."""

@@ -10,17 +10,20 @@ other workers of the host say of theirs.
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from penstock.core.block import accepts_loss
 from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
-from penstock.core.types import BlockHash, BlockId, Digest
+from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
 from penstock.kv.eviction import EvictionOrder, last_of_retained, make_order
 from penstock.kv.residency import Residency
 from penstock.kv.retention import Retention
-from penstock.kv.tiers import RAW, BlockKey, Tier
+from penstock.kv.tiers import BlockKey, Tier
 
 
 class Shelf:
-    """One tier. `resumes_ns` is when it may be written again after a failure."""
+    """One tier, for blocks of `block_bytes`. `resumes_ns` is when it may be written again after a
+    failure.
+    """
 
     def __init__(
         self,
@@ -36,11 +39,16 @@ class Shelf:
         self.changes: dict[BlockHash, None] = {}
         """Names that came or went since this was last emptied."""
         self.num_hits = self.num_shared = self.bytes_in = self.bytes_out = 0
+        self.raw_bytes_in = self.raw_bytes_out = 0
         self.num_corrupt = self.num_stale = self.num_failed = self.num_evicted = 0
+        self.exposed_ns = self.encode_ns = self.decode_ns = 0
+        self.codec = config.codec
+        self.is_lossy = config.is_lossy
+        self.block_decode_ns = config.decode_ns
+        self.slot_bytes = config.slot_bytes or block_bytes
         self.num_wanted = self.num_declined = 0
         self.num_reading = 0
         """Blocks on their way out for requests."""
-        self.exposed_ns = 0
         self._retention = retention
         self._tier = Tier(config.name)
         self._residency = residency
@@ -51,13 +59,25 @@ class Shelf:
         self._condemned: set[BlockHash] = set()
         self._slots.take(sorted(BlockId(kept.slot) for kept in config.kept))
         for kept in config.kept:
-            is_new = residency.add(kept.name, self._tier, RAW, block_bytes, kept.slot * block_bytes)
+            address = kept.slot * self.slot_bytes
+            is_new = residency.add(kept.name, self._tier, self.codec, self.slot_bytes, address)
             assert is_new, f"{self.name} came with more than it holds"
             self._arrive(kept.name, kept.digest)
 
     def __contains__(self, name: BlockHash) -> bool:
         """Tell whether a block can be read here."""
         return self._residency.is_present(name, self._tier) and name not in self._condemned
+
+    def takes(self, name: BlockHash) -> bool:
+        """Tell whether a block may lie here: one that must come back as it was, not everywhere."""
+        return not self.is_lossy or accepts_loss(name)
+
+    def is_right(self, block: KeptBlock, landed: Digest) -> bool:
+        """Tell by the digest of what came out of a slot whether it is what went in.
+
+        A lossy codec's slot is compared before it is decoded, and gives another content.
+        """
+        return landed != NO_DIGEST and (self.is_lossy or landed == block.digest)
 
     def knows(self, name: BlockHash) -> bool:
         """Tell whether a block is here or arriving."""
@@ -81,7 +101,7 @@ class Shelf:
         """Return where a block is, or will be."""
         copy = self._residency.copy(name, self._tier)
         assert copy is not None, f"{name.hex()} is not in {self.name}"
-        return BlockId(copy.address // self._block_bytes)
+        return BlockId(copy.address // self.slot_bytes)
 
     def digest(self, name: BlockHash) -> Digest:
         """Return what the digest of a block has to be."""
@@ -102,8 +122,8 @@ class Shelf:
         slots = self._slots.allocate(len(names))
         assert slots is not None, f"{self.name} has {self.num_free} slots, not {len(names)}"
         for name, slot in zip(names, slots, strict=True):
-            address = slot * self._block_bytes
-            is_begun = self._residency.begin(name, self._tier, RAW, self._block_bytes, address)
+            address = slot * self.slot_bytes
+            is_begun = self._residency.begin(name, self._tier, self.codec, self.slot_bytes, address)
             assert is_begun, f"{self.name} has slots and no bytes"
         return slots
 
@@ -111,7 +131,8 @@ class Shelf:
         """Note that a block has arrived."""
         self._residency.finish(name, self._tier)
         self._arrive(name, digest)
-        self.bytes_in += self._block_bytes
+        self.bytes_in += self.slot_bytes
+        self.raw_bytes_in += self._block_bytes
 
     def abort(self, name: BlockHash) -> None:
         """Give the slot of a block back that did not arrive."""
@@ -232,6 +253,10 @@ class Shelf:
             exposed_ns=self.exposed_ns,
             num_shared=self.num_shared,
             num_stale=self.num_stale,
+            raw_bytes_in=self.raw_bytes_in,
+            raw_bytes_out=self.raw_bytes_out,
+            encode_ns=self.encode_ns,
+            decode_ns=self.decode_ns,
             num_wanted=self.num_wanted,
             num_declined=self.num_declined,
         )
@@ -239,5 +264,10 @@ class Shelf:
     def check(self) -> None:
         """Assert that slots and bytes agree."""
         self._slots.check()
-        used_bytes = (self.num_slots - self.num_free) * self._block_bytes
+        used_bytes = (self.num_slots - self.num_free) * self.slot_bytes
         assert used_bytes == self._residency.used_bytes(self._tier), (self.name, used_bytes)
+
+
+def takers_of(name: BlockHash, shelves: Sequence[Shelf]) -> list[Shelf]:
+    """Return the tiers that a block may lie in, in their order."""
+    return [shelf for shelf in shelves if shelf.takes(name)]

@@ -123,13 +123,13 @@ class Siblings:
         is_alike = info.host == config.host and info.layout == config.layout
         if not self._shelves or not is_alike or not info.tiers:
             return
-        names = [tier.name for tier in info.tiers]
+        alike = [(tier.name, tier.codec) for tier in info.tiers]
         self._epochs[info.worker_id] = info.epoch
         self._newcomers[info.worker_id] = None
         self._shelves_of[info.worker_id] = [
             SiblingShelf(shelf, info.worker_id, info.epoch)
             for shelf in self._shelves
-            if shelf.name in names
+            if (shelf.name, shelf.codec) in alike
         ]
         for event in self._early.pop(info.worker_id, []):
             self.hear(event)

@@ -95,15 +95,14 @@ class Surveyor:
             )
 
     def _tier(self, shelf: Shelf) -> TierResidency:
-        first = next(iter(shelf.part(0, 1)), None)
-        copy = self._tiers.residency.copy(first, shelf.tier) if first is not None else None
         num_arriving, num_reading = shelf.num_moving
         return TierResidency(
             load=shelf.load(),
-            codec=copy.codec if copy is not None else "",
-            slot_bytes=copy.num_bytes if copy is not None else 0,
+            codec=shelf.codec,
+            slot_bytes=shelf.slot_bytes,
             num_arriving=num_arriving,
             num_reading=num_reading,
+            decode_ns=shelf.block_decode_ns,
         )
 
     # ------------------------------------------------------------------------------ single blocks

@@ -15,14 +15,14 @@ nobody, and does not. Without tiers every method returns at once. Called by the 
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
 from penstock.core.config import WorkerConfig
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove, TierEnds, WakeAt
 from penstock.core.tiers import KeptBlock, PrefetchLoad, ShelfChanged, ShelfUsed, TierLoad
-from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, Digest, WorkerId
+from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.policy import WriteMode
 from penstock.kv.residency import Residency
@@ -36,9 +36,10 @@ from penstock.worker.numbers import Numbers
 from penstock.worker.onboard import NOBODY, OnboardDesk
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.sequence import Sequence
-from penstock.worker.shelf import Shelf
+from penstock.worker.shelf import Shelf, takers_of
 from penstock.worker.siblings import Siblings
 from penstock.worker.traffic import Traffic
+from penstock.worker.write import Write
 
 BLOCKS_MAX: Final = 64
 """In one move down: what is to come up meanwhile waits no longer than that takes."""
@@ -47,18 +48,6 @@ REST_NS: Final = 10 * NS_PER_S
 WRITE_NS: Final = NS_PER_S
 """By when a write should be done, from when it was asked for."""
 TIERS_KEY: Final = "tiers"
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """Blocks on their way down: out of the pool (`generations` as they were) or another shelf."""
-
-    names: list[BlockHash]
-    digests: tuple[Digest, ...]
-    into: Shelf
-    out_of: Shelf | None = None
-    block_ids: tuple[BlockId, ...] = ()
-    generations: tuple[int, ...] = ()
 
 
 class TierDesk:
@@ -84,7 +73,7 @@ class TierDesk:
         self._back: dict[BlockHash, None] = {}
         """What is to be written when the pool runs short, or nobody is disturbed by it."""
         self._woken_ns = 0
-        self._writes: dict[int, _Write] = {}
+        self._writes: dict[int, Write] = {}
         self._has_prompts = False
         self.residency = Residency(())
         self._parked: list[BlockHash] = []
@@ -103,8 +92,8 @@ class TierDesk:
     def _open_tiers(self) -> None:
         (block_bytes,) = self._config.layout.block_bytes
         specs = [
-            TierSpec(tier=Tier(tier.name), capacity_bytes=tier.num_slots * block_bytes)
-            for tier in self._config.tiers
+            TierSpec(tier=Tier(t.name), capacity_bytes=t.num_slots * (t.slot_bytes or block_bytes))
+            for t in self._config.tiers
         ]
         self.residency = Residency(specs)
         self._shelves = [
@@ -197,6 +186,7 @@ class TierDesk:
         if done.error is not None:
             write.into.num_failed += len(write.names)
             write.into.resumes_ns = now_ns + REST_NS
+        write.into.encode_ns += done.codec_ns
         pool = self._kv.groups[0].pool
         now = pool.generations(write.block_ids)
         changed = {
@@ -205,10 +195,11 @@ class TierDesk:
             if before != after
         }
         self.num_missed += len(changed)
-        for name, digest in zip(write.names, write.digests, strict=True):
-            if done.error is None and name not in changed:
+        for name, digest in write.landed(done).items():
+            if done.error is None and name not in changed and digest != NO_DIGEST:
                 write.into.finish(name, digest)
             else:
+                write.into.num_failed += done.error is None and digest == NO_DIGEST
                 write.into.abort(name)
             if write.out_of is not None:
                 write.out_of.release(name)
@@ -251,13 +242,13 @@ class TierDesk:
         What was brought from a farther one was of use, and goes to the nearest as well.
         """
         is_of_use = self._has_prompts or bool(self._siblings)
-        nearest = self._shelves[0]
         for name in self._parked:
             # A prompt's blocks were used when it came; who is given none uses what others computed.
             if not self._has_prompts or name not in self._keeping.history:
                 self._keeping.history.use(name)
-            if is_of_use and not self._is_kept(name, nearest):
-                self._queue(name, self._keeping.mode(name, nearest.tier, is_idle=is_idle))
+            takers = takers_of(name, self._shelves) if is_of_use else []
+            if takers and not self._is_kept(name, takers[0]):
+                self._queue(name, self._keeping.mode(name, takers[0].tier, is_idle=is_idle))
             if name in self.residency:
                 self.residency.touch(name, now_ns)
             for shelf in self._shelves:
@@ -289,10 +280,12 @@ class TierDesk:
 
     def _offload(self, now_ns: int, *, is_idle: bool) -> list[Command]:
         """Write the blocks that have waited longest to the nearest tier that takes them."""
-        shelves = self._writable(now_ns)
-        if not shelves:
-            self._through.clear()
+        writable = self._writable(now_ns)
+        # What no tier takes now is forgotten; the first of the rest says which tier it is to be.
+        self._through = {name: None for name in self._through if takers_of(name, writable)}
+        if not self._through:
             return []
+        shelves = takers_of(next(iter(self._through)), writable)
         wanted = min(BLOCKS_MAX, len(self._through))
         commands = self._make_room(shelves, wanted, now_ns, is_idle=is_idle)
         names = self._take_pending(shelves[0])
@@ -302,7 +295,7 @@ class TierDesk:
         pool = self._kv.groups[0].pool
         found = [block_id for n in names if (block_id := pool.prefix_cache.find(n)) is not None]
         block_ids = tuple(found)
-        write = _Write(
+        write = Write(
             names=names,
             digests=tuple(map(pool.digest, block_ids)),
             into=shelves[0],
@@ -318,6 +311,8 @@ class TierDesk:
         for name in list(self._through):
             if len(names) == min(into.num_free, BLOCKS_MAX):
                 break
+            if not into.takes(name):
+                continue
             del self._through[name]
             if self._is_kept(name, into):
                 continue  # a sibling was quicker, or the nearest could not be written for a while
@@ -348,7 +343,7 @@ class TierDesk:
                 goes_to[name] = None
             if sinking := sinking[: lower.num_free]:
                 digests = tuple(map(shelf.digest, sinking))
-                write = _Write(sinking, digests, into=lower, out_of=shelf)
+                write = Write(sinking, digests, into=lower, out_of=shelf)
                 slots = [shelf.slot(name) for name in sinking]
                 commands.append(self._submit(write, slots, now_ns))
         for name in oldest:
@@ -364,19 +359,20 @@ class TierDesk:
         """Return where a block that a shelf gives up is to go; None: nowhere, or it is there."""
         if any(self._is_kept(name, lower) for lower in below):
             return None
+        below = takers_of(name, below)
         tiers = [lower.tier for lower in below]
         place = self._keeping.lower(name, shelf.tier, tiers, is_idle=is_idle)
         for lower in below if place is None else ():
             lower.num_declined += 1
         return place
 
-    def _submit(self, write: _Write, sources: Items[BlockId], now_ns: int) -> Command:
+    def _submit(self, write: Write, sources: Items[BlockId], now_ns: int) -> Command:
         # In the order of where they lie: what is adjacent there is copied as one piece.
         order = sorted(range(len(sources)), key=sources.__getitem__)
         names = tuple(write.names[i] for i in order)
         slots = write.into.begin(names)
         move_id = self._move_ids.next()
-        self._writes[move_id] = write
+        self._writes[move_id] = replace(write, order=tuple(order))
         move = Move(
             move_id=move_id,
             kind=MoveClass.OFFLOAD,

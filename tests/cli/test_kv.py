@@ -42,6 +42,11 @@ ANSWER = {
                     "failed": 0,
                     "evicted": 0,
                     "exposed_ns": 2_500_000,
+                    "decode_ns": 17_000,
+                    "raw_bytes_in": 6 << 20,
+                    "raw_bytes_out": 1024,
+                    "codec_encode_ns": 3_000_000,
+                    "codec_decode_ns": 100_000,
                 }
             ],
         }
@@ -77,7 +82,10 @@ def test_pools_tiers_and_blocks_are_rows():
     (pool,) = (line for line in lines if line.startswith("d0 device"))
     assert " ".join(pool.split()) == "d0 device 80 20 30 30 25 raw, 4 retained"
     (tier,) = (line for line in lines if line.startswith("d0 dram"))
-    assert " ".join(tier.split()) == "d0 dram 40 11 9 3.0 MiB 512 B 2.5 ms 3 int8, 1 corrupt"
+    assert " ".join(tier.split()) == (
+        "d0 dram 40 11 9 3.0 MiB 512 B 2.5 ms 3 int8 (0.50 of a block, 17 us to decode one; "
+        "3.0 ms in, 0.1 ms out), 1 corrupt"
+    )
     (block,) = (line for line in lines if "00ff" in line)
     expected = "d0 device 7 00ff00ff00ff cached raw warm 0 31.4 s 60 s to dram"
     assert " ".join(block.split()) == expected

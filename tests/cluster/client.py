@@ -18,7 +18,13 @@ class Stream:
     """One request and what has come of it so far."""
 
     def __init__(
-        self, cluster: LocalCluster, prompt: Sequence[int], params: SamplingParams, salt: str = ""
+        self,
+        cluster: LocalCluster,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        salt: str = "",
+        *,
+        accepts_loss: bool = False,
     ) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
@@ -29,6 +35,7 @@ class Stream:
             prompt_token_ids=tuple(prompt),
             params=params,
             cache_salt=salt,
+            accepts_loss=accepts_loss,
         )
         self._cluster = cluster
         self._news = asyncio.Event()

@@ -1,15 +1,23 @@
-"""A step's rows, slots and starts, against a count by hand."""
+"""A step's rows, slots and starts, against a count by hand; and what a gap in a table computes."""
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from penstock.core.config import EngineConfig
 from penstock.core.request import SamplingParams
 from penstock.core.step import SampleRow, Step
 from penstock.engine.batch import make_batch
+from penstock.engine.loading import load_model
 
 BLOCK_SIZE = 16
+FOLDER = Path(__file__).parents[2] / "penstock" / "builtin" / "penstock-tiny"
+NUM_BLOCKS = 8
+GAP = np.array([[1, 3]], np.int32)
 
 
 def make_step(
@@ -74,3 +82,75 @@ def test_decode_steps() -> None:
 def test_a_table_with_gaps_between_rows_is_packed() -> None:
     wide = np.arange(40, dtype=np.int32).reshape(4, 10)[:, :3]
     check(make_step([1, 3, 2, 1], [5, 20, 30, 47], [wide], [1]))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(EngineConfig(model=str(FOLDER), dtype="float32"), lambda *_: None)
+
+
+class Masked:
+    """The model's kernels, but attention is dense and sees nothing of the gap."""
+
+    def __init__(self, kernels: Any, first: int, end: int) -> None:
+        self.kernels, self.first, self.end = kernels, first, end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)
+
+    def prepare(self, forward: Any) -> Any:
+        return lambda batch: forward(self, batch)
+
+    def attend(self, spec: Any, query: Any, keys: Any, values: Any, batch: Any) -> Any:
+        (length,) = batch.kv_len.tolist()
+        assert query.shape[0] == 1
+        table = batch.block_tables[0][0].long()
+        ratio = spec.num_heads // spec.num_kv_heads
+        keys = keys[table].flatten(0, 1)[:length].repeat_interleave(ratio, 1)
+        values = values[table].flatten(0, 1)[:length].repeat_interleave(ratio, 1)
+        scores = torch.einsum("hd,thd->ht", query[0], keys) * spec.scale
+        scores[:, self.first : self.end] = float("-inf")
+        return torch.einsum("ht,thd->hd", scores.softmax(-1), values)[None]
+
+
+def step(tokens: list[int], start: int, gaps: np.ndarray | None) -> Step:
+    table = np.arange(NUM_BLOCKS, dtype=np.int32)[::-1].copy()
+    if gaps is not None:
+        first, count = gaps[0].tolist()
+        table[first : first + count] = 0
+    return Step(
+        step_id=0,
+        token_ids=np.array(tokens[start:], np.int64),
+        num_new=np.array([len(tokens) - start], np.int32),
+        num_computed=np.array([start], np.int32),
+        block_tables=(table[None],),
+        samples=(SampleRow(0, SamplingParams(), 1, len(tokens), tokens),),
+        gaps=gaps,
+    )
+
+
+def test_positions_stay_and_slots_and_length_close_the_gap():
+    batch = make_batch(step(list(range(100)), 99, GAP), BLOCK_SIZE)
+    assert batch.positions.tolist() == [99]
+    assert batch.kv_len.tolist() == [100 - 3 * BLOCK_SIZE]
+    assert batch.block_tables[0][0, :5].tolist() == [7, 3, 2, 1, 0]
+    assert batch.slots[0].tolist() == [1 * BLOCK_SIZE + 99 % BLOCK_SIZE]
+
+
+def test_decoding_behind_a_gap_is_attention_under_that_mask(model):
+    layout = model.layout(BLOCK_SIZE)
+    inner = (2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim)
+    pool = torch.zeros(NUM_BLOCKS, len(layout.groups[0].layers), *inner)
+    tokens = [int(t) for t in np.random.default_rng(3).integers(10, 4000, 100)]
+    gap = range(BLOCK_SIZE, 4 * BLOCK_SIZE)
+    with torch.inference_mode():
+        run = model.forward.bind(model.kernels, (pool,))
+        run(make_batch(step(tokens[:99], 0, None), BLOCK_SIZE))
+        dense = pool.clone()
+        full = run(make_batch(step(tokens, 99, None), BLOCK_SIZE))
+        windowed = run(make_batch(step(tokens, 99, GAP), BLOCK_SIZE))
+        masked: Any = Masked(model.kernels, gap.start, gap.stop)
+        oracle = model.forward.bind(masked, (dense,))
+        expected = oracle(make_batch(step(tokens, 99, None), BLOCK_SIZE))
+    torch.testing.assert_close(windowed, expected, rtol=1e-4, atol=1e-4)
+    assert (full - windowed).abs().max() > 1e-2

@@ -109,3 +109,16 @@ def test_readings_of_the_same_text_are_compared():
     quality = compare(exact, coded)
     assert quality.loss_increase == pytest.approx(0.05)
     assert quality.greedy_agreement == 0.5
+
+
+def test_a_window_that_holds_all_changes_nothing_and_a_small_one_hides(model):
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    texts = [tokenizer.encode(TEXT).ids]
+    exact = read_texts(model, texts, block_size=BLOCK_SIZE)
+    wide = read_texts(model, texts, block_size=BLOCK_SIZE, window=1000)
+    assert (wide.nats == exact.nats).all()
+    narrow = read_texts(model, texts, block_size=BLOCK_SIZE, window=BLOCK_SIZE)
+    # The first three blocks see all there is before them.
+    seen = 2 * BLOCK_SIZE
+    np.testing.assert_allclose(narrow.nats[:seen], exact.nats[:seen], rtol=1e-4, atol=1e-4)
+    assert (narrow.nats[seen:] != exact.nats[seen:]).any()

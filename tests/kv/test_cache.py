@@ -3,6 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from penstock.core.block import KVGroup, KVLayout
 from penstock.core.types import RequestId
 from penstock.kv.cache import KVCache
 from tests.kv.cache_model import (
@@ -261,3 +262,32 @@ def test_computing_beyond_the_slots_is_a_bug():
 
     with pytest.raises(AssertionError):
         kv.advance("a", 5, [])
+
+
+def test_a_window_keeps_the_first_block_and_the_latest_and_gives_the_rest_back():
+    cache = KVCache(KVLayout("m", (KVGroup((0,)),), 1, 16, 4, "float32"), [20])
+    name = RequestId("windowed")
+    other = RequestId("other")
+    assert cache.open(name, [], 0) == 0
+    assert cache.open(other, [], 0) == 0
+    assert cache.grow(other, 8)
+    assert cache.grow(name, 40)
+    (before,) = cache.held(name)
+    assert cache.gaps([name, other]) is None
+    cache.advance(name, 40, [], window=9)
+    # The last token may stand alone in its block: 9 tokens reach into three blocks.
+    (held,) = cache.held(name)
+    assert held == [before[0], *before[-3:]]
+    assert cache.gaps([name, other]).tolist() == [[1, 6], [0, 0]]
+    (table,) = cache.tables([name], 40)
+    assert table[0].tolist() == [before[0], 0, 0, 0, 0, 0, 0, *before[-3:]]
+    assert cache.free_blocks == (20 - 2 - 4,)
+    assert cache.grow(name, 44)
+    cache.advance(name, 44, [], window=9)
+    assert cache.gaps([other, name]).tolist() == [[0, 0], [1, 7]]
+    cache.check()
+    cache.close(name)
+    assert cache.gaps([other]) is None
+    cache.close(other)
+    cache.check()
+    assert cache.free_blocks == (20,)

@@ -47,7 +47,7 @@ def test_a_codec_that_exceeds_the_budget_is_refused_with_the_figures():
     quality = KvQuality(0.001, 0.98)
     assert refusal(quality, "int8", Measured(0.0004, 0.995)) is None
     assert refusal(quality, "int4", Measured(0.02, 0.97)) == (
-        "int4 raises this model's loss by 2.000%, and --kv-quality allows 0.100%"
+        "int4 raises this model's loss by 2.000% (at most 2.000%), and --kv-quality allows 0.100%"
     )
     assert refusal(quality, "fp8", Measured(0.0, 0.9)) == (
         "with fp8 only 90.00% of this model's greedy tokens stay the same, and --kv-quality asks "
@@ -60,3 +60,10 @@ def test_a_codec_that_exceeds_the_budget_is_refused_with_the_figures():
 def test_a_lossy_codec_is_never_free():
     assert charged_loss(Measured(-0.5, 1.0)) == LOSS_MIN
     assert charged_loss(Measured(0.003, 1.0)) == 0.003
+
+
+def test_the_luck_of_a_short_text_admits_nothing():
+    lucky = Measured(-0.0002, 1.0, loss_error=0.001)
+    assert charged_loss(lucky) == pytest.approx(0.0018)
+    assert "at most 0.180%" in refusal(KvQuality(0.001), "int4", lucky)
+    assert refusal(KvQuality(0.002), "int4", lucky) is None

@@ -61,6 +61,20 @@ def test_loss_is_accepted_where_the_server_has_a_budget_and_the_body_does_not_ob
     assert not accepts("exact", accepts_loss=True)
 
 
+def test_a_window_is_for_servers_that_may_lose_something():
+    (asked,) = _complete(intake=_intake(accepts_window=True), prompt="hi", kv_window=64).requests
+    assert asked.kv_window == 64
+    (whole,) = _complete(prompt="hi").requests
+    assert whole.kv_window == 0
+    with pytest.raises(BadRequest, match="--kv-quality") as refused:
+        _complete(prompt="hi", kv_window=64)
+    assert refused.value.field == "kv_window"
+    with pytest.raises(BadRequest, match="not exact"):
+        _complete(
+            intake=_intake(accepts_window=True), prompt="hi", kv_window=64, kv_quality="exact"
+        )
+
+
 def test_defaults_are_openais():
     (request,) = _complete(prompt="hi").requests
     params = request.params

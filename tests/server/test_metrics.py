@@ -226,11 +226,12 @@ def test_the_regime_the_loads_and_what_is_expected_of_each_worker():
 
 
 def test_tiers_are_told_by_their_names_and_not_at_all_without_any():
-    tier = TierLoad("dram", 8, 2, 3, 4, 5, 6, 7, 8, exposed_ns=2_000_000_000)
+    tier = TierLoad("dram", 8, 2, 3, 4, 5, 6, 7, 8, exposed_ns=2_000_000_000, decode_ns=5_000_000)
     metrics = _metrics(replace(LOAD, tiers=(tier,)))
     labels = {"worker": "decode-0", "role": "decode", "tier": "dram"}
     assert _value(metrics, "kv_tier_usage_perc", **labels) == 0.25
     assert _value(metrics, "kv_tier_hits_total", **labels) == 3
     assert _value(metrics, "kv_tier_onboarded_bytes_total", **labels) == 5
     assert _value(metrics, "kv_tier_exposed_seconds_total", **labels) == 2
+    assert _value(metrics, "kv_tier_decode_seconds_total", **labels) == 0.005
     assert not [name for name, *_ in _samples(_metrics()) if "kv_tier" in name]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from penstock.core.block import accepts_loss
 from penstock.core.config import ControllerConfig
 from penstock.core.request import Request, SamplingParams
 from penstock.core.tiers import TierLoad
@@ -39,6 +40,7 @@ def conversations(rng: random.Random, count: int, turns: int) -> list[tuple[Requ
                 request_id=RequestId(f"s{session}t{turn}"),
                 prompt_token_ids=prompt,
                 params=SamplingParams(max_tokens=rng.randint(2, 20), ignore_eos=True),
+                accepts_loss=session % 2 == 0,
             )
             requests.append((request, at_ns))
             prompt += tuple(expected_tokens(request, request.params.max_tokens, ()))
@@ -210,3 +212,20 @@ def test_tokens_are_right_whatever_happens_to_siblings(seed: int) -> None:
         controller=ControllerConfig(policy="round_robin"),
     )
     run(spec, seed, kills=rng.choice([0, 2, 4]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lossy_slots_hold_what_accepts_a_loss_alone_and_are_checked_before_they_are_decoded(
+    seed: int,
+) -> None:
+    faults = FAULTS[seed % len(FAULTS)]
+    near = replace(DRAM, is_lossy=True, **faults)
+    far = replace(DISK, is_lossy=seed % 2 == 0, **faults)
+    cluster = run(make_spec(near, far), seed, kills=seed % 3)
+    for worker in cluster.workers.values():
+        for tier in (near, far):
+            names = [name for name, _ in worker.slots[tier.name].records.values()]
+            if tier.is_lossy:
+                assert all(map(accepts_loss, names))
+    if not faults and not seed % 3:
+        assert sum(load.num_hits for found in loads(cluster).values() for load in found) > 0

@@ -117,7 +117,7 @@ def test_tiers_say_what_they_have_and_what_is_on_its_way_there_and_back():
     dram, disk = answer.tiers
     assert (dram.load.num_used, dram.codec, dram.num_arriving) == (2, "raw", 0)
     assert dram.slot_bytes == story.worker.config.layout.block_bytes[0]
-    assert (disk.load.num_used, disk.codec) == (0, "")
+    assert (disk.load.num_used, disk.codec) == (0, "raw")
     there = on(answer, "dram")
     assert [block.state for block in there] == ["present"] * 2
     assert {block.name for block in there} == {b.name for b in on(answer, DEVICE)}

@@ -5,11 +5,18 @@ from msgspec.structs import replace
 from penstock.core.events import Move, MoveClass, MoveDone, SubmitMove
 from penstock.core.messages import BlocksChanged, Cancel, Tokens
 from penstock.core.tiers import KeptBlock, TierConfig, TierLoad
-from penstock.core.types import BlockHash, Digest, RequestId
-from tests.worker.story import P0, Story, assign, request
+from penstock.core.types import NO_DIGEST, BlockHash, Digest, RequestId
+from tests.worker.story import LAYOUT, P0, Story, assign, request
 
 DRAM = TierConfig(name="dram", num_slots=8, bytes_per_s=10_000_000_000)
 DISK = TierConfig(name="disk", num_slots=8, bytes_per_s=1_000_000_000)
+
+(BLOCK_BYTES,) = LAYOUT.block_bytes
+ENCODED, DECODED = 1000, 2000
+"""What a lossy codec makes of digests, on the way in and on the way out."""
+INT8 = TierConfig(
+    name="dram", num_slots=8, bytes_per_s=10**10, codec="int8", is_lossy=True, slot_bytes=9
+)
 
 
 class Below:
@@ -25,10 +32,12 @@ class Below:
             is_defragmenting=False,
         )
         self.slots: dict[tuple[str, int], Digest] = {}
+        self.codecs = {tier.name for tier in tiers if tier.is_lossy}
 
-    def run(self, name: str, start: int, num_prompt: int = 40) -> int:
+    def run(self, name: str, start: int, num_prompt: int = 40, **more: bool) -> int:
         """Run a request to its end, with all moves; return how many tokens it found cached."""
-        self.story.tell(assign(request(name, num_prompt, start=start, max_tokens=1), P0))
+        asked = request(name, num_prompt, start=start, max_tokens=1)
+        self.story.tell(assign(replace(asked, **more), P0))
         self.move_all()
         (cached,) = self.story.steps[0].num_computed.tolist()
         self.story.step()
@@ -50,13 +59,23 @@ class Below:
         digests: tuple[tuple[Digest, ...], ...] = ()
         if ends.destination:
             to = [s.destination + i for s in spans for i in range(s.num_blocks)]
-            for slot, digest in zip(to, move.digests[0], strict=True):
+            of = move.digests[0]
+            if ends.destination in self.codecs:
+                of = tuple(Digest(digest + ENCODED) for digest in of)
+                digests = (of,)
+            for slot, digest in zip(to, of, strict=True):
                 self.slots[ends.destination, slot] = digest
         elif error is None:
             of = [s.source + i for s in spans for i in range(s.num_blocks)]
             found = [self.slots[ends.source, slot] for slot in of]
             if wrong is not None:
                 found[wrong] = Digest(found[wrong] ^ 1)
+            if ends.source in self.codecs:
+                # Compared before it is decoded into another content.
+                found = [
+                    Digest(was + DECODED) if was == wanted else NO_DIGEST
+                    for was, wanted in zip(found, move.digests[0], strict=True)
+                ]
             digests = (tuple(found),)
         self.story.tell(
             MoveDone(
@@ -68,6 +87,7 @@ class Below:
                 finished_ns=1,
                 error=error,
                 digests=() if error else digests,
+                codec_ns=7 if self.codecs & {ends.source, ends.destination} else 0,
             )
         )
         return move

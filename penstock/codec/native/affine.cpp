@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t GROUP = 32;
 constexpr int64_t CHUNK = 1024;  // groups whose parameters are kept as floats
-constexpr int64_t AHEAD = 256;   // bytes of codes
+constexpr int64_t AHEAD = 1024;  // bytes of codes
 constexpr float LARGEST = 65504.f;
 
 inline int64_t group_of(int64_t size) {
@@ -128,28 +128,28 @@ struct Parameters {
                  float16* scales) {
         for (int64_t done = 0; done < count; done += UNIT) {
             const int64_t some = count - done < UNIT ? count - done : UNIT;
-            alignas(LINE) float least[UNIT] = {}, most[UNIT] = {};
+            Float low_of[UNIT] = {}, high_of[UNIT] = {};
             for (int64_t i = 0; i < some; i++, values += group) {
-                Float low_of = load(values), high_of = low_of;
+                low_of[i] = high_of[i] = load(values);
                 for (int64_t c = UNIT; c < group; c += UNIT) {
-                    low_of = min(low_of, load(values + c));
-                    high_of = max(high_of, load(values + c));
+                    low_of[i] = min(low_of[i], load(values + c));
+                    high_of[i] = max(high_of[i], load(values + c));
                 }
-                least[i] = smallest(low_of), most[i] = largest(high_of);
             }
             const Range range =
-                settle(load(least), load(most), levels, lows + done, scales + done, some);
+                settle(smallest_of(low_of), largest_of(high_of), levels, lows + done, scales + done,
+                       some);
             store(low + done, range.low), store(scale + done, range.inverse);
         }
     }
 
     // The numbers of the codes of a unit whose parameters are at `i`; a scale has so few digits
-    // that the product is exact.
+    // that the product is exact, and one rounding is as good as two.
     template <bool IS_KEY>
     Float decode(Word codes, int64_t i) const {
         const Float number = __builtin_convertvector((Int)codes, Float);
-        if constexpr (IS_KEY) return load(low + i) + load(scale + i) * number;
-        return low[i] + scale[i] * number;
+        if constexpr (IS_KEY) return multiply_add(load(scale + i), number, load(low + i));
+        return multiply_add(splat(scale[i]), number, splat(low[i]));
     }
 };
 
@@ -191,23 +191,38 @@ void encode_values(const Shape& shape, const Plane& plane, const T* rows, uint8_
     }
 }
 
+// A unit of codes, of int4 those in the lower or the upper halves of the bytes.
+template <int BITS, bool IS_UPPER>
+inline Word codes_of(const uint8_t* codes) {
+    const Word word = load_bytes(codes);
+    if constexpr (BITS == 8) return word;
+    return IS_UPPER ? word >> 4 : word & 15u;
+}
+
 // One row of codes, of int4 one of its two, whose parameters begin at `first`.
-template <class T, bool IS_KEY>
-inline void decode_row(const Parameters& parameters, int64_t first, int64_t group,
-                       const uint8_t* codes, int lower, uint32_t mask, T* to, int64_t size,
-                       Sink sink) {
+template <class T, int BITS, bool IS_KEY, bool IS_UPPER>
+inline void decode_half(const Parameters& parameters, int64_t first, int64_t group,
+                        const uint8_t* codes, T* to, int64_t size, Sink sink) {
     const int shift = IS_KEY ? 0 : group == 32 ? 5 : 4;
     const auto unit = [&](int64_t c) {
-        const Word word = load_bytes(codes + c) >> lower & mask;
-        return parameters.decode<IS_KEY>(word, first + (c >> shift));
+        return parameters.decode<IS_KEY>(codes_of<BITS, IS_UPPER>(codes + c), first + (c >> shift));
     };
     int64_t c = 0;
     for (; c + 2 * UNIT <= size; c += 2 * UNIT) {
-        // Measured: this far, and past the cache. The codes of int4 are read twice, and stay.
-        if (mask == 255) __builtin_prefetch(codes + c + AHEAD, 0, 0);
+        // Measured: this far, and all the way up; the codes of int4 are too few for it to pay.
+        if constexpr (BITS == 8) __builtin_prefetch(codes + c + AHEAD, 0, 3);
         sink.put(to + c, unit(c), unit(c + UNIT));
     }
     if (c < size) store(to + c, unit(c));
+}
+
+template <class T, int BITS, bool IS_KEY>
+inline void decode_row(const Parameters& parameters, int64_t first, int64_t group,
+                       const uint8_t* codes, bool is_upper, T* to, int64_t size, Sink sink) {
+    if (is_upper)
+        decode_half<T, BITS, IS_KEY, true>(parameters, first, group, codes, to, size, sink);
+    else
+        decode_half<T, BITS, IS_KEY, false>(parameters, first, group, codes, to, size, sink);
 }
 
 template <class T, int BITS>
@@ -223,9 +238,9 @@ void decode_keys(const Shape& shape, const Plane& plane, const uint8_t* encoded,
             const int64_t size = min(CHUNK, width - c), first = start / group * width + c;
             parameters.read(lows + first, scales + first, size);
             for (int64_t t = start; t < start + group; t++)
-                decode_row<T, true>(parameters, 0, group, codes + t * BITS / 8 * width + c,
-                                    t * BITS % 8, (1 << BITS) - 1, rows + t * width + c, size,
-                                    sink);
+                decode_row<T, BITS, true>(parameters, 0, group,
+                                          codes + t * BITS / 8 * width + c, t * BITS % 8 != 0,
+                                          rows + t * width + c, size, sink);
         }
     }
 }
@@ -244,9 +259,9 @@ void decode_values(const Shape& shape, const Plane& plane, const uint8_t* encode
         parameters.read(lows + start * row_groups, scales + start * row_groups,
                         (end - start) * row_groups);
         for (int64_t t = start; t < end; t++)
-            decode_row<T, false>(parameters, (t - start) * row_groups, plane.group,
-                                 codes + t * BITS / 8 * width, t * BITS % 8, (1 << BITS) - 1,
-                                 rows + t * width, width, sink);
+            decode_row<T, BITS, false>(parameters, (t - start) * row_groups, plane.group,
+                                       codes + t * BITS / 8 * width, t * BITS % 8 != 0,
+                                       rows + t * width, width, sink);
     }
 }
 
