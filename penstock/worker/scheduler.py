@@ -71,8 +71,15 @@ class Scheduler:
         self._kv = kv
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the line."""
-        self.waiting.append(sequence)
+        """Put a new sequence in the line, before those that came after it while it waited for
+        blocks out of a tier; not before one that was preempted.
+        """
+        at, waiting = len(self.waiting), self.waiting
+        while (
+            at and waiting[at - 1].arrival > sequence.arrival and not waiting[at - 1].is_preempted
+        ):
+            at -= 1
+        waiting.insert(at, sequence)
 
     def add_first(self, sequence: Sequence) -> None:
         """Put a sequence whose KV has to be computed again at the front of the line."""
