@@ -26,8 +26,10 @@ FAILURES = (
 """What a part may end with; an out-of-memory error of torch is a RuntimeError."""
 
 
-def run_all(lab: Lab, measures: Sequence[Measure], deadline_s: float) -> int:
-    """Run measures until the deadline; return how many failed."""
+def run_all(
+    lab: Lab, measures: Sequence[Measure], deadline_s: float, output: str | None = None
+) -> int:
+    """Run measures until the deadline, keeping what there is after each; return how many failed."""
     started, failed = time.monotonic(), 0
     for measure in measures:
         if time.monotonic() - started > deadline_s:
@@ -45,6 +47,8 @@ def run_all(lab: Lab, measures: Sequence[Measure], deadline_s: float) -> int:
             # One part that fails must not cost the figures of the others: the device is lent.
             print(f"  FAILED: {traceback.format_exc()}")
             failed += 1
+        if not lab.is_dry:
+            lab.report.keep(output)  # whoever stops the run leaves that
         if lab.is_cuda:
             torch.cuda.empty_cache()
     print(f"took {time.monotonic() - started:.0f} s")

@@ -66,7 +66,10 @@ def make_case(
     lengths = torch.full((batch,), context, device=lab.device, dtype=torch.int32)
     query = lab.normal(batch * new, heads, head_dim)
     spec = AttentionSpec(0, layer, heads, kv_heads, head_dim, head_dim**-0.5)
-    splits, num_splits = None, decode_splits(batch, kv_heads, PROCESSORS) if new == 1 else 1
+    splits, num_splits = (
+        None,
+        decode_splits(batch, kv_heads, lab.pick(PROCESSORS, 4)) if new == 1 else 1,
+    )
     if num_splits > 1:
         parts = torch.empty(num_splits, batch, heads, head_dim, device=lab.device)
         splits = SplitSpace(parts, parts.new_empty(num_splits, batch, heads))
@@ -214,7 +217,7 @@ def flash_attention_3(lab: Lab) -> None:
         lab.add(f"fa3_prefill_{tokens}", [flops / s / 1e12 for s in times], "TFLOP/s")
 
 
-CHECKS = (Measure("attention is right", check, is_check=True),)
+CHECKS = (Measure("attention is right", check),)
 MEASURES = (
     Measure("attention, decode", decode),
     Measure("attention, two layouts", layouts),

@@ -135,8 +135,7 @@ class Lab:
 
 @dataclass(frozen=True)
 class Measure:
-    """A named part of the run. `is_check` parts come first, and a wrong one ends the run."""
+    """A named part of the run. What it finds wrong ends the run, so checks come first."""
 
     name: str
     run: Callable[[Lab], None]
-    is_check: bool = False

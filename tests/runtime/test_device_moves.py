@@ -17,7 +17,6 @@ from penstock.transport.tier import MemoryTier
 from tests.transport.cuda_double import allocate, build_double, memory
 from tests.transport.test_tier_mover import move
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on a GPU then")
 LAYOUT = KVLayout("m", (KVGroup((0, 1)),), 2, 32, 8, "bfloat16")
 NUM_BLOCKS = 6
 NAMES = tuple(BlockHash(bytes([i]) * 16) for i in range(4))
@@ -31,6 +30,8 @@ def _no_traps():
 
 @pytest.fixture
 def library(tmp_path) -> str:
+    if torch.cuda.is_available():
+        pytest.skip("kernels run on a GPU then, and the double's memory is the host's")
     return str(build_double(tmp_path))
 
 
@@ -110,3 +111,36 @@ def test_a_codec_that_the_device_has_not_got_runs_on_the_cpu(moves, there):
     up = mover.execute(move(TierEnds("dram", ""), Span(BlockId(1), BlockId(0), 2), digests=content))
     assert up.digests == (content,)
     assert (blocks[:2] == before[3:5]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["", "int8", "int4", "fp8"])
+def test_on_a_gpu_blocks_go_to_pinned_slots_and_back(name):
+    torch.manual_seed(0)
+    pool = torch.randn(64, 4, 2, 32, 8, 128, device="cuda").bfloat16()
+    layout = KVLayout("m", (KVGroup(tuple(range(4))),), 8, 128, 32, "bfloat16")
+    moves = device_moves([pool])
+    before = pool.view(64, -1).view(torch.uint8).cpu().numpy()
+    tier = MemoryTier(32, layout.block_bytes[0])
+    if name:
+        codec = make_codec(name, layout)
+        tier = CodedTier(MemoryTier(32, codec.encoded_bytes), codec)
+    mover, ids = tier_mover(moves, tier), range(32)
+    content = take_digests(before, ids)
+    assert moves.takes[0](ids) == content
+    names = tuple(BlockHash(bytes([i]) * 16) for i in ids)
+    whole = Span(BlockId(0), BlockId(0), 32)
+    down = mover.execute(move(TierEnds("", "dram", names), whole, digests=content))
+    back = Span(BlockId(0), BlockId(32), 32)
+    up = mover.execute(move(TierEnds("dram", ""), back, digests=down.digests[0]))
+    wanted = before.copy()
+    if name:
+        encoded = np.zeros((32, codec.encoded_bytes), np.uint8)
+        codec.encode(before, ids, encoded)
+        assert (tier.store.region.blocks == encoded).all()
+        codec.decode(encoded, wanted, range(32, 64))
+    else:
+        wanted[32:] = before[:32]
+    assert (pool.view(64, -1).view(torch.uint8).cpu().numpy() == wanted).all()
+    assert up.digests == (take_digests(wanted, range(32, 64)),)
+    mover.close()

@@ -27,7 +27,7 @@ def check_links(extent: Extent, client: ChatClient) -> Iterator[Finding]:
     try:
         workers = [worker["id"] for worker in client.get("/cluster")["workers"]]
     except PenstockError as error:
-        yield failed("server", str(error), "say where it is: penstock doctor --cluster URL")
+        yield failed("server", str(error), "say --cluster URL and --api-key KEY as it has them")
         return
     if len(workers) < 2:
         yield ok("workers", f"{len(workers)} up: there is no pair to hand anything over")
@@ -98,9 +98,9 @@ def _layouts(found: Json, link: Json) -> str:
 
 def _advice(link: Json, open_ways: list[Json]) -> str:
     """Return the next step for what works less well than it could, "" when nothing does."""
-    slow = [way for way in open_ways if way["kind"] in OURS and 0 < way["share"] < SHARE_MIN]
-    if slow:
-        return f"{slow[0]['kind']} is slow: is the machine busy, is the native transport built?"
+    for way in open_ways:
+        if way["used"] and way["kind"] in OURS and 0 < way["share"] < SHARE_MIN:
+            return f"{way['kind']} is slow: is the machine busy, is the native transport built?"
     if link["clock_skew_s"] is None:
         return "messages between the two do not come through: look at the owner's log"
     if abs(link["clock_skew_s"]) > max(SKEW_S_MAX, link["clock_skew_within_s"]):
