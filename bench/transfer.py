@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from report import Report
@@ -42,7 +43,7 @@ from transfer_peers import KINDS
 from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, SINGLES_COUNT, Shape, empty_pool
 
 from penstock.native.build import Recipe, build
-from penstock.transfer.region import Region
+from penstock.transfer.region import PeerMemory, Region
 from penstock.transport import Agent
 from penstock.transport.nixl_agent import is_installed
 from penstock.transport.shm import open_peer
@@ -52,7 +53,6 @@ REPETITIONS = 5
 AT_ONCE = 4
 
 Numbers = npt.NDArray[np.int64]
-Json = Any
 
 RATIOS = {
     "shm": ("memcpy", "gather", "nixl", "nixl_default"),
@@ -200,7 +200,7 @@ class Foreign:
         self.initiator.stdin.write(line + "\n")
         self.initiator.stdin.flush()
 
-    def _line(self, process: "subprocess.Popen[str]", word: str) -> Json:
+    def _line(self, process: "subprocess.Popen[str]", word: str) -> Any:
         assert process.stdout is not None
         while line := process.stdout.readline():
             if line.startswith(word + " "):
@@ -319,10 +319,10 @@ def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passe
             ratios = []
             for _ in range(passes):
                 burner.send_signal(signal.SIGCONT)
-                beside = statistics.median(method.move(index) for _ in range(REPETITIONS))
+                beside = settled(method, index)
                 burner.send_signal(signal.SIGSTOP)
                 owner.tell("busy")
-                within = statistics.median(method.move(index) for _ in range(REPETITIONS))
+                within = settled(method, index)
                 owner.tell("idle")
                 ratios.append(beside / within)
             report.add(f"{transport}_owner_busy_over_other_busy_{shape.name}", ratios)
@@ -337,6 +337,12 @@ def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passe
         report.add(f"latency_us_{transport}_4KiB_owner_busy", singles, "us")
     burner.kill()
     burner.communicate()
+
+
+def settled(method: Method, index: int) -> float:
+    """Return the seconds of a move once the scheduler has spread out who computes."""
+    time.sleep(0.1)
+    return statistics.median(method.move(index) for _ in range(REPETITIONS))
 
 
 def main() -> None:
@@ -378,19 +384,14 @@ def main() -> None:
         for method in methods.values():
             if isinstance(method, Foreign):
                 method.close()
-    for method in methods.values():
-        if isinstance(method, Ours):
-            method.agent.close()
+            elif isinstance(method, Ours):
+                method.agent.close()
     owner.close()
     report.finish(options.output)
 
 
 def mapped(descriptor: bytes) -> list[Any]:
     """Map the owner's pools, for the loop that reads them without us."""
-    import msgspec
-
-    from penstock.transfer.region import PeerMemory
-
     memory = msgspec.msgpack.decode(descriptor, type=PeerMemory)
     regions: list[Region] = [open_peer(region) for region in memory.regions]
     return [region.blocks for region in regions]
