@@ -251,7 +251,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="less text and fewer runs")
-    parser.add_argument("--only", choices=("speed", "quality"), help="one half")
+    parser.add_argument(
+        "--only", choices=("speed", "quality"), help="one half; the other is kept as it was"
+    )
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -263,6 +265,8 @@ def main() -> None:
         "clock": "processor time of one thread",
     }
     report = Report("codec", settings=settings)
+    if args.only:
+        report.resume(args.output)
     for dtype in ("bfloat16", "float32"):
         model = load(dtype)
         kv = real_kv(model, texts[:2])

@@ -50,7 +50,7 @@ def main() -> int:
         # Before Triton is imported, which decides then.
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    from h200 import attention, ceilings, codecs, encoded_kv, handoff, tiers, whole
+    from h200 import attention, ceilings, codecs, disaggregated, encoded_kv, handoff, models, tiers
     from h200.lab import Lab, Measure
     from h200_run import finish, run_all
     from report import Report
@@ -64,7 +64,7 @@ def main() -> int:
     if options.dry_run:
         torch.set_num_threads(1)
     lab = Lab(device, options.dry_run, report)
-    subjects = (attention, codecs, encoded_kv, handoff, tiers, whole)
+    subjects = (attention, codecs, encoded_kv, handoff, tiers, models, disaggregated)
     measures: list[Measure] = [measure for subject in subjects for measure in subject.CHECKS]
     measures += [*ceilings.MEASURES, *(m for subject in subjects for m in subject.MEASURES)]
     if options.only:

@@ -222,7 +222,9 @@ def evaluate(report: Report, name: str, segments: list[Segment], log: Path) -> N
     }
     flat = [turn for those in requests.values() for turn in those]
     simulated = iter(simulate(calibration, recording, flat, inbound))
-    print(f"  {name}: {sum(map(len, flat))} real requests; real, simulated, and how far it is off")
+    num_real = sum(map(len, flat))
+    print(f"  {name}: {num_real} real requests; real, simulated, and how far it is off")
+    report.figures |= {f"{name}_turns_kept": len(flat), f"{name}_requests": num_real}
     others: tuple[list[Figures], list[Figures]] = ([], [])
     for rate, those in requests.items():
         was = [real(turn) for turn in those]
@@ -305,8 +307,9 @@ def main() -> None:
     settings: dict[str, object] = {
         "calibrated at": f"{RATES[0]:g} of capacity",
         "predicted at": " and ".join(f"{share:g}" for share in RATES[1:]),
-        "turns": f"{rounds} of {seconds:g} s at each rate, in turns",
     }
+    if not args.recorded:
+        settings["turns"] = f"{rounds} of {seconds:g} s at each rate, in turns"
     report = Report("sim_vs_real", settings=settings)
     with tempfile.TemporaryDirectory() as folder:
         for name in [args.only] if args.only else CLUSTERS:

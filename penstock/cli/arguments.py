@@ -9,7 +9,7 @@ from penstock.cli.explain_arguments import add_explain
 from penstock.cli.kv_arguments import add_kv
 from penstock.cli.sim_arguments import add_replay, add_sim
 from penstock.cli.values import count, port, positive
-from penstock.cli.worker_arguments import add_limits, add_network, add_worker
+from penstock.cli.worker_arguments import add_device, add_limits, add_network, add_worker
 from penstock.core.version import VERSION
 
 _DESCRIPTION = "Serve large language models with prefill and decode on separate workers."
@@ -122,6 +122,7 @@ def _add_model(group: "argparse._ArgumentGroup") -> None:
         default="auto",
         help="type of weights and KV (default: auto)",
     )
+    add_device(group, default="cpu")
     add(
         "--max-model-len",
         type=positive,

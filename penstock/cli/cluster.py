@@ -31,6 +31,10 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         engine=EngineConfig(
             model=find_model(options.model),
             dtype=options.dtype,
+            device=options.device,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=options.enforce_eager,
+            attention_backend=options.attention_backend,
             load_format=options.load_format,
             model_impl=options.model_impl,
             revision=options.revision,

@@ -10,53 +10,33 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 
+from penstock.cli.memory import WorkerMemory, host_memory
 from penstock.cli.tiers import (
     check_tiers,
     choose_codecs,
     describe_tiers,
-    open_tiers,
-    sibling_tiers,
-    tier_configs,
-    tier_regions,
-    with_tiers,
 )
-from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.errors import StartupFailed
-from penstock.core.step import Sampled, Step
 from penstock.core.types import GIB, MIB, RequestId
 from penstock.runtime.host import RunWorker, run_host
 from penstock.runtime.instant import DESCRIPTION, InstantExecutor, instant_layout
 from penstock.runtime.link import WorkerSpec
 from penstock.runtime.processes import available_bytes, usable_cores
 from penstock.runtime.settings import (
-    AUTO,
     INSTANT_EXECUTOR,
     ClusterSettings,
     ModelFacts,
-    NetworkSettings,
 )
-from penstock.runtime.worker import WorkerParts, WorkerPlace, run_worker
-from penstock.transfer.generation import COUNTER_BYTES, counters
-from penstock.transfer.region import Region
-from penstock.transport.key import cluster_key
-from penstock.transport.mover import BlockMover
+from penstock.runtime.worker import WorkerEngine, WorkerParts, WorkerPlace, run_worker
 from penstock.transport.native.library import load_library
 from penstock.transport.nixl import Nixl
-from penstock.transport.nixl_agent import MISSING, is_installed, is_worthwhile
-from penstock.transport.nixl_owner import NixlOwner
-from penstock.transport.probe import Prober
-from penstock.transport.shm import SharedMemory, SharedPool
-from penstock.transport.tcp import Tcp
-from penstock.transport.tcp_owner import TcpOwner
-from penstock.transport.verify import digests_of, no_digests, verified
-from penstock.transport.way import Way
+from penstock.transport.nixl_agent import MISSING, is_installed
 from penstock.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -73,12 +53,13 @@ POPULATED_BYTES = 2 * GIB
 """Part of a KV cache whose pages are taken before a request touches them."""
 POPULATED_PIECE_BYTES = 32 * MIB
 
-Execute = Callable[[Step], tuple[Sampled, ...]]
+MAX_ROUNDS = 32
+"""Tokens for which a sequence that decodes on a device gets its blocks beforehand."""
 Progress = Callable[[str, float], None]
-MakeExecute = Callable[[tuple[Region, ...], int], tuple[Execute, Callable[[], None]]]
-"""From a worker's pools and its number of threads to what runs its steps, and what its thread does
-first.
-"""
+MakeParts = Callable[
+    [ClusterSettings, ModelFacts, WorkerSpec, WorkerPlace], tuple[WorkerMemory, WorkerEngine]
+]
+"""Makes, in a process that was just forked, a worker's memory and what runs its steps."""
 
 
 def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, RunWorker]:
@@ -91,41 +72,32 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
     load_library()  # compiled now and not in some request's hand-off; workers share it
     if settings.executor == INSTANT_EXECUTOR:
         find = _load_instant
+    elif not settings.num_workers:
+        find = _describe_model
     else:
-        find = _load_model if settings.num_workers else _describe_model
-    facts, make_execute = find(settings, progress)
+        progress("importing torch", 0.0)
+        settings = _with_device(settings)
+        find = _load_model if settings.engine.device == "cpu" else _plan_model
+    facts, make_parts = find(settings, progress)
     check_tiers(settings, facts.layout, facts.tier_codecs)
     told = describe_tiers(settings, facts.layout, facts.tier_codecs)
     facts = msgspec.structs.replace(facts, tiers=told)
-    return facts, partial(_work, settings, facts, make_execute)
+    return facts, partial(_work, settings, facts, make_parts)
 
 
 def _work(
     settings: ClusterSettings,
     facts: ModelFacts,
-    make_execute: MakeExecute,
+    make_parts: MakeParts,
     spec: WorkerSpec,
     place: WorkerPlace,
 ) -> None:
     """Be a worker."""
-    threads = settings.threads or max(1, usable_cores() // settings.most_workers)
     if settings.is_pinned:
-        _pin(spec.index, threads)
+        _pin(spec.index, _threads(settings))
+    memory, engine = make_parts(settings, facts, spec, place)
     layout = facts.layout
     assert layout is not None, facts
-    is_instant = settings.executor == INSTANT_EXECUTOR
-    pools = tuple(map(SharedPool, facts.num_blocks, layout.block_bytes))
-    regions = tuple(pool.region for pool in pools)
-    shared_counters = tuple(SharedPool(count, COUNTER_BYTES) for count in facts.num_blocks)
-    shared = (*pools, *shared_counters)
-    Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
-    execute, prepare = make_execute(regions, threads)
-    ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
-    mover = BlockMover(layout, regions, ways, place.time.now_ns)
-    tiers = open_tiers(settings, spec, layout, facts.tier_codecs)
-    siblings = sibling_tiers(spec, facts)
-    execute_move = verified(mover.execute, regions)
-    move = with_tiers(execute_move, tiers, regions, place.time.now_ns, siblings)
     config = WorkerConfig(
         worker_id=spec.worker_id,
         role=spec.role,
@@ -138,83 +110,35 @@ def _work(
         eos_token_ids=facts.eos_token_ids,
         is_prefix_caching=settings.is_prefix_caching,
         handoff=settings.handoff,
-        tiers=tier_configs(tiers, settings.kv_eviction),
+        max_rounds=MAX_ROUNDS if engine.rounds is not None else 1,
+        tiers=memory.tier_configs,
         host=place.host,
     )
-    core = Worker(config, tuple(counters(pool.region.blocks) for pool in shared_counters))
+    core = Worker(config, memory.generations)
     parts = WorkerParts(
         core=core,
-        execute=execute,
-        # What the instant executor leaves in its blocks means nothing: there is nothing to verify.
-        digest=no_digests if is_instant else partial(digests_of, regions=regions),
-        prepare=prepare,
-        move=move,
-        peers=(mover, siblings),
-        regions=tuple(pool.descriptor for pool in shared),
-        endpoints=tuple(owner.endpoint for owner in owners),
-        engine=facts.description,
-        tiers=tier_regions(tiers),
-        probe=_prober(settings, ways).probe,
+        execute=engine.execute,
+        digest=memory.digest,
+        prepare=engine.prepare,
+        rounds=engine.rounds,
+        move=memory.move,
+        peers=memory.peers,
+        regions=memory.regions,
+        endpoints=memory.endpoints,
+        engine=engine.description,
+        tiers=memory.tiers,
+        probe=memory.probe,
         requests=partial(_requests, core),
     )
     run_worker(config, parts, place)
 
 
+def _threads(settings: ClusterSettings) -> int:
+    return settings.threads or max(1, usable_cores() // settings.most_workers)
+
+
 def _requests(core: Worker) -> list[RequestId]:
     return [*core.sequences, *(entry.session.request_id for entry in core.pulls.pending)]
-
-
-def _ways(
-    settings: ClusterSettings, epoch: int, regions: tuple[Region, ...]
-) -> tuple[list[Way], list[NixlOwner | TcpOwner]]:
-    """Return how this worker reads its peers, and by whom it is read itself.
-
-    Nothing listens unless it is asked for or other hosts take part: workers of one host map each
-    other's pools.
-    """
-    network = settings.network or NetworkSettings(host="127.0.0.1")
-    wanted = settings.transport
-    if wanted == SharedMemory.kind or (wanted == AUTO and settings.network is None):
-        return [SharedMemory()], []
-    ways: list[Way] = [SharedMemory()] if wanted == AUTO else []
-    owners: list[NixlOwner | TcpOwner] = []
-    if wanted == Nixl.kind or (wanted == AUTO and is_worthwhile()):
-        ways.append(Nixl())
-        owners.append(NixlOwner(epoch))
-    if wanted != Nixl.kind:
-        key = cluster_key(Path(network.key_file) if network.key_file else None)
-        ways.append(Tcp(key))
-        owners.append(
-            TcpOwner(epoch, key, host=network.host, advertised=network.advertised or None)
-        )
-    for owner in owners:
-        for region in regions:
-            owner.add(region)
-    return ways, owners
-
-
-def _prober(settings: ClusterSettings, used: list[Way]) -> Prober:
-    """Return what tries every transport there is to a peer, whichever of them are in use."""
-    key_file = settings.network.key_file if settings.network else ""
-    made: dict[str, Callable[[], Way]] = {
-        SharedMemory.kind: SharedMemory,
-        Nixl.kind: Nixl,
-        Tcp.kind: lambda: Tcp(cluster_key(Path(key_file) if key_file else None)),
-    }
-    return Prober(made, [way.kind for way in used])
-
-
-def _populate(pools: tuple[SharedPool, ...]) -> None:
-    """Take the pages that the first requests will use, on whatever core has nothing else to do."""
-    if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    for pool in pools:
-        piece = max(1, POPULATED_PIECE_BYTES // pool.region.block_bytes)
-        wanted = min(
-            POPULATED_BYTES // len(pools) // pool.region.block_bytes, pool.region.num_blocks
-        )
-        for first in range(0, wanted, piece):
-            pool.populate(first, piece)
 
 
 def _pin(index: int, threads: int) -> None:
@@ -228,8 +152,7 @@ def _pin(index: int, threads: int) -> None:
 # --------------------------------------------------------------------------------------- the model
 
 
-def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
-    progress("importing torch", 0.0)
+def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeParts]:
     # What workers need is imported here as well: they find it in memory when they are forked.
     from penstock.engine.executor import ModelExecutor
     from penstock.engine.kv_access import recorded_executor
@@ -258,13 +181,31 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     )
     path = settings.kv_access_log
     if path is not None:
-        return facts, partial(_bind_model, partial(recorded_executor, model, path), layout)
-    return facts, partial(_bind_model, partial(ModelExecutor, model), layout)
+        return facts, partial(_bind_model, partial(recorded_executor, model, path))
+    return facts, partial(_bind_model, partial(ModelExecutor, model))
 
 
-def _describe_model(
-    settings: ClusterSettings, progress: Progress
-) -> tuple[ModelFacts, MakeExecute]:
+def _with_device(settings: ClusterSettings) -> ClusterSettings:
+    """Return the settings with the device decided; torch is not asked for where it is the CPU."""
+    if settings.engine.device == "cpu":
+        return settings
+    from penstock.cli.device import choose_device
+
+    return msgspec.structs.replace(settings, engine=choose_device(settings.engine))
+
+
+def _plan_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeParts]:
+    """Find out what workers on a device will have; they load the model themselves."""
+    progress("planning the model", 0.0)
+    from penstock.cli.device import load_on_device
+
+    planned = load_on_device(settings)
+    # What the front shows until the last worker is up.
+    progress("loading in each worker", 0.0)
+    return planned
+
+
+def _describe_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeParts]:
     """Find out what the front must know where no worker will be forked: no weights are read."""
     progress("reading the model's config", 0.0)
     from penstock.engine.loading import describe_model
@@ -283,9 +224,9 @@ def _describe_model(
 
 
 def _bind_nothing(
-    _regions: tuple[Region, ...], _threads: int
-) -> tuple[Execute, Callable[[], None]]:
-    raise AssertionError("a worker was forked without a model")
+    _settings: ClusterSettings, _facts: ModelFacts, spec: WorkerSpec, _place: WorkerPlace
+) -> tuple[WorkerMemory, WorkerEngine]:
+    raise AssertionError(f"{spec} was forked without a model")
 
 
 def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, ...]:
@@ -316,37 +257,28 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
 
 def _bind_model(
     make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor | RecordedExecutor]",
-    layout: KVLayout,
-    regions: tuple[Region, ...],
-    threads: int,
-) -> tuple[Execute, Callable[[], None]]:
+    settings: ClusterSettings,
+    facts: ModelFacts,
+    spec: WorkerSpec,
+    place: WorkerPlace,
+) -> tuple[WorkerMemory, WorkerEngine]:
     import torch
 
-    executor = make_executor(tuple(_tensors(regions, layout)))
+    memory = host_memory(settings, facts, spec, place)
+    executor = make_executor(tuple(memory.tensors()))
 
     def prepare() -> None:
         # OpenMP keeps the number of threads per thread that asks, so the asking one sets it.
-        torch.set_num_threads(threads)
+        torch.set_num_threads(_threads(settings))
 
-    return torch.inference_mode()(executor.execute), prepare
-
-
-def _tensors(regions: tuple[Region, ...], layout: KVLayout) -> "list[Tensor]":
-    """View each pool as [num_blocks, layers, 2, block_size, num_kv_heads, head_dim]."""
-    import torch
-
-    dtype = getattr(torch, layout.dtype)
-    inner = (2, layout.block_size, layout.num_kv_heads, layout.head_dim)
-    return [
-        torch.from_numpy(region.blocks).view(dtype).view(-1, len(group.layers), *inner)
-        for region, group in zip(regions, layout.groups, strict=True)
-    ]
+    execute = torch.inference_mode()(executor.execute)
+    return memory, WorkerEngine(execute, prepare, facts.description)
 
 
 # ---------------------------------------------------------------------------- the instant executor
 
 
-def _load_instant(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeExecute]:
+def _load_instant(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, MakeParts]:
     progress("no model to load", 1.0)
     engine = settings.engine
     folder = Path(engine.model).expanduser()
@@ -366,7 +298,7 @@ def _load_instant(settings: ClusterSettings, progress: Progress) -> tuple[ModelF
         vocab_size=config.vocab_size,
         description=DESCRIPTION,
     )
-    return facts, partial(_bind_instant, facts)
+    return facts, _bind_instant
 
 
 class _Config(Struct):
@@ -387,9 +319,11 @@ def _read_config(folder: Path) -> _Config:
 
 
 def _bind_instant(
-    facts: ModelFacts, _regions: tuple[Region, ...], _threads: int
-) -> tuple[Execute, Callable[[], None]]:
-    return InstantExecutor(facts.vocab_size, facts.eos_token_ids).execute, lambda: None
+    settings: ClusterSettings, facts: ModelFacts, spec: WorkerSpec, place: WorkerPlace
+) -> tuple[WorkerMemory, WorkerEngine]:
+    memory = host_memory(settings, facts, spec, place)
+    execute = InstantExecutor(facts.vocab_size, facts.eos_token_ids).execute
+    return memory, WorkerEngine(execute, lambda: None, DESCRIPTION)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,17 @@ def seconds(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """Return a part of a whole, above 0 and at most 1. Raises: `argparse.ArgumentTypeError`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part of a whole, such as 0.9")
+    return number
+
+
 def port(text: str) -> int:
     """Return a port. Raises: `argparse.ArgumentTypeError`."""
     if not text.isdecimal() or int(text) > 65535:

@@ -136,6 +136,10 @@ class _Joining:
             model=find_clusters_model(theirs.model, self._options.model),
             dtype=self._options.dtype or theirs.dtype,
             block_size=self._options.block_size or theirs.block_size,
+            device=self._options.device,
+            gpu_memory_utilization=self._options.gpu_memory_utilization,
+            enforce_eager=self._options.enforce_eager,
+            attention_backend=self._options.attention_backend,
             kv_cache_bytes=self._options.kv_cache_memory,
             # Whether code may run here that comes with a model is said here and nowhere else.
             trust_remote_code=self._options.trust_remote_code,

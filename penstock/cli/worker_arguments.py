@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from penstock.cli.values import kv_quality, kv_tier, parse_bytes, positive, seconds
+from penstock.cli.values import kv_quality, kv_tier, parse_bytes, positive, seconds, share
 from penstock.kv.quality import KvQuality
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def add_worker(commands: "Commands") -> None:
         choices=(16, 32, 64, 128),
         help="tokens of a KV block here (default: the cluster's)",
     )
+    add_device(workers, default="cpu")
     add_limits(workers)
     network = parser.add_argument_group("other hosts")
     add_key(network)
@@ -83,6 +84,38 @@ def add_worker(commands: "Commands") -> None:
         "--decision-log",
         metavar="PATH",
         help="write what the workers (PATH.<worker>) decide, as JSON lines",
+    )
+
+
+def add_device(group: "Group", *, default: str) -> None:
+    """Add where the model runs."""
+    add = group.add_argument
+    add(
+        "--device",
+        default=default,
+        metavar="DEVICE",
+        help="cpu, cuda (workers are shared out among the GPUs), cuda:N, or auto: a GPU if there "
+        f"is one (default: {default})",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=share,
+        default=0.9,
+        metavar="PART",
+        help="part of a GPU's memory that all workers on it take together, in equal shares "
+        "(default: 0.9)",
+    )
+    add(
+        "--enforce-eager",
+        action="store_true",
+        help="on a GPU, launch decode steps operation by operation instead of as CUDA graphs",
+    )
+    add(
+        "--attention-backend",
+        choices=("triton", "fa3", "flashinfer"),
+        default="triton",
+        help="on a GPU, what attends for prompts: our own kernel, or a library that is installed "
+        "(default: triton)",
     )
 
 

@@ -251,13 +251,14 @@ class Controller:
             if record.been and not is_due(record, event.worker_id, output):
                 continue
             record.output_token_ids += output.token_ids
+            self.router.lengths.note_tokens(len(output.token_ids))
             if not record.is_decoding:
                 self._start_decoding(record, output, now_ns)
             elif record.been:
                 self.router.note_moved(record, event.worker_id)
             outputs.append(record.under_own_id(output))
             if output.finish_reason is not None:
-                self.router.lengths.note(len(record.output_token_ids))
+                self.router.lengths.note_end()
                 self._end(record, RequestState.FINISHED)
         if outputs:
             tokens = Tokens(worker_id=event.worker_id, outputs=tuple(outputs))

@@ -87,8 +87,8 @@ class Fleet:
         self.has_pairs = False
         self.work_ns = 0.0
         """Predicted time of all prefills ever assigned."""
-        self.seat_ns = 0.0
-        """Predicted time from assignment to end of all requests ever assigned."""
+        self.output_tokens = 0
+        """Expected of all requests ever assigned."""
         self.num_booked = 0
         """How many those are."""
         self.leaving: list[WorkerRecord] = []

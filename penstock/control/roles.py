@@ -3,9 +3,9 @@
 Both loads are ratios to what the SLOs allow, 1 is full:
 
     prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
-    decode    all sequences there are, or will be at once if requests go on to come as of late
-              (their rate times their expected time), over those that the decode workers could run
-              within the TPOT; or the tokens of KV that they are to hold, over what they can
+    decode    all sequences there are, over those that the decode workers could run within the TPOT;
+              or the tokens a second that those which come are expected to want, over those that
+              could be made so; or the tokens of KV to be held, over what can
 
 What waits at the controller counts on the side that it waits for: where a prefill worker would take
 the next one, all of them wait for seats or room to decode.
@@ -19,11 +19,11 @@ A worker changes sides when the side that it leaves stays clearly below what the
 (hysteresis) and is not full itself, when that has been so for several looks in a row, and when the
 last change is some time ago (cooldown; less for more of the same, more for the way back while no
 side is full, or when workers have come and gone before): what a flip must not do is be taken back.
-Where one is not enough several go at once, first those whose hardware is better at the work to come
-than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves no
-process and drops no cache; sequences that decode where prompts come in now end there, or are moved
-where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a person
-has pinned stays.
+Where one leaves a side full several go at once, first those whose hardware is better at the work to
+come than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves
+no process and drops no cache; sequences that decode where prompts come in now end there, or are
+moved where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a
+person has pinned stays.
 
 Source: Arrow's loads (arXiv 2505.11916) in place of FlowKV's, whose formula is not published.
 """
@@ -123,9 +123,9 @@ class Roles:
         self._queue = queue
         self._work_ns = 0.0
         self._looked_ns = 0
-        self._seat_ns = 0.0
+        self._output_tokens = 0
         self._use = 0.0
-        self._coming = 0.0
+        self._wanted_per_ns = 0.0
         self._wants_decode = 0.0
         self._context_tokens = USUAL_TOKENS
         self._favours: Role | None = None
@@ -210,10 +210,10 @@ class Roles:
         weight = 1.0 if elapsed_ns > 10 * NS_PER_S else SMOOTHING
         self._use += (use - self._use) * weight
         self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
-        coming = (self._fleet.seat_ns - self._seat_ns) / elapsed_ns
-        self._coming += (coming - self._coming) * weight
+        wanted_per_ns = (self._fleet.output_tokens - self._output_tokens) / elapsed_ns
+        self._wanted_per_ns += (wanted_per_ns - self._wanted_per_ns) * weight
         self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
-        self._seat_ns = self._fleet.seat_ns
+        self._output_tokens = self._fleet.output_tokens
         num_decodes = sum(w.num_decodes for w in decode)
         context_tokens = sum(w.context_tokens for w in decode)
         self._context_tokens = max(context_tokens / num_decodes, 1) if num_decodes else USUAL_TOKENS
@@ -241,20 +241,31 @@ class Roles:
         return waiting_ns / len(workers) / (slo_ms * NS_PER_MS)
 
     def _fullness(self, workers: list[WorkerRecord]) -> float:
-        """Return the sequences that decode, or are to, over the seats within the TPOT."""
+        """Return the largest of the decode side's three loads."""
+        if not workers:
+            return 0.0
         seats = sum(map(self._seats, workers))
+        most_per_ns = sum(map(self._tokens_per_ns, workers))
         # Those on workers that have changed sides, too: they are to come, or would else come back.
-        everybody = [w for w in self._fleet if self._fleet.is_candidate(w)]
+        others = [w for w in self._side(Role.PREFILL) if w not in workers]
+        everybody = workers + others
         num_decodes = self._wants_decode * len(self._queue)
         num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
-        held = sum(w.kv_tokens for w in everybody) / room if room else 0.0
-        return max(num_decodes / seats, self._coming / seats, held) if seats else 0.0
+        held = sum(w.kv_tokens for w in everybody) / max(room, 1)
+        return max(num_decodes / seats, self._wanted_per_ns / most_per_ns, held)
 
     def _seats(self, worker: WorkerRecord) -> float:
         """Return how many sequences of the usual length a worker could decode within the TPOT."""
         slo_ms = self._config.slo_tpot_ms or self._config.usual_tpot_ms
         return _seats(worker, slo_ms * NS_PER_MS, self._context_tokens)
+
+    def _tokens_per_ns(self, worker: WorkerRecord) -> float:
+        """Return how many tokens a worker makes with all its seats taken."""
+        seats = self._seats(worker)
+        fixed, per_sequence, per_token = worker.decode_coefficients
+        step_ns = fixed + seats * (per_sequence + per_token * self._context_tokens)
+        return seats / max(step_ns, 1.0)
 
     def _speed(self, worker: WorkerRecord) -> float:
         """Return the tokens of prompts that a worker computes per ns."""
@@ -280,7 +291,8 @@ class Roles:
         for worker in self._givers(sides[giving], to)[:most]:
             for_prefill, for_decode = self._speed(worker) / speed, self._seats(worker) / seats
             after = loads.after(to, for_prefill, for_decode)
-            is_needed = loads.of(to) >= ACT_ABOVE and len(sides[giving]) - len(chosen) > 1
+            is_needed = loads.of(to) >= (1.0 if chosen else ACT_ABOVE)
+            is_needed &= len(sides[giving]) - len(chosen) > 1
             limit = min(loads.of(to) * (1 - GAIN_MIN), FULL)
             if not is_needed or after.of(giving) > limit:
                 break

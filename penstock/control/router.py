@@ -89,8 +89,7 @@ class Router:
         self._book(record.booking, record, prefill, decode, ask.now_ns)
         if prefill is decode and fleet.has_pairs:
             self._note_stall(prefill, prediction.prefill_ns, ask)
-        decode_ns = ask.expected_output_tokens * prediction.tpot_ns
-        fleet.seat_ns += prediction.ttft_ns + decode_ns
+        fleet.output_tokens += ask.expected_output_tokens
         self.explanations.note(
             Decision(
                 record.request_id,

@@ -27,7 +27,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
     `model` is a folder or a Hugging Face name. `dtype` "auto" takes bfloat16 where the device
     multiplies it natively, float32 elsewhere. `kv_cache_bytes` is the KV pool of one worker.
-    `load_format` "dummy" makes random weights.
+    `load_format` "dummy" makes random weights. `device` is cpu, cuda, cuda:N or auto; of a GPU's
+    memory all workers on it together take `gpu_memory_utilization`, in equal shares. With
+    `enforce_eager` no CUDA graphs are captured; `attention_backend` is what attends for prompts
+    there: triton, fa3 or flashinfer.
     """
 
     model: str
@@ -41,9 +44,19 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     max_model_len: int | None = None
     seed: int = 0
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    attention_backend: str = "triton"
 
     def __post_init__(self) -> None:
         """Check ranges. Raises: `StartupFailed` naming the flag."""
+        share = self.gpu_memory_utilization
+        _require(0 < share <= 1, "--gpu-memory-utilization", share)
+        _require(
+            self.attention_backend in ("triton", "fa3", "flashinfer"),
+            "--attention-backend",
+            self.attention_backend,
+        )
         _require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "--dtype", self.dtype)
         _require(
             self.block_size in (16, 32, 64, 128), "--block-size (16|32|64|128)", self.block_size
@@ -78,6 +91,10 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """What is below the pool, nearest first; only where there is one KV group without a window."""
     host: str = ""
     """Workers of one host read each other's tiers."""
+    max_rounds: int = 1
+    """Decode steps that the executor may run in a row, each reported by itself and the next one
+    under way meanwhile: while the device computes, its tokens are taken in.
+    """
     max_repeats: int = 1
     """Decode steps that the executor may run in a row while nobody waits. Whoever asks for more
     than one has an executor that stops when something else comes: the simulator.

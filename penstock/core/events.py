@@ -63,7 +63,8 @@ class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     """The executor finished a step; `sampled[i]` belongs to `samples[i]`, `digests` to `digests_of`
     (empty when this executor takes none). `error` is set when it failed as a whole.
 
-    Of a step that was run several times, `sampled` has as many rounds of samples.
+    Of a step that was run several times at one go, `sampled` has as many rounds of samples. With
+    `goes_on` this is one round, and the next one is under way already (`next_round`).
     """
 
     step_id: int
@@ -72,6 +73,7 @@ class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     finished_ns: int
     digests: tuple[tuple[Digest, ...], ...] = ()
     error: str | None = None
+    goes_on: bool = False
 
 
 class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
@@ -187,9 +189,15 @@ class Send(Struct, frozen=True, tag=True):
 
 
 class RunStep(Struct, frozen=True, tag=True):
-    """Run this; answered by one `StepDone`."""
+    """Run this; answered by one `StepDone`, or one for each round."""
 
     step: Step
+
+
+class EndStep(Struct, frozen=True, tag=True):
+    """Run no round of this step beyond the one that is under way; one that is over is ignored."""
+
+    step_id: int
 
 
 class SubmitMove(Struct, frozen=True, tag=True, omit_defaults=True):
@@ -220,4 +228,4 @@ Event = (
     | MoveDone
     | Woken
 )
-Command = Send | RunStep | SubmitMove | WakeAt
+Command = Send | RunStep | EndStep | SubmitMove | WakeAt

@@ -13,6 +13,7 @@ import numpy as np
 
 from penstock.core.events import (
     Command,
+    EndStep,
     Event,
     RunStep,
     Send,
@@ -74,6 +75,9 @@ class Node:
             case RunStep(step):
                 assert self._executor is not None, "a core without an executor gave a step"
                 self._executor.run(step, self.deliver)
+            case EndStep(step_id):
+                assert self._executor is not None, "a core without an executor ended a step"
+                self._executor.end(step_id)
             case SubmitMove(move):
                 self._transport.submit(move, self.deliver)
             case WakeAt(at_ns, key):

@@ -38,7 +38,12 @@ class Executor(Protocol):
     """Runs model steps, one at a time, in the order given."""
 
     def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
-        """Start the step and return; `done` is called once, on the node's own thread."""
+        """Start the step and return; `done` is called once, on the node's own thread, or where
+        rounds are reported one by one, once for each.
+        """
+
+    def end(self, step_id: int) -> None:
+        """Begin no more rounds of that step, if it is under way."""
 
 
 class Transport(Protocol):

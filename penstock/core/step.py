@@ -8,6 +8,7 @@ executor has no per-request state, so a request may appear on any worker at any 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
+from msgspec.structs import replace
 
 from penstock.core.request import SamplingParams
 from penstock.core.types import BlockId, WorkerId
@@ -47,8 +48,9 @@ class Step(Struct, frozen=True):
                  the middle, the first of them and how many; attention goes on behind them, and
                  positions stay what they were. For models of one group
     repeats      how often in a row it may be run, each time on the tokens just sampled; more than
-                 once only when every sequence has one new token, is sampled, cannot end before
-                 the last time and has blocks for all. The executor may stop early
+                 once only when every sequence has one new token, is sampled and has blocks for
+                 all. The executor may stop early. Where it does not report each round by itself,
+                 no sequence can end before the last
     """
 
     step_id: int
@@ -100,3 +102,18 @@ class PullSample(Struct, frozen=True, array_like=True):
     num_bytes: int
     num_spans: int
     duration_ns: int
+
+
+def next_round(step: Step, sampled: tuple[Sampled, ...], block_size: int) -> Step:
+    """Return what the round of a repeated step computes that follows one with these samples."""
+    num_computed = step.num_computed + np.int32(1)
+    full = np.flatnonzero((num_computed + 1) % block_size == 0)
+    entries = num_computed[full] // block_size
+    return replace(
+        step,
+        token_ids=np.array([sample.token_id for sample in sampled], np.int64),
+        num_computed=num_computed,
+        samples=tuple([replace(row, position=row.position + 1) for row in step.samples]),
+        digests_of=tuple([tuple(table[full, entries].tolist()) for table in step.block_tables]),
+        repeats=step.repeats - 1,
+    )

@@ -7,13 +7,15 @@ decoder and the attention back ends read the result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import from_numpy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from penstock.core.step import Int32, Step
@@ -32,6 +34,7 @@ class Batch:
     block_tables  per group [S, W] int32; entry j holds slots [j * block_size, (j + 1) * block_size)
     logits_rows   [R] int64
     max_query_len most rows of one sequence; 1 when the batch only decodes
+    num_decodes   so many sequences at the beginning have one row each
     """
 
     token_ids: Tensor
@@ -42,6 +45,30 @@ class Batch:
     block_tables: tuple[Tensor, ...]
     logits_rows: Tensor
     max_query_len: int
+    num_decodes: int = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor, in the order of `with_tensors`."""
+        first = [self.token_ids, self.positions, self.query_start, self.kv_len, self.logits_rows]
+        return [*first, *self.slots, *self.block_tables]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """Return the same batch with other tensors, as many as `tensors` returns."""
+        token_ids, positions, query_start, kv_len, logits_rows, *groups = tensors
+        return replace(
+            self,
+            token_ids=token_ids,
+            positions=positions,
+            slots=tuple(groups[: len(self.slots)]),
+            query_start=query_start,
+            kv_len=kv_len,
+            block_tables=tuple(groups[len(self.slots) :]),
+            logits_rows=logits_rows,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device, what is not there yet copied."""
+        return self.with_tensors([tensor.to(device) for tensor in self.tensors()])
 
 
 def make_batch(step: Step, block_size: int) -> Batch:
@@ -54,12 +81,14 @@ def make_batch(step: Step, block_size: int) -> Batch:
         # Every sequence has one token, as in most steps: a row is its sequence.
         query_start = np.arange(num_seqs + 1, dtype=np.int32)
         positions, max_query_len = num_computed.astype(np.int64), 1
+        num_decodes = num_seqs
     else:
         query_start = np.zeros(num_seqs + 1, np.int32)
         np.cumsum(num_new, out=query_start[1:])
         rows = rows.repeat(num_new)
         positions = np.arange(num_tokens) + (num_computed - query_start[:-1])[rows]
         max_query_len = int(num_new.max())
+        num_decodes = int((num_new != 1).argmax())
         logits_rows = query_start[logits_rows + 1] - np.int64(1)
     block_index = positions // block_size
     offset = positions - block_index * block_size
@@ -82,6 +111,7 @@ def make_batch(step: Step, block_size: int) -> Batch:
         block_tables=tuple([from_numpy(_contiguous(table)) for table in tables]),
         logits_rows=from_numpy(logits_rows),
         max_query_len=max_query_len,
+        num_decodes=num_decodes,
     )
 
 

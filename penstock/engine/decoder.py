@@ -37,9 +37,13 @@ class DenseMlp:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpaqueMlp:
-    """A block that stays as it came, rows `[T, width]` to rows: a mixture of experts."""
+    """A block that stays as it came, rows `[T, width]` to rows: a mixture of experts.
+
+    `is_capturable` where it never waits for the device: such a one can be in a CUDA graph.
+    """
 
     function: Callable[[Tensor], Tensor]
+    is_capturable: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

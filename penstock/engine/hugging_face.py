@@ -56,12 +56,17 @@ class HuggingFaceModel:
     router: _Router
 
     @classmethod
-    def adopt(cls, model: PreTrainedModel, max_model_len: int) -> HuggingFaceModel:
+    def adopt(
+        cls, model: PreTrainedModel, max_model_len: int, *, packs: bool = True
+    ) -> HuggingFaceModel:
         """Route a model's attention through pools; it cannot run on its own any more.
+
+        With `packs`, its linear layers are laid out for the machine.
 
         Raises: `StartupFailed` when a layer keeps anything but plain keys and values.
         """
-        pack_linears(model)
+        if packs:
+            pack_linears(model)
         attention, router = _probe(model)
         windows = [0 if spec.window >= max_model_len else spec.window for spec in attention]
         places = place_layers(group_layers(windows))

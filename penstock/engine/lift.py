@@ -24,6 +24,7 @@ from penstock.engine.decoder import (
     group_layers,
     place_layers,
 )
+from penstock.engine.experts import EAGER, GROUPED, choose_experts
 from penstock.engine.hugging_face import HfModule
 from penstock.engine.kernels import Activation, HeadsSpec, Norm, NormKind
 from penstock.engine.linear import Linear
@@ -75,10 +76,13 @@ class _Lift:
     model: PreTrainedModel
     row: Architecture
     max_model_len: int
+    experts: str = EAGER
 
     def run(self, progress: Callable[[float], None]) -> Decoder:
         row, config = self.row, self.config
         model: HfModule = self.model
+        if row.experts is not None:
+            self.experts = choose_experts(self.model)
         base = model.get_decoder()
         windows = [self._window(_part(layer, row.attention)) for layer in base.layers]
         places = place_layers(group_layers(windows))
@@ -201,7 +205,7 @@ class _Lift:
         row = self.row
         if row.experts is not None and hasattr(mlp, row.experts):
             pack_linears(mlp)
-            return OpaqueMlp(_rows_function(mlp))
+            return OpaqueMlp(_rows_function(mlp), is_capturable=self.experts == GROUPED)
         # The activation is taken from the config by name; its module has no weights.
         _check_covered(mlp, {*row.gate_up, row.down})
         name = getattr(self.config, row.activation)

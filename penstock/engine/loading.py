@@ -20,6 +20,7 @@ import torch
 
 from penstock.core.errors import StartupFailed
 from penstock.engine.architectures import LiftFailed
+from penstock.engine.device import Device, find_device
 from penstock.engine.hugging_face import HfModule, HuggingFaceModel
 from penstock.engine.kernels.select import select_kernels
 from penstock.engine.lift import find_architecture, lift
@@ -67,16 +68,16 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     Raises: `StartupFailed` when there is no such model, or it is not supported or computes wrongly.
     """
     with _one_thread():
-        if config.device != "cpu":
-            raise StartupFailed(f"--device {config.device}: only cpu is supported")
+        device = find_device(config.device)
         folder = find_folder(config)
         hf_config = read_config(folder, config)
         text: Any = hf_config.get_text_config()
         loading = _Loading(
             config=config,
             hf_config=hf_config,
-            dtype=choose_dtype(config),
-            max_model_len=_max_model_len(config, text),
+            device=device,
+            dtype=choose_dtype(config.dtype, device),
+            max_model_len=max_model_len_of(config, text),
             progress=progress,
         )
         forward, description = loading.choose()
@@ -90,6 +91,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
             description=description,
             forward=forward,
             kernels=loading.kernels(loading.dtype),
+            device=device,
         )
 
 
@@ -114,7 +116,7 @@ def describe_model(config: EngineConfig) -> ModelDescription:
     return ModelDescription(
         folder=folder,
         vocab_size=text.vocab_size,
-        max_model_len=_max_model_len(config, text),
+        max_model_len=max_model_len_of(config, text),
         eos_token_ids=read_eos_token_ids(folder, hf_config),
     )
 
@@ -125,6 +127,7 @@ class _Loading:
 
     config: EngineConfig
     hf_config: PreTrainedConfig
+    device: Device
     dtype: torch.dtype
     max_model_len: int
     progress: Progress
@@ -134,7 +137,7 @@ class _Loading:
         return str(self.dtype).removeprefix("torch.")
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
-        return select_kernels(torch.device(self.config.device), dtype)
+        return select_kernels(self.device, dtype, self.config.attention_backend)
 
     def choose(self) -> tuple[Forward, str]:
         """Return what runs the model and its description."""
@@ -167,7 +170,7 @@ class _Loading:
                 f"--max-model-len to {_original_positions(self.hf_config.get_text_config())}"
             )
         try:
-            return self._checked(lambda model: HuggingFaceModel.adopt(model, self.max_model_len))
+            return self._checked(self._adopt)
         except _NotAsDeclared as difference:
             raise StartupFailed(f"{kind} models are not supported: {difference}") from difference
 
@@ -191,7 +194,7 @@ class _Loading:
 
     def _load(self) -> PreTrainedModel:
         self.progress("reading weights", 0.0)
-        model = load_weights(self.config, self.hf_config, self.dtype)
+        model = load_weights(self.config, self.hf_config, self.dtype, self.device.torch_device)
         self.progress("reading weights", 1.0)
         return model
 
@@ -202,6 +205,9 @@ class _Loading:
         except (LiftFailed, AttributeError) as difference:
             raise _NotAsDeclared(str(difference)) from difference
 
+    def _adopt(self, model: PreTrainedModel) -> Forward:
+        return HuggingFaceModel.adopt(model, self.max_model_len, packs=not self.device.is_cuda)
+
     @property
     def _is_rope_by_length(self) -> bool:
         return self.max_model_len > _original_positions(self.hf_config.get_text_config())
@@ -209,7 +215,10 @@ class _Loading:
     def _probes(self) -> list[Probe]:
         vocab_size: int = self.hf_config.get_text_config().vocab_size
         return make_probes(
-            vocab_size, self.max_model_len, is_rope_by_length=self._is_rope_by_length
+            vocab_size,
+            self.max_model_len,
+            is_rope_by_length=self._is_rope_by_length,
+            device=self.device.torch_device,
         )
 
     def _check(
@@ -236,8 +245,11 @@ class _NotAsDeclared(Exception):
     """What was to run the model differs from Hugging Face."""
 
 
-def _max_model_len(config: EngineConfig, text: HfModule) -> int:
-    """Return the longest sequence to be served: as asked for, or what the model is made for."""
+def max_model_len_of(config: EngineConfig, text: HfModule) -> int:
+    """Return the longest sequence to be served: as asked for, or what the model is made for.
+
+    Raises: `StartupFailed` when neither says, or what was asked for is too long or too short.
+    """
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     wanted: int | None = config.max_model_len or longest
     if wanted is None:

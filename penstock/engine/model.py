@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from penstock.core.block import KVLayout
 from penstock.core.errors import StartupFailed
 from penstock.engine.decoder import group_layers
+from penstock.engine.device import CPU, Device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ class LoadedModel:
     description: str
     forward: Forward
     kernels: Kernels
+    device: Device = CPU
 
     def layout(self, block_size: int) -> KVLayout:
         """Return the shape of this model's KV blocks."""

@@ -30,7 +30,9 @@ class RotaryTables:
             raise LiftFailed(f"{type(base).__name__} has no part rotary_emb")
         by_type = "layer_type" in signature(self._module.forward).parameters
         self._layer_types: list[str] | None = base.config.layer_types if by_type else None
-        self._positions, self._dtype = torch.arange(max_positions)[None], dtype
+        # The module's own device: where the model is.
+        device = next(self._module.buffers()).device
+        self._positions, self._dtype = torch.arange(max_positions, device=device)[None], dtype
         self._tables: dict[str | None, Rotary] = {}
 
     def of_layer(self, index: int, head_dim: int) -> Rotary:
@@ -49,7 +51,7 @@ class RotaryTables:
     def _make(self, layer_type: str | None) -> Rotary:
         assert self._module is not None
         # The module returns this tensor's dtype: rounded as Hugging Face does before it multiplies.
-        like = torch.zeros(1, dtype=self._dtype)
+        like = self._positions.new_zeros(1, dtype=self._dtype)
         arguments = () if layer_type is None else (layer_type,)
         tables = self._module(like, self._positions, *arguments)
         cos, sin = (table[0].float() for table in tables)

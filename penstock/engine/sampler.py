@@ -68,6 +68,17 @@ def _mix(x: Uint64) -> Uint64:
     return x ^ (x >> np.uint64(31))
 
 
+def is_plain_draw(row: SampleRow) -> bool:
+    """Return whether temperature, min-p, top-k and top-p are all that a token depends on."""
+    params = row.params
+    return not (
+        params.logprobs is not None
+        or params.logit_bias
+        or params.has_penalties
+        or row.position - row.prompt_tokens < params.min_tokens
+    )
+
+
 def _is_plain(params: SamplingParams) -> bool:
     """Return whether the arg max of the raw logits is all that is wanted."""
     return (

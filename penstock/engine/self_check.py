@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Largest admissible error of logits, as a share of their spread; see `measure_error`."""
 
+_CPU: Final = torch.device("cpu")
 _WINDOW: Final = 8
 _SCHEDULE: Final = ((11, 0), (20, 0), (1, 5), (1, 6), (1, 1), (6, 1))
 """New tokens of the two probes in each step: chunks, decodes, and both in one batch."""
@@ -43,8 +44,14 @@ class Probe:
     positions: Tensor
 
 
-def make_probes(vocab_size: int, max_model_len: int, *, is_rope_by_length: bool) -> list[Probe]:
-    """Return one probe at the beginning of the context and one at its end.
+def make_probes(
+    vocab_size: int,
+    max_model_len: int,
+    *,
+    is_rope_by_length: bool,
+    device: torch.device = _CPU,
+) -> list[Probe]:
+    """Return one probe at the beginning of the context and one at its end, on the model's device.
 
     Where the rotary embedding depends on how long the sequence is, both are at the end: what serves
     the model uses the embedding of the full length throughout.
@@ -56,7 +63,8 @@ def make_probes(vocab_size: int, max_model_len: int, *, is_rope_by_length: bool)
         is_at_end = bool(probes) or is_rope_by_length
         first = max_model_len - length if is_at_end else 0
         ids = torch.randint(vocab_size, (length,), generator=generator)
-        probes.append(Probe(ids, torch.arange(first, first + length)))
+        positions = torch.arange(first, first + length)
+        probes.append(Probe(ids.to(device), positions.to(device)))
     return probes
 
 
@@ -112,10 +120,12 @@ def _scattered_blocks(
     dtype = getattr(torch, layout.dtype)
     inner = (2, layout.block_size, layout.num_kv_heads, layout.head_dim)
     generator = torch.Generator().manual_seed(1)
+    device = probes[0].token_ids.device
     pools, tables = [], []
     for group in layout.groups:
         num_blocks = sum(counts) + 1
-        pools.append(torch.full((num_blocks, len(group.layers), *inner), float("nan"), dtype=dtype))
+        shape = (num_blocks, len(group.layers), *inner)
+        pools.append(torch.full(shape, float("nan"), dtype=dtype, device=device))
         order = torch.randperm(num_blocks, generator=generator).int()
         tables.append(
             [
@@ -136,21 +146,24 @@ def _make_batch(
     active = [index for index, count in enumerate(new) if count]
     spans = [(index, done[index], done[index] + new[index]) for index in active]
     counts = torch.tensor([0, *(new[index] for index in active)])
+    device = probes[0].token_ids.device
     slots = []
     for group in tables:
         parts = []
         for index, start, end in spans:
             kv = torch.arange(start, end)
             parts.append(group[index][0][kv // block_size].long() * block_size + kv % block_size)
-        slots.append(torch.cat(parts))
+        slots.append(torch.cat(parts).to(device))
     return Batch(
         token_ids=torch.cat([probes[i].token_ids[start:end] for i, start, end in spans]),
         positions=torch.cat([probes[i].positions[start:end] for i, start, end in spans]),
         slots=tuple(slots),
-        query_start=counts.cumsum(0).int(),
-        kv_len=torch.tensor([end for _, _, end in spans]).int(),
-        block_tables=tuple(torch.cat([group[index] for index in active]) for group in tables),
-        logits_rows=torch.arange(int(counts.sum())),
+        query_start=counts.cumsum(0).int().to(device),
+        kv_len=torch.tensor([end for _, _, end in spans]).int().to(device),
+        block_tables=tuple(
+            torch.cat([group[index] for index in active]).to(device) for group in tables
+        ),
+        logits_rows=torch.arange(int(counts.sum()), device=device),
         max_query_len=int(counts.max()),
     )
 

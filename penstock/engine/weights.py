@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from penstock.core.config import EngineConfig
+    from penstock.engine.device import Device
 
 _SAMPLES_PER_FILE: Final = 16
 _SAMPLE_BYTES: Final = 4096
@@ -88,12 +89,12 @@ def read_config(folder: Path, config: EngineConfig) -> PreTrainedConfig:
     return cast("PreTrainedConfig", found)
 
 
-def choose_dtype(config: EngineConfig) -> torch.dtype:
+def choose_dtype(name: str, device: Device) -> torch.dtype:
     """Return the dtype of weights and KV: as asked for, or what the device multiplies natively."""
-    if config.dtype != "auto":
-        return cast("torch.dtype", getattr(torch, config.dtype))
+    if name != "auto":
+        return cast("torch.dtype", getattr(torch, name))
     if (
-        config.device != "cpu"
+        device.is_cuda
         or torch.cpu._is_avx512_bf16_supported()
         or torch.cpu._is_amx_tile_supported()
     ):
@@ -102,9 +103,9 @@ def choose_dtype(config: EngineConfig) -> torch.dtype:
 
 
 def load_weights(
-    config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype
+    config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Return the model with eager attention, in inference mode.
+    """Return the model on its device, with eager attention, in inference mode.
 
     Raises: `StartupFailed` when files are missing or are not this model's.
     """
@@ -114,7 +115,7 @@ def load_weights(
         options["trust_remote_code"] = True
     try:
         if config.load_format == "dummy":
-            with no_init_weights():
+            with no_init_weights(), device:
                 model = auto.from_config(hf_config, **options)
             _fill(model, config.seed)
         else:
@@ -130,7 +131,7 @@ def load_weights(
             _check_complete(config.model, info)
     except (OSError, ValueError) as error:
         raise StartupFailed(f"--model {config.model} cannot be loaded: {error}") from error
-    model = model.to(config.device).eval().requires_grad_(requires_grad=False)
+    model = model.to(device).eval().requires_grad_(requires_grad=False)
     return cast("PreTrainedModel", model)
 
 
@@ -174,7 +175,7 @@ def _fill(model: HfModule, seed: int) -> None:
     start = 0
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        noise = (torch.randn(_NOISE_LENGTH) * 0.02).to(model.dtype)
+        noise = (torch.randn(_NOISE_LENGTH) * 0.02).to(model.device, model.dtype)
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             if own and all(parameter.dim() < 2 for parameter in own):

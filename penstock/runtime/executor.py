@@ -1,12 +1,32 @@
-"""`ThreadExecutor`: the executor port, a model behind one thread."""
+"""`ThreadExecutor`: the executor port, a model behind one thread.
+
+Where the model can run rounds, a step that may be repeated is: each round is reported while the
+next one is computed, until the step is ended or has been run as often as it may be.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Event
+from typing import Final
 
 from penstock.core.events import StepDone
-from penstock.core.step import Sampled, Step
+from penstock.core.step import Sampled, Step, next_round
 from penstock.core.types import Digest
 from penstock.runtime.lane import Lane
+
+HEARD_TIMEOUT_S: Final = 10.0
+"""How long a step thread waits for a loop that has stopped, before it goes on without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How a model runs a step again and again: `run(step, is_wanted)` yields what each round has
+    sampled, and whether another one is under way; `is_wanted` is asked before one is begun.
+    """
+
+    run: Callable[[Step, Callable[[], bool]], Iterator[tuple[tuple[Sampled, ...], bool]]]
+    block_size: int
 
 
 class ThreadExecutor:
@@ -23,11 +43,15 @@ class ThreadExecutor:
         digest: Callable[[Step], tuple[tuple[Digest, ...], ...]] = lambda _step: (),
         prepare: Callable[[], None] = lambda: None,
         now: Callable[[], int] = time.monotonic_ns,
+        rounds: Rounds | None = None,
     ) -> None:
         self._now = now
         self._given_ns = 0
         self._execute = execute
         self._digest = digest
+        self._rounds = rounds
+        self._ended_step = 0
+        self._heard = Event()
         self._lane: Lane[StepDone] = Lane("steps", on_crash=self._crash, prepare=prepare)
         self._done: Callable[[StepDone], None] | None = None
         self._step_id = 0
@@ -44,6 +68,10 @@ class ThreadExecutor:
         self._given_ns = time.monotonic_ns()
         self._lane.do(lambda: self._timed(step), self._finish)
 
+    def end(self, step_id: int) -> None:
+        """Begin no more rounds of that step; one that is under way is reported."""
+        self._ended_step = step_id
+
     @property
     def step_age_ns(self) -> int:
         """How long the step under way has taken so far; 0 when there is none."""
@@ -55,14 +83,39 @@ class ThreadExecutor:
 
     def _timed(self, step: Step) -> StepDone:
         started_ns = self._started_ns = self._now()
-        sampled = self._execute(step)
+        if self._rounds is None or step.repeats == 1:
+            return self._done_with(step, self._execute(step), started_ns)
+        step_id = step.step_id
+        for sampled, goes_on in self._rounds.run(step, lambda: self._ended_step != step_id):
+            event = self._done_with(step, sampled, started_ns, goes_on=goes_on)
+            if not goes_on:
+                return event
+            self._heard.clear()
+            self._lane.report(self._hear_round, event)
+            # Whether there is to be a round behind the one under way is known once the core has
+            # heard of this one; the device is busy meanwhile.
+            self._heard.wait(HEARD_TIMEOUT_S)
+            started_ns = self._started_ns = event.finished_ns
+            step = next_round(step, sampled, self._rounds.block_size)
+        raise AssertionError(f"step {step_id} had no last round")
+
+    def _done_with(
+        self, step: Step, sampled: tuple[Sampled, ...], started_ns: int, *, goes_on: bool = False
+    ) -> StepDone:
         return StepDone(
             step_id=step.step_id,
             sampled=sampled,
             digests=self._digest(step),
             started_ns=started_ns,
             finished_ns=self._now(),
+            goes_on=goes_on,
         )
+
+    def _hear_round(self, event: StepDone) -> None:
+        self._given_ns = time.monotonic_ns()
+        assert self._done is not None, event.step_id
+        self._done(event)
+        self._heard.set()
 
     def _finish(self, event: StepDone) -> None:
         done, self._done = self._done, None

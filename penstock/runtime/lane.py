@@ -44,6 +44,10 @@ class Lane(Generic[Result]):
         """Queue `job`; its result goes to `done`."""
         self._jobs.put((job, done))
 
+    def report(self, done: Callable[[Result], None], result: Result) -> None:
+        """Tell of something before the job is over; for the job itself to call."""
+        self._loop.call_soon_threadsafe(done, result)
+
     def finish(self) -> None:
         """Take no more jobs, and end when those that are queued are done. Does not wait."""
         self._jobs.put(None)

@@ -15,6 +15,7 @@ from penstock.kv.tiers import RAW
 MODEL_EXECUTOR = "model"
 INSTANT_EXECUTOR = "instant"
 AUTO = "auto"
+DEVICE_LOAD_TIMEOUT_S = 900.0
 EXACT_CODECS = (RAW, "lossless")
 TRANSPORTS = (AUTO, "shm", "nixl", "tcp")
 
@@ -188,6 +189,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             raise StartupFailed(
                 f"--min-workers {least}: {counts} are only {self.num_workers}; begin with more"
             )
+
+    @property
+    def worker_timeout_s(self) -> float:
+        """How long a worker that was forked may take to say hello; on a device it loads first."""
+        return self.join_timeout_s if self.engine.device == "cpu" else DEVICE_LOAD_TIMEOUT_S
 
     @property
     def num_workers(self) -> int:

@@ -260,7 +260,7 @@ class Supervisor:
             self._callbacks.failed(StartupFailed(text.strip()))
 
     def _give_up_waiting(self, slot: WorkerSlot, epoch: int) -> None:
-        timeout_s = self._settings.join_timeout_s
+        timeout_s = self._settings.worker_timeout_s
         _log.error("worker %s has not come up within %.0f s: killed", slot.worker_id, timeout_s)
         self._host.send(Kill(slot.worker_id, epoch))
 
@@ -271,7 +271,7 @@ class Supervisor:
         )
         self._host.send(Fork(spec))
         slot.join_timer = self._loop.call_later(
-            self._settings.join_timeout_s, self._give_up_waiting, slot, slot.epoch
+            self._settings.worker_timeout_s, self._give_up_waiting, slot, slot.epoch
         )
 
     def _replace(self, slot: WorkerSlot) -> None:

@@ -27,7 +27,7 @@ from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, WorkerId
 from penstock.runtime.clock import HostTime, LoopClock
-from penstock.runtime.executor import ThreadExecutor
+from penstock.runtime.executor import Rounds, ThreadExecutor
 from penstock.runtime.heart import Heart, Return
 from penstock.runtime.journal import open_journal
 from penstock.runtime.links import LinkTester, Probe
@@ -49,6 +49,16 @@ class KnowsPeers(Protocol):
         """Let go of this incarnation; a newer one is left alone."""
 
 
+@dataclass(frozen=True)
+class WorkerEngine:
+    """What runs a worker's steps, what its thread does first, and a line about it for people."""
+
+    execute: Callable[[Step], tuple[Sampled, ...]]
+    prepare: Callable[[], None]
+    description: str
+    rounds: Rounds | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerParts:
     """What a composition root puts into a worker process, made there after the fork.
@@ -68,6 +78,7 @@ class WorkerParts:
     engine: str
     requests: Callable[[], Iterable[RequestId]] = tuple
     tiers: tuple[TierRegion, ...] = ()
+    rounds: Rounds | None = None
     probe: Probe = lambda _info, _moved_bytes: ()
 
 
@@ -123,6 +134,7 @@ class _WorkerProcess:
             digest=self._parts.digest,
             prepare=self._parts.prepare,
             now=place.time.now_ns,
+            rounds=self._parts.rounds,
         )
         self._moves = LaneTransport(self._messenger, self._parts.move)
         self._links = LinkTester(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.events import StepDone
 from penstock.core.request import Request
-from penstock.core.step import Sampled, Step
+from penstock.core.step import Sampled, Step, next_round
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import take_digests
 from penstock.transfer.region import Bytes2D
@@ -46,7 +46,8 @@ class StepCost:
 class SimExecutor:
     """The executor port: calls `model` and answers after the time `cost` says.
 
-    It takes digests of blocks in `pools`; none if there are none.
+    It takes digests of blocks in `pools`; none if there are none. A step that may be repeated is
+    run in rounds, each under way before the one before it is heard of.
     """
 
     def __init__(
@@ -55,14 +56,21 @@ class SimExecutor:
         cost: StepCost,
         model: Execute,
         pools: tuple[Bytes2D, ...],
+        *,
+        block_size: int = 1,
     ) -> None:
         self._clock = clock
         self._pools = pools
         self._cost = cost
         self._model = model
+        self._block_size = block_size
+        self._ended_step = 0
 
     def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
         """Answer at the simulated time at which the step would be over."""
+        self._round(step, done, goes_on=step.repeats > 1)
+
+    def _round(self, step: Step, done: Callable[[StepDone], None], *, goes_on: bool) -> None:
         started_ns = self._clock.now_ns()
         finished_ns = started_ns + self._cost.duration_ns(step)
 
@@ -78,10 +86,20 @@ class SimExecutor:
                     digests=tuple(take_digests(pool, ids) for pool, ids in digests),
                     started_ns=started_ns,
                     finished_ns=finished_ns,
+                    goes_on=goes_on,
                 )
             )
+            if goes_on:
+                # What follows the next round is launched when this one has been heard of.
+                following = next_round(step, sampled, self._block_size)
+                is_wanted = following.repeats > 1 and self._ended_step != step.step_id
+                self._round(following, done, goes_on=is_wanted)
 
         self._clock.call_at(finished_ns, finish)
+
+    def end(self, step_id: int) -> None:
+        """Begin no more rounds of that step."""
+        self._ended_step = step_id
 
 
 def chain_layout(block_size: int, windows: tuple[int, ...] = (0,)) -> KVLayout:

@@ -60,6 +60,7 @@ class ClusterSpec:
     model: MakeModel = chain_model
     handoff: Handoff = Handoff.STREAM
     is_defragmenting: bool = True
+    max_rounds: int = 1
     has_digests: bool = True
     tiers: tuple[SimTier, ...] = ()
     detection_ns: int = 20 * NS_PER_MS
@@ -94,6 +95,7 @@ class SimWorker:
             eos_token_ids=spec.eos_token_ids,
             handoff=spec.handoff,
             is_defragmenting=spec.is_defragmenting,
+            max_rounds=spec.max_rounds,
             tiers=tiers.configs(),
         )
         generations = tuple(np.zeros(count, np.int64) for count in spec.num_blocks)
@@ -106,7 +108,9 @@ class SimWorker:
         transport = SimTransport(network, self.config.worker_id, memory, lambda: self.is_alive)
         model = spec.model(layout, self.pools)
         digested = self.pools if spec.has_digests else ()
-        executor = SimExecutor(network.clock, spec.step_cost, model, digested)
+        executor = SimExecutor(
+            network.clock, spec.step_cost, model, digested, block_size=layout.block_size
+        )
         clock = MortalClock(network.clock, lambda: self.is_alive)
         self._node = Node(
             self.core, clock=clock, transport=transport, executor=executor, log=self.log

@@ -12,7 +12,7 @@ step when it began. Called by `penstock/sim/calibrate.py`.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any, Final
@@ -123,6 +123,8 @@ class _Reader:
                 step.ended_ns = now_ns
                 if self._is_wanted(step.begun_ns):
                     self._taken.steps.setdefault(name, []).append(step)
+                # Logs from before there were rounds do not say so.
+                step = _following(step) if event.get("goes_on") else step
             elif kind == "MoveDone" and event["move_id"] in pulls:
                 begun_ns = pulls.pop(event["move_id"])
                 if self._is_wanted(begun_ns):
@@ -173,6 +175,12 @@ def _entries(log: Path) -> Iterator[LogEntry]:
                     raise BadRequest(f"{log}:{number} is no decision: {error}") from error
     except OSError as error:
         raise BadRequest(f"{log} cannot be read: {error.strerror}") from error
+
+
+def _following(step: TakenStep) -> TakenStep:
+    """Return the next round of a step that goes on: every sequence has one token more."""
+    context_tokens = step.context_tokens + step.decodes
+    return replace(step, begun_ns=step.ended_ns, context_tokens=context_tokens, has_newcomer=False)
 
 
 def _step(step: _Struct, batches: Batches, now_ns: int) -> TakenStep:

@@ -2,7 +2,7 @@
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import Command, Send
-from penstock.core.messages import RequestFailed, TokenOutput
+from penstock.core.messages import RequestFailed, TokenOutput, Tokens
 from penstock.core.step import Sampled
 from penstock.core.types import CONTROLLER, WorkerId
 from penstock.worker.sequence import Sequence
@@ -29,6 +29,13 @@ def take_token(
         reason,
         timeline,
     )
+
+
+def tell_tokens(outputs: list[TokenOutput], worker_id: WorkerId) -> list[Command]:
+    """Tell the controller what came of a step, if anything did."""
+    if not outputs:
+        return []
+    return [Send(CONTROLLER, Tokens(worker_id=worker_id, outputs=tuple(outputs)))]
 
 
 def not_handed_off(sequence: Sequence, reason: str, config: WorkerConfig) -> Command:

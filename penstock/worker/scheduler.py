@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.core.config import WorkerConfig
-from penstock.core.step import Int32, Sampled, SampleRow, Step
+from penstock.core.events import Command, EndStep
+from penstock.core.step import Int32, Sampled, SampleRow, Step, next_round
 from penstock.core.types import BlockId
 from penstock.kv.cache import KVCache
 from penstock.worker.sequence import Sequence, SequenceState
@@ -31,23 +32,27 @@ class Plan:
     step: Step
     parts: tuple[tuple[Sequence, int], ...]
 
-    def run_ahead(self, sampled: tuple[Sampled, ...]) -> list[tuple[tuple[int, ...], Sampled]]:
-        """Take in all rounds but the last of a step that was run several times.
+    def followed(self, sampled: tuple[Sampled, ...], block_size: int) -> "Plan":
+        """Return the next round of a step that goes on."""
+        return Plan(next_round(self.step, sampled, block_size), self.parts)
 
-        Returns, for each sample, the tokens of those rounds and what it got in the last. None of
-        them can end a sequence.
+    def run_ahead(
+        self, sampled: tuple[Sampled, ...]
+    ) -> list[tuple[Sequence, tuple[int, ...], Sampled]]:
+        """Take in all rounds but the last of a step that was run several times at one go.
+
+        Returns, for each sample, whose it is, the tokens of those rounds and what it got in the
+        last. None of them can end a sequence.
         """
-        size = len(self.step.samples)
-        if len(sampled) == size:
-            return [((), last) for last in sampled]
+        samples = self.step.samples
         drawn = []
-        for i, sample in enumerate(self.step.samples):
-            *before, last = sampled[i::size]
+        for i, sample in enumerate(samples):
+            *before, last = sampled[i :: len(samples)]
             ahead = tuple(s.token_id for s in before)
             sequence = self.parts[sample.row][0]
             sequence.tokens += ahead
             sequence.num_computed += len(ahead)
-            drawn.append((ahead, last))
+            drawn.append((sequence, ahead, last))
         return drawn
 
 
@@ -61,12 +66,20 @@ class Scheduler:
         self.num_steps = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._ended_step = 0
         self._config = config
         self._kv = kv
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the line."""
-        self.waiting.append(sequence)
+        """Put a new sequence in the line, before those that came after it while it waited for
+        blocks out of a tier; not before one that was preempted.
+        """
+        at, waiting = len(self.waiting), self.waiting
+        while (
+            at and waiting[at - 1].arrival > sequence.arrival and not waiting[at - 1].is_preempted
+        ):
+            at -= 1
+        waiting.insert(at, sequence)
 
     def add_first(self, sequence: Sequence) -> None:
         """Put a sequence whose KV has to be computed again at the front of the line."""
@@ -249,16 +262,32 @@ class Scheduler:
         """Return how often the step may be run in a row: until the first sequence ends, and once
         where another step could differ in more than its tokens.
         """
-        most = self._config.max_repeats
-        if most == 1 or self.waiting:
+        has_rounds = self._config.max_rounds > 1
+        most = max(self._config.max_repeats, self._config.max_rounds)
+        if most == 1 or self.waiting or (has_rounds and len(parts) < len(self.running)):
             return 1
         for sequence, _ in parts:
             wants_one = len(sequence.tokens) - sequence.num_computed == 1
-            if not wants_one or sequence.stop_ids or not sequence.is_first_token_out:
+            # What a round samples may end a sequence where rounds are reported one by one.
+            is_free = has_rounds or (not sequence.stop_ids and sequence.is_first_token_out)
+            if not (wants_one and is_free):
                 return 1
             most = min(most, sequence.tokens_max - len(sequence.tokens))
         has_room = all(self._grow(s, s.num_computed + most) for s, _ in parts)
         return most if has_room else 1
+
+    def end_if_outdated(self, plan: Plan | None, is_leaving: bool) -> list[Command]:
+        """End a step whose rounds to come should make way for another: somebody came or wants to
+        leave, or one of its sequences is to be computed no more. Once for each step.
+        """
+        if self._config.max_rounds == 1 or plan is None or plan.step.repeats == 1:
+            return []
+        is_changed = is_leaving or bool(self.waiting) or len(self.running) != len(plan.parts)
+        left = (sequence.state is not SequenceState.RUNNING for sequence, _ in plan.parts)
+        if plan.step.step_id == self._ended_step or not (is_changed or any(left)):
+            return []
+        self._ended_step = plan.step.step_id
+        return [EndStep(plan.step.step_id)]
 
     def _completed(
         self, parts: list[tuple[Sequence, int]], block_tables: tuple[Int32, ...]

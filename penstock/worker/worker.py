@@ -25,11 +25,10 @@ from penstock.core.messages import (
     Progress,
     Release,
     Renew,
-    Tokens,
     Withdraw,
 )
 from penstock.core.tiers import ShelfChanged, ShelfUsed
-from penstock.core.types import CONTROLLER, RequestId, WorkerId
+from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.pool import Generations
 from penstock.worker.books import check_sequences
@@ -37,7 +36,7 @@ from penstock.worker.decode import RENEW_KEY, PullDesk
 from penstock.worker.defragment import DEFRAGMENT_KEY, Defragmenter
 from penstock.worker.lease import LEASE_KEY
 from penstock.worker.numbers import Numbers
-from penstock.worker.output import not_handed_off, take_token
+from penstock.worker.output import not_handed_off, take_token, tell_tokens
 from penstock.worker.report import Reporter
 from penstock.worker.scheduler import Plan, Scheduler
 from penstock.worker.sequence import Sequence, SequenceState
@@ -285,6 +284,7 @@ class Worker:
             sequence, more = admitted
             self.sequences[sequence.request_id] = sequence
             commands += more
+        commands += self.scheduler.end_if_outdated(self._plan, bool(self._leaving))
         while self._plan is None:
             self._plan = self.scheduler.schedule()
             ready = self.scheduler.stamp_started(now_ns)
@@ -338,9 +338,10 @@ class Worker:
     def _finish_step(self, event: StepDone, now_ns: int) -> list[Command]:
         plan, self._plan = self._plan, None
         assert plan is not None, event.step_id
+        if event.goes_on:
+            self._plan = plan.followed(event.sampled, self.config.layout.block_size)
         assert plan.step.step_id == event.step_id, (plan.step.step_id, event.step_id)
-        # A step that fails is a bug: the process ends and the controller takes its requests
-        # elsewhere.
+        # A failed step is a bug: the process ends, and its requests go elsewhere.
         assert event.error is None, event.error
         self._reporter.note_step(plan.step, event)
         commands: list[Command] = []
@@ -350,7 +351,7 @@ class Worker:
                 self.kv.note_digests(group, zip(block_ids, digests, strict=True))
         drawn = plan.run_ahead(event.sampled)
         for sequence, num_new in plan.parts:
-            if sequence.state is SequenceState.CLOSING:
+            if sequence.state is SequenceState.CLOSING and not event.goes_on:
                 self._forget(sequence)
                 continue
             if sequence.state is not SequenceState.RUNNING:
@@ -360,18 +361,13 @@ class Worker:
             if sequence.decode_worker:
                 commands += self._hand_off(sequence, now_ns)
         outputs = []
-        for sample, (ahead, last) in zip(plan.step.samples, drawn, strict=True):
-            sequence, _ = plan.parts[sample.row]
+        for sequence, ahead, last in drawn:
             if sequence.state is not SequenceState.RUNNING:
                 continue
-            output = take_token(sequence, ahead, last, self.config.worker_id, now_ns)
-            outputs.append(output)
-            if output.finish_reason is not None:
+            outputs.append(take_token(sequence, ahead, last, self.config.worker_id, now_ns))
+            if outputs[-1].finish_reason is not None:
                 self._stop(sequence)
-        if outputs:
-            tokens = Tokens(worker_id=self.config.worker_id, outputs=tuple(outputs))
-            commands.append(Send(CONTROLLER, tokens))
-        return commands
+        return commands + tell_tokens(outputs, self.config.worker_id)
 
     def _advance(self, sequence: Sequence) -> None:
         """Tell the cache about newly valid KV, when that completes a block or leaves a window."""

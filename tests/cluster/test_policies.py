@@ -25,14 +25,18 @@ ROLES = {
 
 
 def make_requests(rng: random.Random, count: int) -> list[Request]:
-    """Prompts of a few tokens to several blocks; some share their beginning, some are urgent."""
+    """Prompts of a few tokens to several blocks; some share their beginning, some are urgent.
+
+    Answers are long in half of the seeds, and hardly any in the other half.
+    """
+    most_tokens = rng.choice((2, 30))
     stem = tuple(rng.randrange(VOCAB_SIZE) for _ in range(80))
     return [
         Request(
             request_id=RequestId(f"r{number}"),
             prompt_token_ids=stem[: rng.choice((0, 40, 80))]
             + tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 120))),
-            params=SamplingParams(max_tokens=rng.randint(1, 30), seed=number),
+            params=SamplingParams(max_tokens=rng.randint(1, most_tokens), seed=number),
             priority=rng.randrange(3),
             fairness_key=rng.choice("ab"),
         )
@@ -45,21 +49,21 @@ def run_seed(policy: str, seed: int) -> tuple[SimCluster, list[Request]]:
     controller = ControllerConfig(
         policy=policy,
         is_switching_roles=True,
-        role_interval_ms=3.0,
-        role_cooldown_ms=10.0,
+        role_interval_ms=1.0,
+        role_cooldown_ms=3.0,
         usual_ttft_ms=3.0,
-        usual_tpot_ms=1.0,
+        usual_tpot_ms=6.0,
         admit_backlog_ms=rng.choice((1.0, 20.0, 1e6)),
     )
     spec = ClusterSpec(
         roles=ROLES,
-        num_blocks=(rng.choice((24, 64)),),
+        num_blocks=(rng.choice((24, 256)),),
         link_cost=LinkCost(jitter_ns=rng.choice((0, 200_000)), loss=rng.choice((0.0, 0.02))),
     )
     cluster = SimCluster(replace(spec, controller=controller), seed)
     requests = make_requests(rng, 40)
     for request in requests:
-        at_ns = rng.randint(1, 60) * NS_PER_MS
+        at_ns = rng.randint(1, 30) * NS_PER_MS
         cluster.submit(request, at_ns)
         if rng.random() < 0.1:
             cluster.cancel(request.request_id, at_ns + rng.randint(0, 40) * NS_PER_MS)

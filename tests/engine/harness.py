@@ -5,13 +5,14 @@ end that looks behind a window or beyond a sequence cannot go unnoticed.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from penstock.core.request import SamplingParams
 from penstock.core.step import Sampled, SampleRow, Step
+from penstock.engine.device_executor import DeviceExecutor
 from penstock.engine.executor import ModelExecutor
 from penstock.engine.model import LoadedModel
 
@@ -21,7 +22,13 @@ GREEDY = SamplingParams(temperature=0.0, seed=0)
 class Harness:
     """An executor over small pools, and the block tables that a worker would keep."""
 
-    def __init__(self, model: LoadedModel, block_size: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        block_size: int = 16,
+        seed: int = 0,
+        make_executor: Callable[..., ModelExecutor | DeviceExecutor] = ModelExecutor,
+    ) -> None:
         self._layout = model.layout(block_size)
         inner = (2, block_size, self._layout.num_kv_heads, self._layout.head_dim)
         self._pools = tuple(
@@ -29,10 +36,11 @@ class Harness:
                 (96, len(group.layers), *inner),
                 float("nan"),
                 dtype=getattr(torch, self._layout.dtype),
+                device=model.device.torch_device,
             )
             for group in self._layout.groups
         )
-        self._executor = ModelExecutor(model, self._pools)
+        self.executor = make_executor(model, self._pools)
         rng = random.Random(seed)
         self._free = [rng.sample(range(96), 96) for _ in self._layout.groups]
         self._tokens: list[list[int]] = []
@@ -60,10 +68,25 @@ class Harness:
 
     def step(self, new: dict[int, int]) -> None:
         """Run one step with so many new tokens of each request."""
+        step = self._step(new)
+        self._take(new, step, self.executor.execute(step))
+
+    def rounds(self, indices: Sequence[int], repeats: int, wanted: int) -> None:
+        """Decode in one step that may be repeated, and go on until so many rounds were taken in."""
+        new = dict.fromkeys(indices, 1)
+        step = self._step(new, repeats)
+        taken: list[bool] = []
+        for results, goes_on in self.executor.rounds(step, lambda: len(taken) < wanted):
+            self._take(new, step, results)
+            taken.append(goes_on)
+        assert not any(taken[-1:])
+        assert all(taken[:-1])
+
+    def _step(self, new: dict[int, int], repeats: int = 1) -> Step:
         samples = []
         for row, (index, count) in enumerate(new.items()):
             tokens = self._tokens[index]
-            self._reserve(index, self._computed[index] + count)
+            self._reserve(index, self._computed[index] + count + repeats - 1)
             if self._computed[index] + count == len(tokens):
                 samples.append(
                     SampleRow(
@@ -71,21 +94,24 @@ class Harness:
                     )
                 )
         spans = [(i, self._computed[i], self._computed[i] + count) for i, count in new.items()]
-        step = Step(
+        return Step(
             step_id=0,
             token_ids=np.array([t for i, a, b in spans for t in self._tokens[i][a:b]], np.int64),
             num_new=np.array(list(new.values()), np.int32),
             num_computed=np.array([start for _, start, _ in spans], np.int32),
             block_tables=tuple(self._table(group, list(new)) for group in range(len(self._free))),
             samples=tuple(samples),
+            repeats=repeats,
         )
-        results = self._executor.execute(step)
+
+    def _take(self, new: dict[int, int], step: Step, results: Sequence[Sampled]) -> None:
+        """Add what was sampled, and let go of what no row will see again."""
         indices = list(new)
-        for sample, result in zip(samples, results, strict=True):
+        for sample, result in zip(step.samples, results, strict=True):
             self._tokens[indices[sample.row]].append(result.token_id)
             self.sampled[indices[sample.row]].append(result)
-        for index, _, end in spans:
-            self._computed[index] = end
+        for index, count in new.items():
+            self._computed[index] += count
             self._free_behind_windows(index)
 
     def run(self, max_tokens: int, chunk: int | None = None) -> None:

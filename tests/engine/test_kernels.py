@@ -7,6 +7,7 @@ import torch
 
 from penstock.engine.attention import AttentionSpec
 from penstock.engine.batch import Batch
+from penstock.engine.device import CPU, find_device
 from penstock.engine.kernels import Activation, HeadsSpec, Norm, NormKind, Rotary
 from penstock.engine.kernels.cpu import CpuKernels
 from penstock.engine.kernels.reference import ReferenceKernels
@@ -15,7 +16,7 @@ from penstock.engine.linear import Linear, Packing
 from penstock.engine.native.library import load_library
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-CPU = torch.device("cpu")
+
 WIDTH = 160
 
 
@@ -334,4 +335,4 @@ def test_selection():
     assert select_kernels(CPU, torch.bfloat16).notice is None
     with pytest.warns(RuntimeWarning, match="float16"):
         assert select_kernels(CPU, torch.float16).notice is not None
-    assert select_kernels(torch.device("meta"), torch.float32).name == "reference"
+    assert select_kernels(find_device("interpreter"), torch.float32).name == "triton"

@@ -103,7 +103,7 @@ def test_a_missing_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupFailed, match="--device tpu: only cpu"):
+    with pytest.raises(StartupFailed, match="--device tpu: it is none of cpu, cuda"):
         load(tmp_path, device="tpu")
 
 

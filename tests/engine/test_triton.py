@@ -79,6 +79,14 @@ def test_keys_and_values_come_16_bytes_at_a_time_and_ahead(codes):
 
 
 @pytest.mark.slow
+def test_sampling_reads_logits_16_bytes_at_a_time(codes):
+    kernels = codes["sampling"]
+    assert len(kernels) == 4
+    for code in kernels:
+        assert code["wide_loads"] > 0, code
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "narrow_loads_max"),
     # The two narrow ones of heads fetch positions and slots.

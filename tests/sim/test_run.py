@@ -66,6 +66,7 @@ def make_spec(rng: random.Random) -> ClusterSpec:
         max_model_len=200,
         eos_token_ids=(EOS,),
         handoff=rng.choice([*Handoff, Handoff.STREAM]),
+        max_rounds=rng.choice([1, 2, 16]),
         step_cost=StepCost(base_ns=rng.choice([50_000, 2_000_000])),
         link_cost=LinkCost(
             latency_ns=rng.choice([10_000, 3_000_000]),

@@ -110,3 +110,17 @@ def test_a_worker_s_lives_are_one_and_its_name_may_have_dots(tmp_path: Path) -> 
     taken = read_worker_logs(str(path))
     assert list(taken.steps) == ["mixed-a.example-0"]
     assert [step.duration_ns for step in taken.steps[WorkerId("mixed-a.example-0")]] == [9, 9]
+
+
+def test_rounds_of_a_step_are_steps(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "log.decode-0.1").write_text(
+        entry(100, {"type": "Offer"}, run([1, 1], [9, 4]))
+        + entry(150, {**DONE, "goes_on": True})
+        + entry(210, {**DONE, "goes_on": True})
+        + entry(300, {**DONE, "goes_on": False})
+    )
+    steps = read_worker_logs(path).steps[WorkerId("decode-0")]
+    assert [step.duration_ns for step in steps] == [50, 60, 90]
+    assert [step.context_tokens for step in steps] == [15, 17, 19]
+    assert [step.decodes for step in steps] == [2, 2, 2]

@@ -162,3 +162,17 @@ def test_a_request_for_what_is_being_brought_waits_for_the_same_move() -> None:
     assert isinstance(submit, SubmitMove)
     below.land()
     assert below.story.steps[0].num_computed.tolist() == [32, 32]
+
+
+def test_who_waited_for_blocks_is_not_behind_those_that_came_meanwhile() -> None:
+    below = busy_with_one_seat()
+    ask(below, "a again", 100)
+    ask(below, "later", 7000)
+    below.land()
+    names = [sequence.request_id for sequence in below.story.worker.scheduler.waiting]
+    assert names == ["a again", "later"]
+    while below.story.steps:
+        below.story.step()
+        below.move_all()
+    below.story.assert_empty()
+    below.assert_nothing_held()

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from penstock.core.events import StepDone
-from penstock.core.messages import Hello, Load, Tokens
+from penstock.core.events import EndStep, RunStep, StepDone
+from penstock.core.messages import Cancel, Hello, Load, Tokens
 from penstock.core.step import Sampled, Step
-from penstock.core.types import CONTROLLER, FinishReason
+from penstock.core.types import CONTROLLER, FinishReason, RequestId
 from tests.worker.story import D0, P0, Story, assign, info_of, request
 
 
@@ -116,6 +116,80 @@ def test_steps_are_run_one_by_one_while_somebody_waits_or_may_end_any_time() -> 
     assert [story.step().repeats for _ in range(9)] == [1] * 9
     assert [story.step().repeats for _ in range(9)] == [1] * 9
     story.assert_empty()
+
+
+def heard_round(story: Story, *token_ids: int, is_last: bool = False) -> list[object]:
+    """Tell of one round of the step under way; return what the worker does about it."""
+    step = story.steps[0]
+    done = StepDone(
+        step_id=step.step_id,
+        sampled=tuple(map(Sampled, token_ids)),
+        started_ns=0,
+        finished_ns=0,
+        digests=((),),
+        goes_on=not is_last,
+    )
+    if is_last:
+        story.steps.pop(0)
+    return [c for c in story.tell(done) if isinstance(c, EndStep | RunStep)]
+
+
+def test_rounds_are_taken_in_one_by_one_and_a_newcomer_ends_them() -> None:
+    story = Story(P0, max_rounds=8)
+    story.tell(assign(request("r", 20, max_tokens=30), P0))
+    story.step()
+    step = story.steps[0]
+    assert (step.repeats, step.num_computed.tolist()) == (8, [20])
+    story.heard(Tokens)
+    assert heard_round(story, 50) == []
+    assert heard_round(story, 51) == []
+    assert [m.outputs[0].token_ids for m in story.heard(Tokens)] == [(50,), (51,)]
+    # Somebody comes: told once; the round that is under way is taken in as any other.
+    ending = story.tell(assign(request("s", 10, max_tokens=30), P0))
+    assert [c for c in ending if isinstance(c, EndStep)] == [EndStep(step.step_id)]
+    (started,) = heard_round(story, 52, is_last=True)
+    assert started.step.num_computed.tolist() == [23, 0]
+    assert started.step.token_ids.tolist()[0] == 52
+    assert started.step.repeats == 1
+
+
+def test_what_ends_in_a_round_is_freed_after_the_one_that_is_under_way() -> None:
+    story = Story(P0, max_rounds=8)
+    story.tell(assign(request("r", 20, max_tokens=30), P0))
+    story.tell(assign(request("s", 10, start=400, max_tokens=30), P0))
+    story.step()
+    story.step()
+    step = story.steps[0]
+    assert (step.repeats, len(step.samples)) == (8, 2)
+    story.heard(Tokens)
+    # 7 ends a text. Its row is computed once more, for nobody.
+    assert heard_round(story, 7, 60) == [EndStep(step.step_id)]
+    assert RequestId("r") in story.worker.sequences
+    assert heard_round(story, 99, 61, is_last=True)[0].step.num_computed.tolist() == [12]
+    assert RequestId("r") not in story.worker.sequences
+    first, second = story.heard(Tokens)
+    assert [o.finish_reason for o in first.outputs] == [FinishReason.STOP, None]
+    assert [o.token_ids for o in second.outputs] == [(61,)]
+
+
+def test_a_cancel_ends_rounds_and_frees_after_them() -> None:
+    story = Story(P0, max_rounds=8)
+    story.tell(assign(request("r", 20, max_tokens=30), P0))
+    story.step()
+    commands = story.tell(Cancel(request_id=RequestId("r")))
+    assert EndStep(story.steps[0].step_id) in commands
+    # Another round was under way behind this one already: it still writes its blocks.
+    assert heard_round(story, 50) == []
+    assert RequestId("r") in story.worker.sequences
+    heard_round(story, 51, is_last=True)
+    story.assert_empty()
+
+
+def test_rounds_stop_at_the_most_tokens_that_a_request_may_have() -> None:
+    story = Story(P0, max_rounds=8)
+    story.tell(assign(request("r", 20, max_tokens=4), P0))
+    story.step()
+    assert story.steps[0].repeats == 3
 
 
 def test_tables_of_a_step_are_copies() -> None:

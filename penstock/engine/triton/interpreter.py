@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute with bfloat16 as a GPU does.
+"""Makes Triton's interpreter compute as a GPU does: bfloat16, and infinities without a word.
 
 The interpreter keeps bfloat16 as 16-bit integers; as it comes, it cuts numbers off where a GPU
 rounds them to nearest even, and multiplies matrices of the integers. Its float8 it does not round
@@ -17,6 +17,7 @@ import triton.language as tl
 Numbers: TypeAlias = npt.NDArray[Any]
 Kind: TypeAlias = tl.dtype
 Handle: TypeAlias = tl.tensor
+Argument: TypeAlias = Any
 _TORCH = {
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
@@ -25,9 +26,10 @@ _TORCH = {
 
 
 def repair() -> None:
-    """Replace the two functions of the interpreter that are wrong."""
+    """Replace the functions of the interpreter that are wrong, and quieten numpy in launches."""
     from triton.runtime import interpreter
 
+    launch_otherwise = interpreter.GridExecutor.__call__
     convert_otherwise = interpreter._convert_float
     dot_otherwise = interpreter.InterpreterBuilder.create_dot
 
@@ -46,6 +48,11 @@ def repair() -> None:
         )
         return dot_otherwise(builder, *wide, *rest)
 
+    def launch(self: object, *arguments: Argument, **options: Argument) -> None:
+        with np.errstate(all="ignore"):
+            launch_otherwise(self, *arguments, **options)
+
+    interpreter.GridExecutor.__call__ = launch
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
 

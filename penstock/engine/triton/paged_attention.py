@@ -108,6 +108,16 @@ def tile_shape(spec: AttentionSpec, dtype: torch.dtype, max_query_len: int) -> T
     return TileShape(rows, 32 if is_wide else 64, 4 if rows == 64 else 8, 3)
 
 
+def num_tiles(spec: AttentionSpec, dtype: torch.dtype, sequences: Sequences) -> int:
+    """Return how many programs a launch has for each KV head and split."""
+    if sequences.max_query_len == 1:
+        return len(sequences.kv_len)
+    rows = tile_shape(spec, dtype, sequences.max_query_len).rows
+    # One sequence's rows may begin a tile each, which makes at most one tile more.
+    queries = rows // (spec.num_heads // spec.num_kv_heads)
+    return len(sequences.kv_len) + sequences.num_rows // queries
+
+
 def paged_attention(
     spec: AttentionSpec,
     query: Tensor,
@@ -133,15 +143,11 @@ def paged_attention(
     tile = tile_shape(spec, query.dtype, sequences.max_query_len)
     num_sequences = len(sequences.kv_len)
     is_decode = sequences.max_query_len == 1
-    num_tiles = num_sequences
-    if not is_decode:
-        # One sequence's rows may begin a tile each, which makes at most one tile more.
-        num_tiles += sequences.num_rows // (tile.rows // group)
     target = output if splits is None else splits.output[0]
     num_splits = 1 if splits is None else len(splits.output)
     assert splits is None or target.shape[0] >= sequences.num_rows, (target.shape, sequences)
     assert num_splits & (num_splits - 1) == 0, num_splits
-    _attend[num_tiles, spec.num_kv_heads, num_splits](
+    _attend[num_tiles(spec, query.dtype, sequences), spec.num_kv_heads, num_splits](
         query, key_cache, value_cache, target, target if splits is None else splits.lse,
         sequences.block_table, sequences.kv_len, sequences.query_start,
         query if spec.sinks is None else spec.sinks,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from penstock.engine.device import CPU
 from penstock.engine.kernels.select import select_kernels
 from penstock.engine.linear import Linear, Packing
 from penstock.engine.native.library import load_library
@@ -27,12 +28,12 @@ def test_loads_once():
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_it_warns_once_and_runs_on_torch():
     with pytest.warns(RuntimeWarning, match=r"no-such-compiler.*install a C\+\+17 compiler"):
-        kernels = select_kernels(torch.device("cpu"), torch.bfloat16)
+        kernels = select_kernels(CPU, torch.bfloat16)
     assert kernels.name == "reference"
     assert "several times slower" in kernels.notice
     assert "apt install g++" in kernels.notice
     # The second time it is known; a warning now would be an error here.
-    assert select_kernels(torch.device("cpu"), torch.bfloat16).notice == kernels.notice
+    assert select_kernels(CPU, torch.bfloat16).notice == kernels.notice
     layer = Linear(torch.ones(8, 4))
     assert layer.packing is not Packing.NATIVE
     assert torch.equal(kernels.linear(layer, torch.ones(2, 4)), torch.full((2, 8), 4.0))

@@ -12,9 +12,16 @@ import torch
 from penstock.engine.attention import AttentionSpec
 from penstock.engine.kernels import Activation, HeadsSpec, Norm, NormKind, Rotary
 from penstock.engine.triton.activate import activate
+from penstock.engine.triton.decode_rows import (
+    HEADER_WORDS,
+    DecodeRows,
+    advance_rows,
+    patch_rows,
+)
 from penstock.engine.triton.heads import store_heads
 from penstock.engine.triton.norm import add_norm
 from penstock.engine.triton.paged_attention import Sequences, SplitSpace, paged_attention
+from penstock.engine.triton.sample import SamplingRows, sample_rows, sample_space
 from tests.engine.triton.compiling import Compiler
 from tests.engine.triton.move_launches import MOVE_LAUNCHES
 
@@ -62,6 +69,24 @@ def activation(width: int) -> None:
     activate(x, Activation.SILU, torch.empty(2, width, dtype=torch.bfloat16), gated=True)
 
 
+def sampling(num_rows: int, vocab_size: int) -> None:
+    real = torch.empty(num_rows)
+    whole = torch.empty(num_rows, dtype=torch.int64)
+    rows = SamplingRows(real, real, real.double(), whole.int(), whole, whole)
+    space = sample_space(num_rows, vocab_size, torch.device("cpu"))
+    sample_rows(torch.empty(num_rows, vocab_size), rows, space, whole)
+
+
+def decode_rows(num_rows: int, groups: int) -> None:
+    real, whole = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+    sampling = SamplingRows(real, real, real.double(), whole.int(), whole, whole)
+    tables = torch.empty(groups, num_rows, 1024, dtype=torch.int32)
+    slots = torch.empty(groups, num_rows, dtype=torch.int64)
+    rows = DecodeRows(whole, whole.int(), slots, tables, sampling)
+    patch_rows(torch.empty(3, HEADER_WORDS + groups * 128, dtype=torch.int32), rows, 32)
+    advance_rows(whole, rows, 32)
+
+
 LAUNCHES = {
     "prefill": lambda: attention(2048, 32, 8, 128),
     "prefill, heads of 80": lambda: attention(2048, 32, 32, 80),
@@ -77,6 +102,8 @@ LAUNCHES = {
     "norm": lambda: norm(4096),
     "norm of an odd width": lambda: norm(2880),
     "activation": lambda: activation(12288),
+    "sampling": lambda: sampling(8, 151936),
+    "rows that decode": lambda: decode_rows(64, 2),
     **MOVE_LAUNCHES,
 }
 

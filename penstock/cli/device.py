@@ -1,0 +1,177 @@
+"""Workers on a device: which GPU each of them has, what of its memory, and the model, loaded there.
+
+A host process forks its workers, and CUDA does not survive a fork: so the host never touches it. It
+asks a child what GPUs there are and plans the model without its weights; each worker loads the
+model itself, after the fork, onto the GPU that is its own or that it shares. The price is that a
+worker that is replaced loads anew, and that weights are on a GPU once for each worker there.
+`--device interpreter` goes the same way on a machine without a GPU, for tests and development.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import msgspec
+
+from penstock.cli.memory import DevicePools, WorkerMemory, device_memory, host_memory
+from penstock.core.config import EngineConfig, Handoff
+from penstock.core.errors import StartupFailed
+from penstock.core.types import GIB, MIB
+from penstock.engine.device import (
+    CUDA,
+    INTERPRETER,
+    CudaFacts,
+    Device,
+    find_device,
+    is_kernel_compiler_present,
+    no_cuda,
+    probe_cuda,
+)
+from penstock.engine.device_executor import DeviceExecutor
+from penstock.engine.graphs import EagerReplay, choose_capture
+from penstock.engine.loading import load_model
+from penstock.engine.model import LoadedModel, num_blocks
+from penstock.engine.plan import ModelPlan, plan_model
+from penstock.engine.pools import make_pools
+from penstock.runtime.executor import Rounds
+from penstock.runtime.link import WorkerSpec
+from penstock.runtime.settings import AUTO, ClusterSettings, ModelFacts
+from penstock.runtime.worker import WorkerEngine, WorkerPlace
+
+INTERPRETED_KV_BYTES = 64 * MIB
+
+
+def choose_device(engine: EngineConfig) -> EngineConfig:
+    """Return the engine's settings with "auto" decided: a GPU if there is one that can be used."""
+    if engine.device != "auto":
+        return engine
+    has_gpu = is_kernel_compiler_present() and bool(probe_cuda())
+    return msgspec.structs.replace(engine, device=CUDA if has_gpu else "cpu")
+
+
+def load_on_device(
+    settings: ClusterSettings,
+) -> tuple[ModelFacts, "partial[tuple[WorkerMemory, WorkerEngine]]"]:
+    """Plan the model; return its facts and what makes a worker's memory and engine after the fork.
+
+    Raises: `StartupFailed` saying what to change.
+    """
+    gpus = _find_gpus(settings)
+    engine = settings.engine
+    plan = plan_model(engine, Device(CUDA if gpus else INTERPRETER))
+    counts = num_blocks(
+        plan.layout,
+        _kv_bytes(settings, plan, gpus),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    where = gpus[0].name if gpus else "Triton's interpreter"
+    facts = ModelFacts(
+        folder=str(plan.folder),
+        layout=plan.layout,
+        num_blocks=counts,
+        max_model_len=min(plan.max_model_len, plan.layout.capacity_tokens(counts)),
+        eos_token_ids=plan.eos_token_ids,
+        vocab_size=plan.vocab_size,
+        description=f"{plan.description} ({where}), loaded and checked by each worker",
+    )
+    return facts, partial(_make_worker, len(gpus))
+
+
+def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
+    """Return the GPUs that workers are shared out among, none for the interpreter.
+
+    Raises: `StartupFailed` when there is none, or it cannot be had as asked for.
+    """
+    kind, _, index = settings.engine.device.partition(":")
+    if kind == INTERPRETER:
+        return ()
+    if kind != CUDA or (index and not index.isdecimal()):
+        raise StartupFailed(
+            f"--device {settings.engine.device}: it is none of cpu, cuda, cuda:N and auto"
+        )
+    gpus = probe_cuda()
+    if not gpus or int(index or 0) >= len(gpus):
+        raise StartupFailed(no_cuda(settings.engine.device))
+    refused = {
+        "--listen": settings.network is not None,
+        "--handoff push": settings.handoff is Handoff.PUSH,
+        f"--transport {settings.transport}": settings.transport != AUTO,
+    }
+    if settings.kv_access_log is not None:
+        raise StartupFailed("--record-kv-access: only attention on the CPU can be recorded")
+    for flag, is_asked_for in refused.items():
+        if is_asked_for:
+            raise StartupFailed(
+                f"--device {settings.engine.device} does not go with {flag}: blocks in the memory "
+                "of a GPU are pulled by workers on GPUs of the same host, by CUDA IPC"
+            )
+    return gpus[int(index) : int(index) + 1] if index else gpus
+
+
+def _kv_bytes(settings: ClusterSettings, plan: ModelPlan, gpus: tuple[CudaFacts, ...]) -> int:
+    """Size the KV cache of each worker. Raises: `StartupFailed` when a GPU has not enough."""
+    wanted = settings.engine.kv_cache_bytes
+    if not gpus:
+        return wanted or INTERPRETED_KV_BYTES
+    sharers = -(-settings.most_workers // len(gpus))
+    share = min(gpu.total_bytes for gpu in gpus) * settings.engine.gpu_memory_utilization / sharers
+    working = plan.working_bytes(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    left = int(share) - plan.weight_bytes - working
+    if left < (wanted or plan.layout.token_bytes):
+        raise StartupFailed(
+            f"--gpu-memory-utilization {settings.engine.gpu_memory_utilization:g}: each of "
+            f"{sharers} workers on a GPU has {share / GIB:.1f} GiB, weights take "
+            f"{plan.weight_bytes / GIB:.1f} and work {working / GIB:.1f}: that leaves "
+            f"{max(0, left) / GIB:.1f} for the KV cache"
+        )
+    return wanted or left
+
+
+def _make_worker(
+    num_gpus: int,
+    settings: ClusterSettings,
+    facts: ModelFacts,
+    spec: WorkerSpec,
+    place: WorkerPlace,
+) -> tuple[WorkerMemory, WorkerEngine]:
+    """Load the model in a process that was just forked, and bind it to pools on its device."""
+    engine = settings.engine
+    if num_gpus and ":" not in engine.device:
+        engine = msgspec.structs.replace(engine, device=f"{CUDA}:{spec.index % num_gpus}")
+    model = load_model(engine, lambda _stage, _fraction: None)
+    layout = model.layout(engine.block_size)
+    if layout != facts.layout:
+        raise StartupFailed(f"the model has become {layout}, and was to be {facts.layout}")
+    device = find_device(engine.device)
+    if device.is_cuda:
+        pools = make_pools(layout, facts.num_blocks, device)
+        on_device = DevicePools(tuple(pools), device.index)
+        memory = device_memory(settings, facts, spec, place, on_device)
+    else:
+        memory = host_memory(settings, facts, spec, place)
+    return _bind(model, memory, settings, facts)
+
+
+def _bind(
+    model: LoadedModel, memory: WorkerMemory, settings: ClusterSettings, facts: ModelFacts
+) -> tuple[WorkerMemory, WorkerEngine]:
+    executor = DeviceExecutor(
+        model,
+        tuple(memory.tensors()),
+        EagerReplay() if settings.engine.enforce_eager else choose_capture(model),
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=facts.max_model_len,
+    )
+    # Without a GPU nothing is compiled, and a prompt takes its time.
+    most = settings.max_num_batched_tokens
+    executor.warm_up((most, most // 4, 2) if model.device.is_cuda else ())
+    engine = WorkerEngine(
+        execute=executor.execute,
+        prepare=executor.prepare,
+        description=model.description,
+        rounds=Rounds(executor.rounds, settings.engine.block_size),
+    )
+    return replace(memory, digest=executor.beside(memory.digest)), engine

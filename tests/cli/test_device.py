@@ -1,0 +1,111 @@
+"""Workers on a device: what is asked for, what there is, and what each of them gets."""
+
+import msgspec
+import pytest
+import torch
+
+from penstock.cli import device
+from penstock.cli.device import choose_device, load_on_device
+from penstock.cli.host import load
+from penstock.core.config import EngineConfig, Handoff
+from penstock.core.errors import StartupFailed
+from penstock.core.types import GIB
+from penstock.engine.device import CudaFacts
+from penstock.runtime.settings import ClusterSettings, NetworkSettings
+from tests.engine.tiny_models import save_model
+
+H200 = CudaFacts("NVIDIA H200", 140 * GIB, 139 * GIB)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, "llama", max_position_embeddings=1 << 20)
+    return str(folder)
+
+
+def settings(model: str, **engine) -> ClusterSettings:
+    options = {"device": "cuda", **engine}
+    return ClusterSettings(
+        engine=EngineConfig(model=model, **options), prefill=0, decode=0, mixed=1
+    )
+
+
+def gpus(monkeypatch, *found: CudaFacts) -> None:
+    monkeypatch.setattr(device, "probe_cuda", lambda: found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
+def test_without_a_gpu_one_is_told_what_to_do(model):
+    with pytest.raises(StartupFailed, match=r"--device cuda: .*use --device cpu"):
+        load(settings(model), lambda *_: None)
+
+
+def test_a_device_that_is_none_is_refused(model):
+    with pytest.raises(StartupFailed, match="none of cpu, cuda, cuda:N and auto"):
+        load(settings(model, device="tpu"), lambda *_: None)
+
+
+def test_a_gpu_that_is_not_there_is_refused(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(StartupFailed, match=r"cuda:3: .*CUDA_VISIBLE_DEVICES"):
+        load_on_device(settings(model, device="cuda:3"))
+
+
+def test_what_a_gpus_blocks_cannot_do_is_refused(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    pushing = msgspec.structs.replace(settings(model), handoff=Handoff.PUSH)
+    with pytest.raises(StartupFailed, match="does not go with --handoff push"):
+        load_on_device(pushing)
+    listening = msgspec.structs.replace(settings(model), network=NetworkSettings(host="::1"))
+    with pytest.raises(StartupFailed, match="does not go with --listen"):
+        load_on_device(listening)
+
+
+def test_two_workers_on_a_gpu_have_half_of_it_each(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    one, _ = load_on_device(settings(model))
+    pair = msgspec.structs.replace(settings(model), prefill=1, decode=1, mixed=0)
+    two, _ = load_on_device(pair)
+    gpus(monkeypatch, H200, H200)
+    apart, _ = load_on_device(pair)
+    assert two.num_blocks[0] == pytest.approx(one.num_blocks[0] / 2, rel=0.02)
+    assert apart.num_blocks == one.num_blocks
+
+
+def test_auto_is_a_gpu_if_it_can_be_used(model, monkeypatch):
+    auto = EngineConfig(model=model, device="auto")
+    gpus(monkeypatch, H200)
+    monkeypatch.setattr(device, "is_kernel_compiler_present", lambda: True)
+    assert choose_device(auto).device == "cuda"
+    monkeypatch.setattr(device, "is_kernel_compiler_present", lambda: False)
+    assert choose_device(auto).device == "cpu"
+    monkeypatch.setattr(device, "is_kernel_compiler_present", lambda: True)
+    gpus(monkeypatch)
+    assert choose_device(auto).device == "cpu"
+
+
+def test_the_kv_cache_gets_what_weights_and_work_leave_of_a_share(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    half, _ = load_on_device(settings(model, gpu_memory_utilization=0.5))
+    whole, _ = load_on_device(settings(model, gpu_memory_utilization=1.0))
+    assert half.layout is not None
+    (block_bytes,) = half.layout.block_bytes
+    difference = (whole.num_blocks[0] - half.num_blocks[0]) * block_bytes
+    assert difference == pytest.approx(70 * GIB, rel=1e-3)
+    assert half.num_blocks[0] * block_bytes < 70 * GIB - GIB
+    assert "NVIDIA H200" in half.description
+    assert "bfloat16" in half.description
+
+
+def test_a_share_that_is_too_small_is_refused_with_figures(model, monkeypatch):
+    gpus(monkeypatch, CudaFacts("small", 2 * GIB, 2 * GIB))
+    with pytest.raises(StartupFailed, match=r"--gpu-memory-utilization 0.4: .* leaves 0.0"):
+        load_on_device(settings(model, gpu_memory_utilization=0.4))
+
+
+def test_planning_leaves_a_process_that_can_be_forked(model, monkeypatch):
+    gpus(monkeypatch, H200)
+    load_on_device(settings(model))
+    assert not torch.cuda.is_initialized()
