@@ -53,6 +53,7 @@ REPETITIONS = 5
 AT_ONCE = 4
 
 Numbers = npt.NDArray[np.int64]
+Json = Any
 
 RATIOS = {
     "shm": ("memcpy", "gather", "nixl", "nixl_default"),
@@ -200,7 +201,7 @@ class Foreign:
         self.initiator.stdin.write(line + "\n")
         self.initiator.stdin.flush()
 
-    def _line(self, process: "subprocess.Popen[str]", word: str) -> Any:
+    def _line(self, process: "subprocess.Popen[str]", word: str) -> Json:
         assert process.stdout is not None
         while line := process.stdout.readline():
             if line.startswith(word + " "):
@@ -292,8 +293,7 @@ def measure_at_once(report: Report, owner: Owner, sources: list[Any], passes: in
             for reader in (*readers, *others):
                 assert shape.is_right(reader.pools[index])
             report.add(f"{transport}_{AT_ONCE}_at_once_over_1_{shape.name}", over_one)
-            key = f"{transport}_over_{rival}_{AT_ONCE}_at_once_{shape.name}"
-            report.add(key, over_rival)
+            report.add(f"{transport}_over_{rival}_{AT_ONCE}_at_once_{shape.name}", over_rival)
         for reader in readers:
             reader.agent.close()
 
@@ -302,10 +302,9 @@ def run_all(jobs: list[Callable[[], float]]) -> float:
     """Run them at once; return the seconds until the last is done."""
     threads = [threading.Thread(target=job) for job in jobs]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
     return time.perf_counter() - started
 
 
