@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from report import Report
@@ -42,7 +43,7 @@ from transfer_peers import KINDS
 from transfer_shapes import MOVED_BYTES, SHAPES, SINGLES, SINGLES_COUNT, Shape, empty_pool
 
 from penstock.native.build import Recipe, build
-from penstock.transfer.region import Region
+from penstock.transfer.region import PeerMemory, Region
 from penstock.transport import Agent
 from penstock.transport.nixl_agent import is_installed
 from penstock.transport.shm import open_peer
@@ -292,8 +293,7 @@ def measure_at_once(report: Report, owner: Owner, sources: list[Any], passes: in
             for reader in (*readers, *others):
                 assert shape.is_right(reader.pools[index])
             report.add(f"{transport}_{AT_ONCE}_at_once_over_1_{shape.name}", over_one)
-            key = f"{transport}_over_{rival}_{AT_ONCE}_at_once_{shape.name}"
-            report.add(key, over_rival)
+            report.add(f"{transport}_over_{rival}_{AT_ONCE}_at_once_{shape.name}", over_rival)
         for reader in readers:
             reader.agent.close()
 
@@ -302,10 +302,9 @@ def run_all(jobs: list[Callable[[], float]]) -> float:
     """Run them at once; return the seconds until the last is done."""
     threads = [threading.Thread(target=job) for job in jobs]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
     return time.perf_counter() - started
 
 
@@ -319,10 +318,10 @@ def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passe
             ratios = []
             for _ in range(passes):
                 burner.send_signal(signal.SIGCONT)
-                beside = statistics.median(method.move(index) for _ in range(REPETITIONS))
+                beside = settled(method, index)
                 burner.send_signal(signal.SIGSTOP)
                 owner.tell("busy")
-                within = statistics.median(method.move(index) for _ in range(REPETITIONS))
+                within = settled(method, index)
                 owner.tell("idle")
                 ratios.append(beside / within)
             report.add(f"{transport}_owner_busy_over_other_busy_{shape.name}", ratios)
@@ -337,6 +336,12 @@ def measure_busy(report: Report, owner: Owner, methods: dict[str, Method], passe
         report.add(f"latency_us_{transport}_4KiB_owner_busy", singles, "us")
     burner.kill()
     burner.communicate()
+
+
+def settled(method: Method, index: int) -> float:
+    """Return the seconds of a move once the scheduler has spread out who computes."""
+    time.sleep(0.1)
+    return statistics.median(method.move(index) for _ in range(REPETITIONS))
 
 
 def main() -> None:
@@ -378,19 +383,14 @@ def main() -> None:
         for method in methods.values():
             if isinstance(method, Foreign):
                 method.close()
-    for method in methods.values():
-        if isinstance(method, Ours):
-            method.agent.close()
+            elif isinstance(method, Ours):
+                method.agent.close()
     owner.close()
     report.finish(options.output)
 
 
 def mapped(descriptor: bytes) -> list[Any]:
     """Map the owner's pools, for the loop that reads them without us."""
-    import msgspec
-
-    from penstock.transfer.region import PeerMemory
-
     memory = msgspec.msgpack.decode(descriptor, type=PeerMemory)
     regions: list[Region] = [open_peer(region) for region in memory.regions]
     return [region.blocks for region in regions]
