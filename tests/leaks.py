@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -21,8 +22,13 @@ RUN_ID = f"{os.getpid()}-{time.time_ns()}"
 
 
 def mark_descendants() -> None:
-    """Put this run's mark into the environment that every process started from now on inherits."""
+    """Put this run's mark into the environment that every process started from now on inherits.
+
+    multiprocessing's resource tracker is started right away: in the middle of a test it would be a
+    process that has not said yet what it is.
+    """
     os.environ[RUN_MARK] = RUN_ID
+    resource_tracker.ensure_running()
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def _by_rule(spec: WorkloadSpec, kind: str, rest: str) -> Iterator[Arrival]:
             return swinging(rng, rate, duration_s, period_s=numbers["period"], cv=spec.cv)
         case "phases":
             phase_s, busier = numbers["phase"], numbers["busier"]
-            return phased(rng, rate, duration_s, phase_s=phase_s, busier=busier)
+            return phased(rng, rate, duration_s, phase_s=phase_s, busier=busier, cv=spec.cv)
         case _:
             shape = SessionShape(
                 turns=numbers["turns"],

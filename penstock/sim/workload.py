@@ -161,7 +161,7 @@ LONG_PROMPT, LONG_ANSWER = (6000, 120), (600, 1500)
 
 
 def phased(
-    rng: random.Random, rate: float, duration_s: float, *, phase_s: float, busier: float
+    rng: random.Random, rate: float, duration_s: float, *, phase_s: float, busier: float, cv: float
 ) -> Iterator[Arrival]:
     """Yield long prompts with short answers for `phase_s`, then short prompts with long answers at
     `busier` times the rate for as long, and so on; `rate` is the mean of both.
@@ -175,7 +175,7 @@ def phased(
     def rate_at(now_s: float) -> float:
         return first * busier if is_answering(now_s) else first
 
-    times_s = arrival_times(rng, rate_at, duration_s)
+    times_s = arrival_times(rng, rate_at, duration_s, cv=cv)
     for name, at_s in zip(count(FIRST_NAME), times_s, strict=False):
         num_input, num_output = LONG_ANSWER if is_answering(at_s) else LONG_PROMPT
         pieces = ((name, lognormal(rng, num_input, 0.5)),)

@@ -1,5 +1,6 @@
 """Workloads by name: rules with numbers, and files at a rate of one's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,20 @@ from penstock.sim.choose import KINDS, WorkloadSpec, make_workload
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_rule_gives_the_rate_in_order_and_again_with_the_same_seed(kind: str) -> None:
-    spec = WorkloadSpec(source=kind, rate=5.0, duration_s=100.0)
+@pytest.mark.parametrize("cv", [1.0, 0.5])
+def test_every_rule_gives_the_rate_in_order_and_again_with_the_same_seed(
+    kind: str, cv: float
+) -> None:
+    kind = "phases:phase=10" if kind == "phases" else kind  # whole turns: the rate is their mean
+    spec = WorkloadSpec(source=kind, rate=5.0, duration_s=100.0, cv=cv)
+    assert make_workload(spec) != make_workload(replace(spec, cv=2.0))
     arrivals = make_workload(spec)
     times = [a.at_ns for a in arrivals]
     assert times == sorted(times)
     assert times[-1] < 100 * NS_PER_S
     assert len(arrivals) == pytest.approx(500, rel=0.2)
     assert arrivals == make_workload(spec)
-    assert arrivals != make_workload(WorkloadSpec(source=kind, rate=5.0, duration_s=100.0, seed=1))
+    assert arrivals != make_workload(replace(spec, seed=1))
 
 
 def test_numbers_of_a_rule_can_be_given() -> None:

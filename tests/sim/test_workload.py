@@ -89,7 +89,7 @@ def test_the_ratio_of_input_to_output_swings() -> None:
 
 
 def test_phases_take_turns_and_the_second_is_busier() -> None:
-    arrivals = list(phased(random.Random(0), 20.0, 400.0, phase_s=100.0, busier=3.0))
+    arrivals = list(phased(random.Random(0), 20.0, 400.0, phase_s=100.0, busier=3.0, cv=1.0))
     first = [a for a in arrivals if a.at_ns // (100 * NS_PER_S) % 2 == 0]
     second = [a for a in arrivals if a.at_ns // (100 * NS_PER_S) % 2 == 1]
     assert len(first) == pytest.approx(10 * 200, rel=0.1)
