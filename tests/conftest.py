@@ -5,6 +5,7 @@ milliseconds.
 """
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +33,13 @@ settings.load_profile("penstock")
 
 
 def pytest_configure() -> None:
-    """Make a worker that outlives its parent visible to the leak check."""
+    """Make a worker that outlives its parent visible to the leak check, and Ctrl-C heard.
+
+    A shell ignores it for what it runs in the background, and so would all that a test starts.
+    """
     mark_descendants()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

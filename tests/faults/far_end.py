@@ -83,7 +83,10 @@ class FarEnd:
     def netem(self, *arguments: str) -> str:
         """Let the kernel spoil what is sent from here; return its complaint, or ""."""
         command = ["tc", "qdisc", "replace", "dev", DEVICE.decode(), "root", "netem", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        except FileNotFoundError as error:
+            return str(error)
 
     def _digests(self) -> list[str]:
         return [f"{d:016x}" for d in take_digests(self._region.blocks, range(NUM_BLOCKS))]
