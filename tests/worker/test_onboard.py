@@ -45,6 +45,11 @@ class TiersUnderAnything(RuleBasedStateMachine):
     def cancel(self, back: int) -> None:
         self.below.story.tell(Cancel(request_id=RequestId(f"r{max(1, self.count - back)}")))
 
+    @rule(took_ns=st.sampled_from([1, 100, 10_000]))
+    def learn(self, took_ns: int) -> None:
+        """What computing takes decides how much is brought, and whether beside it."""
+        self.below.story.worker.tiers.note_step(16, took_ns)
+
     @rule()
     def wait(self) -> None:
         self.below.story.now_ns += 11_000_000_000
