@@ -36,6 +36,7 @@ _COMPLETION_TOKENS = 16  # the default of the OpenAI API; a chat fills the windo
 class Caller:
     """Who asks, as the headers say. `is_own_id`: the client chose the id, perhaps not for the first
     time. Requests of one `fairness_key` share what keys are given in turn; SLOs are its own, in ms.
+    What a body says of `retention_ttl` and `kv_pin` goes before what headers do.
     """
 
     arrived_ns: int
@@ -45,6 +46,8 @@ class Caller:
     fairness_key: str = ""
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
+    retention_s: float | None = None
+    kv_pin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +285,9 @@ class Intake:
                 f"{count} choices in one request, {self.settings.max_choices} at most", "n"
             )
         self._check_window(body)
-        if body.kv_pin is not None and body.retention_ttl is None:
+        ttl_s = caller.retention_s if body.retention_ttl is None else body.retention_ttl
+        pin = body.kv_pin or caller.kv_pin
+        if pin and ttl_s is None:
             raise BadRequest("`kv_pin` needs a `retention_ttl`: 0 lets go of the pin", "kv_pin")
         query_id = f"{kind}-{caller.request_id}"
         if caller.is_own_id:
@@ -296,8 +301,8 @@ class Intake:
                 cache_salt=body.cache_salt or "",
                 accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
                 kv_window=body.kv_window or 0,
-                retention_ns=int((body.retention_ttl or 0.0) * NS_PER_S),
-                pin=body.kv_pin or "",
+                retention_ns=int((ttl_s or 0.0) * NS_PER_S),
+                pin=pin,
                 priority=body.priority or 0,
                 arrived_ns=caller.arrived_ns,
                 fairness_key=caller.fairness_key,
