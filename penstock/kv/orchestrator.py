@@ -32,9 +32,10 @@ from penstock.kv.compression import CompressionEngine, Job
 from penstock.kv.dma import DESCRIPTOR_BYTES_MAX, Descriptor, DmaScheduler, Transfer
 from penstock.kv.eviction import last_of_retained, make_order
 from penstock.kv.flights import Flight, Flights, Places
-from penstock.kv.policy import Option, WriteMode, choose_tier, write_mode
+from penstock.kv.policy import Option, Temperature, choose_tier, temperature_of
 from penstock.kv.prefetch import PrefetchQueue
 from penstock.kv.residency import Copy, Residency
+from penstock.kv.reuse import ReuseHistory
 from penstock.kv.tiers import RAW, BlockKey, CodecSpec, LinkSpec, Tier, TierSpec
 
 TIERS: Final = tuple(Tier)
@@ -74,6 +75,8 @@ class Orchestrator:
     def __init__(self, config: OrchestratorConfig, places: Places) -> None:
         self.config = config
         self.residency = Residency(config.tiers)
+        least_bytes = min(codec.block_bytes for codec in config.codecs)
+        self.history = ReuseHistory(sum(t.capacity_bytes for t in config.tiers) // least_bytes)
         self.dma = DmaScheduler(config.links, descriptor_bytes_max=config.descriptor_bytes_max)
         self.compression = CompressionEngine(config.num_lanes)
         self.prefetch = PrefetchQueue(
@@ -103,6 +106,7 @@ class Orchestrator:
 
     def store(self, key: BlockKey, tier: Tier, codec: str) -> bool:
         """Note a block that was written to a tier; False when there is no room for it."""
+        self.history.meet(key)
         return self._flights.store(key, tier, codec, self._worth(key, tier))
 
     def need(self, key: BlockKey, deadline_ns: int, now_ns: int) -> Outcome:
@@ -154,6 +158,7 @@ class Orchestrator:
         if not self._needed[key]:
             del self._needed[key]
         self.residency.touch(key, now_ns)
+        self.history.use(key)
         for tier, order in self._orders.items():
             if self.residency.is_present(key, tier):
                 order.touch(key)
@@ -318,7 +323,7 @@ class Orchestrator:
         place = choose_tier(
             options,
             recompute_ns=self.config.recompute_ns,
-            expected_uses=self.residency.reuse_chance(key),
+            expected_uses=self.history.chance(key),
             num_bytes=copy.num_bytes,
         )
         if place is None:
@@ -337,10 +342,10 @@ class Orchestrator:
             far = self._links[flight.source, target].duration_ns(codec.block_bytes)
             near = self._links[tier, target].duration_ns(codec.block_bytes)
             write_ns = self._links[target, tier].duration_ns(codec.block_bytes) + codec.encode_ns
-            chance = self.residency.reuse_chance(key)
-            mode = write_mode(chance, save_ns=far - near, write_ns=write_ns)
+            chance = self.history.chance(key)
+            warmth = temperature_of(chance, save_ns=far - near, write_ns=write_ns)
             copy = self.residency.copy(key, target)
-            if mode is not WriteMode.THROUGH or copy is None:
+            if warmth is not Temperature.HOT or copy is None:
                 return
             # Not at the price of writing another block's only copy elsewhere first.
             if self._make_room(tier, codec.block_bytes, now_ns, may_sink=False):

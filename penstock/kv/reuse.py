@@ -38,6 +38,8 @@ class ReuseHistory:
         self._prior_used = PRIOR_WEIGHT * prior
         self._observed = [[0.0] * self._num_ages for _ in (0, AGAIN)]
         self._used = [[0.0] * self._num_ages for _ in (0, AGAIN)]
+        self._chances: dict[tuple[int, int], float] = {}
+        """Of each kind and age, until something is learnt."""
         self._tick = 0
         self._last: dict[BlockKey, tuple[int, int]] = {}
         """When each block was last used, and which kind it is."""
@@ -62,19 +64,27 @@ class ReuseHistory:
         self._tick += 1
         self._grow_older()
 
+    def meet(self, key: BlockKey) -> None:
+        """Note that a block is there whose first use is not known: now, if it is new."""
+        if key not in self._last:
+            self.use(key)
+
     def chance(self, key: BlockKey) -> float:
         """Return how likely a block is used again within the history, given its age; 0 of a block
-        that is too old to be remembered. O(log size).
+        that is too old to be remembered. O(log size), O(1) until something is learnt.
         """
         found = self._last.get(key)
         if found is None:
             return 0.0
         last, kind = found
-        unused = 1.0
-        for age in range(self._age(last), self._num_ages):
-            used = self._used[kind][age] + self._prior_used
-            unused *= 1 - used / (self._observed[kind][age] + PRIOR_WEIGHT)
-        return 1 - unused
+        of = kind, self._age(last)
+        if of not in self._chances:
+            unused = 1.0
+            for age in range(of[1], self._num_ages):
+                used = self._used[kind][age] + self._prior_used
+                unused *= 1 - used / (self._observed[kind][age] + PRIOR_WEIGHT)
+            self._chances[of] = 1 - unused
+        return self._chances[of]
 
     def _age(self, last: int) -> int:
         """Return in which doubling a block is that was used at that tick."""
@@ -99,6 +109,7 @@ class ReuseHistory:
                 del self._last[key]
 
     def _observe(self, kind: int, age: int, *, is_used: bool) -> None:
+        self._chances.clear()
         observed, used = self._observed[kind], self._used[kind]
         observed[age] += 1
         used[age] += is_used
