@@ -1,7 +1,7 @@
 """Decisions about blocks as pure functions over costs: codec, fetch or recompute, where to keep.
 
 No state, no constants that stand for a machine: every cost comes in as predicted at this moment.
-Called by `kv/orchestrator.py`, and by whoever wants to know beforehand (a router, a study).
+Called by `kv/orchestrator.py`, a worker's desks, and who wants to know beforehand (a study).
 """
 
 from bisect import bisect_left
