@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 
 from penstock.core.messages import GrantedBlocks, GroupBlocks, Offer
-from penstock.kv.cache import Adoption
+from penstock.kv.group import Adoption
 from penstock.transfer.session import Session
 from penstock.worker.reshaping import Reshaping
 from penstock.worker.sequence import Sequence, SequenceState

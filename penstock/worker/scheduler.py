@@ -19,9 +19,10 @@ import numpy as np
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import Command, EndStep
-from penstock.core.step import Int32, Sampled, SampleRow, Step, next_round
+from penstock.core.step import Int32, Observation, Sampled, SampleRow, Step, next_round
 from penstock.core.types import BlockId
 from penstock.kv.cache import KVCache
+from penstock.kv.selection import snap_blocks
 from penstock.worker.sequence import Sequence, SequenceState
 
 
@@ -35,6 +36,23 @@ class Plan:
     def followed(self, sampled: tuple[Sampled, ...], block_size: int) -> "Plan":
         """Return the next round of a step that goes on."""
         return Plan(next_round(self.step, sampled, block_size), self.parts)
+
+    def select(self, kv: KVCache, scores: tuple[tuple[float, ...], ...], block_size: int) -> None:
+        """Let go of what is not to be kept of the sequences that were observed, and still run."""
+        for observation, found in zip(self.step.observations, scores, strict=True):
+            sequence = self.parts[observation.row][0]
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            gaps = snap_blocks(
+                found,
+                sequence.select_end,
+                block_size=block_size,
+                capacity_tokens=sequence.request.kv_select,
+            )
+            kv.let_go(sequence.request_id, gaps)
+            sequence.is_selected = True
+            num_let_go = block_size * sum(map(len, gaps))
+            sequence.timeline.selected_tokens = sequence.select_end - num_let_go
 
     def run_ahead(
         self, sampled: tuple[Sampled, ...]
@@ -143,7 +161,7 @@ class Scheduler:
         """
         ones, chunks = [], []
         for sequence in self.running:
-            want = len(sequence.tokens) - sequence.num_left_over - sequence.num_computed
+            want = sequence.num_wanted
             if want == 1:
                 ones.append((sequence, 1))
             elif want > 1:
@@ -185,7 +203,7 @@ class Scheduler:
         self.num_preempted += 1
         self.running.remove(victim)
         self._kv.close(victim.request_id)
-        victim.num_computed = victim.capacity_tokens = 0
+        victim.lose_blocks()
         victim.is_preempted = True
         victim.move_to(SequenceState.WAITING)
         self.add_first(victim)
@@ -195,10 +213,10 @@ class Scheduler:
         while self.waiting and budget_tokens and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             num_cached = self._open(sequence)
-            num_new = min(sequence.target_tokens - num_cached, budget_tokens)
+            num_new = min(sequence.num_wanted, budget_tokens)
             if not self._grow(sequence, num_cached + num_new):
                 self._kv.close(sequence.request_id)
-                sequence.num_computed = sequence.capacity_tokens = 0
+                sequence.lose_blocks()
                 return
             # Room for the whole prompt now, if there is any, so that its chunks lie in one run.
             self._kv.reserve(sequence.request_id, sequence.target_tokens)
@@ -214,11 +232,12 @@ class Scheduler:
 
     def _open(self, sequence: Sequence) -> int:
         """Take the longest cached prefix; at least one token stays to be computed if we are to
-        sample.
+        sample, or to choose from the blocks.
         """
         if self._config.is_prefix_caching:
             sequence.name_blocks(self._config.layout.block_size)
         limit = sequence.target_tokens - (sequence.decode_worker is None)
+        limit = min(limit, sequence.select_end - 1) if sequence.select_end else limit
         num_cached = self._kv.open(sequence.request_id, sequence.hashes, limit)
         sequence.num_computed = num_cached
         sequence.capacity_tokens = self._kv.capacity(sequence.request_id)
@@ -227,9 +246,12 @@ class Scheduler:
     def _plan(self, parts: list[tuple[Sequence, int]]) -> Plan:
         token_ids: list[int] = []
         samples: list[SampleRow] = []
+        observations: list[Observation] = []
         for row, (sequence, num_new) in enumerate(parts):
             start, end = sequence.num_computed, sequence.num_computed + num_new
             token_ids += sequence.tokens[start:end]
+            if (observation := sequence.observation(row, end)) is not None:
+                observations.append(observation)
             if end == len(sequence.tokens):
                 samples.append(
                     SampleRow(
@@ -255,6 +277,7 @@ class Scheduler:
             digests_of=self._completed(parts, block_tables),
             repeats=repeats,
             gaps=self._kv.gaps(request_ids),
+            observations=tuple(observations),
         )
         return Plan(step, tuple(parts))
 
@@ -268,6 +291,8 @@ class Scheduler:
             return 1
         for sequence, _ in parts:
             wants_one = len(sequence.tokens) - sequence.num_computed == 1
+            # Of a sequence whose blocks are chosen from now, the next step has others.
+            wants_one &= not sequence.is_to_select
             # What a round samples may end a sequence where rounds are reported one by one.
             is_free = has_rounds or (not sequence.stop_ids and sequence.is_first_token_out)
             if not (wants_one and is_free):
