@@ -11,7 +11,9 @@ Size and error: real KV, which the built-in model computed of held-out text, fp3
 Quality: the built-in model reads held-out files (those of the interpreter's library that its
 training never saw), each block of KV going through the codec as soon as it is full: the relative
 increase of the loss, and at how many positions the most likely token stays the same. The same with
-all KV as it is and a window of it alone, as with `kv_window` in a request.
+all KV as it is and a window of it alone, as with `kv_window` in a request. Then of the files that
+are long enough what comes after a prompt of 1,024 tokens, once behind a window and once with as
+many tokens of the prompt, chosen by what its end looks at, as with `kv_select`.
 
     python bench/codec.py [--quick] [--only speed|quality] [--output FILE]
 """
@@ -40,7 +42,7 @@ from penstock.codec.codec import CODECS, Codec, make_codec
 from penstock.codec.native.library import load_library
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.config import EngineConfig
-from penstock.engine.kv_quality import Bytes2D, compare, read_texts
+from penstock.engine.kv_quality import Bytes2D, Part, compare, read_texts
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel
 from penstock.runtime.codecs import round_trip_of
@@ -66,6 +68,10 @@ LOSS_TARGETS = {"int8": 0.1, "int4": 1.0}
 """Percent."""
 WINDOWS = (256, 512, 1024)
 """Tokens of the KV that are seen, beside the first block."""
+PROMPT_TOKENS = 1024
+"""What comes after them is judged where a part of a prompt is kept."""
+PARTS = (128, 256, 512)
+"""Tokens of the prompt that are kept, as a window and as a selection."""
 
 
 def load(dtype: str) -> LoadedModel:
@@ -224,10 +230,28 @@ def measure_quality(report: Report, dtype: str, model: LoadedModel, texts: list[
         found = compare(exact, read_texts(model, texts, round_trip, block_size=BLOCK_SIZE))
         report.add(f"{name}_{dtype}_loss_increase_percent", [100 * found.loss_increase], "%")
         report.add(f"{name}_{dtype}_greedy_agreement", [found.greedy_agreement], "of positions")
-    for window in WINDOWS if dtype == "bfloat16" else ():
-        found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, window=window))
+    if dtype != "bfloat16":
+        return
+    for window in WINDOWS:
+        part = Part(window=window)
+        found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, part=part))
         report.add(f"window{window}_loss_increase_percent", [100 * found.loss_increase], "%")
         report.add(f"window{window}_greedy_agreement", [found.greedy_agreement], "of positions")
+    measure_parts(report, model, [text for text in texts if len(text) > PROMPT_TOKENS + 256])
+
+
+def measure_parts(report: Report, model: LoadedModel, texts: list[list[int]]) -> None:
+    """Let the model go on after a prompt of which a part is kept."""
+    exact = read_texts(model, texts, block_size=BLOCK_SIZE, part=Part(prompt_tokens=PROMPT_TOKENS))
+    note = f"{len(exact.nats)} tokens of {len(texts)} files behind {PROMPT_TOKENS} tokens"
+    report.add("after_prompt_loss", [exact.loss], "nats a token", note=note)
+    for size in PARTS:
+        for kind in ("window", "select"):
+            part = Part(prompt_tokens=PROMPT_TOKENS, **{kind: size})
+            found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, part=part))
+            key = f"after_prompt_{kind}{size}"
+            report.add(f"{key}_loss_increase_percent", [100 * found.loss_increase], "%")
+            report.add(f"{key}_greedy_agreement", [found.greedy_agreement], "of positions")
 
 
 def report_targets(report: Report) -> None:
