@@ -106,11 +106,17 @@ class Fetches:
         return next((f for f in self.active if name in f.hashes[f.first :]), None)
 
     def begin(
-        self, need: Need, count: int, kind: MoveClass, deadline_ns: int, request_id: RequestId
+        self, need: Need, part: range, kind: MoveClass, deadline_ns: int, request_id: RequestId
     ) -> Fetch | None:
-        """Have the first `count` blocks of a need brought; None when there is no room for them."""
+        """Have a part of what a need lacks brought; None when there is no room for it.
+
+        A part that does not begin with the first missing block gets names all the same: what is
+        before it is being computed meanwhile.
+        """
         block_size = self._config.layout.block_size
-        hashes, first = need.hashes[: need.first + count], need.first
+        hashes, first = need.hashes[: need.first + part.stop], need.first
+        if part.start:
+            hashes, first = hashes[need.first + part.start :], 0
         holder = RequestId(f"onboard {self._holders.next()}")
         held = self._kv.open(holder, hashes, first * block_size)
         assert held == first * block_size, (held, first, block_size)
@@ -118,7 +124,7 @@ class Fetches:
             self._kv.close(holder)
             return None
         (table,) = self._kv.tables([holder], len(hashes) * block_size)
-        places = need.places[:count]
+        places = need.places[part.start : part.stop]
         block_ids = [BlockId(b) for b in table[0, first:].tolist()]
         fetch = Fetch(holder, hashes, first, block_ids, places[-1])
         self.active.append(fetch)

@@ -113,7 +113,8 @@ class Asked:
 
 def test_options_are_asked_for_and_a_silent_worker_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr("penstock.cli.client.ChatClient", Asked)
-    assert kv(options("http://there", "--blocks", "--limit", "5", "--prefix", "00", "--json")) == 1
+    words = "--url http://there --blocks --limit 5 --prefix 00 --json"
+    assert kv(options(*words.split())) == 1
     assert PATHS[-1] == "/kv/residency?prefix=00&limit=5&detail=1"
     assert '"silent": ["d1"]' in capsys.readouterr().out
     kv(options())
