@@ -130,9 +130,10 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request
     travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
     anything to put into them (`reserved_ns` counts from the offer on). `exposed_ns` is how long it
-    waited for blocks out of tiers although it was its turn: a part of what is called queue.
-    `pull_copy_ns` is how long bytes were copied, in all parts of a pull together. `selected_tokens`
-    are those of the prompt whose KV was kept where a request wanted no more than a part of it.
+    waited for blocks out of tiers although it was its turn: a part of what is called queue;
+    `exposed_decode_ns` of it for a codec. `pull_copy_ns` is how long bytes were copied, in all
+    parts of a pull together. `selected_tokens` are those of the prompt whose KV was kept where a
+    request wanted no more than a part of it.
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
     the client saw beyond them is the residual.
@@ -157,6 +158,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     exposed_ns: int = 0
+    exposed_decode_ns: int = 0
     selected_tokens: int = 0
 
     def take_prefill(self, other: "Timeline") -> None:
@@ -165,6 +167,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
+        self.exposed_decode_ns = other.exposed_decode_ns
         self.selected_tokens = other.selected_tokens
         self.pull_copy_ns = max(self.pull_copy_ns, other.pull_copy_ns)  # one side of the two copies
 

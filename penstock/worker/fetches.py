@@ -18,6 +18,7 @@ from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove,
 from penstock.core.tiers import KeptBlock
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.cache import KVCache
+from penstock.kv.compression import Direction
 from penstock.transfer.plan import align
 from penstock.worker.numbers import Numbers
 from penstock.worker.shelf import Shelf
@@ -40,7 +41,8 @@ class Need:
 class Fetch:
     """Entries `[first, first + len(block_ids))` of `hashes`, on their way.
 
-    `holder` is the name under which the cache keeps them meanwhile, `last` what landed last.
+    `holder` is the name under which the cache keeps them meanwhile, `last` what landed last; that
+    move took `took_ns`, `codec_ns` of them for decoding.
     """
 
     holder: RequestId
@@ -50,6 +52,14 @@ class Fetch:
     last: Place
     move_ids: set[int] = field(default_factory=set)
     digests: dict[int, Digest] = field(default_factory=dict)
+    took_ns: int = 0
+    codec_ns: int = 0
+
+    def decoding_ns(self, waited_ns: int) -> int:
+        """Return how much of a wait for this went into decoding: copying and decoding take turns
+        for as long as the last move takes, and before that is no decoding.
+        """
+        return min(waited_ns, self.took_ns) * self.codec_ns // max(1, self.took_ns)
 
 
 @dataclass(slots=True, eq=False)
@@ -164,6 +174,7 @@ class Fetches:
         self._take_in(read, done)
         read.fetch.move_ids.remove(done.move_id)
         read.fetch.last = read.place
+        read.fetch.took_ns, read.fetch.codec_ns = done.finished_ns - done.started_ns, done.codec_ns
         return read.fetch if self._end(read.fetch) else None
 
     def _find(self, name: BlockHash) -> Place | None:
@@ -209,7 +220,8 @@ class Fetches:
         place.books.num_reading -= len(entries)
         place.books.bytes_out += done.num_bytes
         place.books.raw_bytes_out += len(entries) * self._config.layout.block_bytes[0]
-        place.books.decode_ns += done.codec_ns
+        if done.codec_ns:
+            place.books.codec_books.note(Direction.DECODE, done.codec_ns, num_blocks=len(entries))
         landed: Items[Digest | None] = [None] * len(entries)
         if done.error is None:
             (landed,) = done.digests

@@ -280,9 +280,12 @@ class OnboardDesk:
             if wait.needed_ns is not None:
                 waited_ns = now_ns - max(since_ns, wait.needed_ns)
                 # What is waited for in the end is the last tier's doing.
+                decoding_ns = wait.fetch.decoding_ns(waited_ns)
                 sequence.timeline.exposed_ns += waited_ns
+                sequence.timeline.exposed_decode_ns += decoding_ns
                 books.exposed_ns += waited_ns
-                self._traffic.expose((books.tier, Tier.HBM), waited_ns)
+                books.codec_books.expose(decoding_ns)
+                self._traffic.expose((books.tier, Tier.HBM), waited_ns - decoding_ns)
             self._scheduler.add(sequence)
 
     def _book(self, wait: _Wait, wish: BlockKey) -> None:

@@ -33,6 +33,12 @@ class Plan:
     step: Step
     parts: tuple[tuple[Sequence, int], ...]
 
+    @property
+    def leaving(self) -> list[Sequence]:
+        """Those of its sequences that run and are to go on elsewhere."""
+        sequences = (sequence for sequence, _ in self.parts if sequence.decode_worker)
+        return [s for s in sequences if s.state is SequenceState.RUNNING]
+
     def followed(self, sampled: tuple[Sampled, ...], block_size: int) -> "Plan":
         """Return the next round of a step that goes on."""
         return Plan(next_round(self.step, sampled, block_size), self.parts)

@@ -61,8 +61,9 @@ class Sequence:
     out of a tier and those before it are computed. The request ends with `tokens_max` tokens or
     with one of `stop_ids`. Where a part of the prompt's KV is to be kept (`kv_select`), it is
     chosen after `select_end` tokens, all of the prompt but the last, by whoever computes them if it
-    `selects_here`, or else by who goes on; with `is_selected` that has been done. `select_end` is 0
-    where all is kept.
+    `selects_here`, or else by who goes on (whose blocks have another shape, and could not be told
+    which of ours were kept); with `is_selected` that has been done. `select_end` is 0 where all is
+    kept.
     """
 
     __slots__ = (

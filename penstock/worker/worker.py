@@ -157,7 +157,6 @@ class Worker:
         )
         assert sequence.request_id not in self.sequences, sequence.request_id
         self.sequences[sequence.request_id] = sequence
-        # Whose blocks have another shape could not be told which of ours were kept.
         sequence.selects_here = is_ours or self.offers.is_alike(event.decode_worker)
         self.tiers.add(sequence, now_ns)
         is_known = not is_ours and event.decode_worker in self._peers
@@ -363,9 +362,8 @@ class Worker:
             sequence.num_computed += num_new
             self._advance(sequence)
         plan.select(self.kv, event.scores, self.config.layout.block_size)
-        for sequence, _ in plan.parts:
-            if sequence.decode_worker and sequence.state is SequenceState.RUNNING:
-                commands += self._hand_off(sequence, now_ns)
+        for sequence in plan.leaving:
+            commands += self._hand_off(sequence, now_ns)
         outputs = []
         for sequence, ahead, last in drawn:
             if sequence.state is not SequenceState.RUNNING:
