@@ -21,6 +21,7 @@ many tokens of the prompt, chosen by what its end looks at, as with `kv_select`.
 import argparse
 import ctypes
 import hashlib
+import mmap
 import sys
 import time
 from collections.abc import Callable
@@ -117,6 +118,15 @@ class Work:
         self.codec.decode(self.encoded, self.landed, range(len(self.pool)))
 
 
+def pages(shape: tuple[int, int]) -> Bytes2D:
+    """Return memory that begins with a page, all of it touched, as a worker's pool does: what is
+    decoded into more than the cache holds is stored past it, by whole lines.
+    """
+    blocks = np.frombuffer(mmap.mmap(-1, shape[0] * shape[1]), np.uint8).reshape(shape)
+    blocks[:] = 1
+    return blocks
+
+
 def copy(to: Bytes2D, blocks: Bytes2D) -> None:
     """Copy blocks with the C library's memcpy."""
     ctypes.memmove(to.ctypes.data, blocks.ctypes.data, blocks.nbytes)
@@ -126,7 +136,7 @@ def make_work(name: str, layout: KVLayout, pool: Bytes2D) -> Work:
     """Return work that has been done once."""
     codec = make_codec(name, layout)
     encoded = np.ones((len(pool), codec.encoded_bytes), np.uint8)
-    work = Work(codec, pool, np.ones_like(pool), encoded)
+    work = Work(codec, pool, pages(pool.shape), encoded)
     work.encode()
     work.decode()
     return work
@@ -160,7 +170,7 @@ def measure_speed(report: Report, kv: Bytes2D, layout: KVLayout, runs: int) -> N
 
 def acts_on(layout: KVLayout, blocks: Bytes2D) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name."""
-    landed = np.ones_like(blocks)
+    landed = pages(blocks.shape)
     acts: dict[str, Callable[[], object]] = {"memcpy": lambda: copy(landed, blocks)}
     for name in CODECS:
         work = make_work(name, layout, blocks)
