@@ -17,6 +17,7 @@ import numpy as np
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Bytes2D, Region
 from penstock.transport import wire
+from penstock.transport.encoded import WireCodec, encode_rows, row_bytes
 from penstock.transport.wire import Status
 
 Question = Callable[[], int]
@@ -119,6 +120,18 @@ class _Served:
     thread: threading.Thread
 
 
+class _Encoded:
+    """A region as rows that are made when they are read."""
+
+    def __init__(self, region: Region, codec: WireCodec) -> None:
+        self.num_blocks, self.block_bytes = region.num_blocks, row_bytes(codec)
+        self._region, self._codec = region, codec
+
+    def send(self, stream: socket.socket, first: int, count: int) -> None:
+        for block_id in range(first, first + count):
+            _send(stream, encode_rows(self._codec, self._region, [block_id]).data.cast("B"))
+
+
 class PythonServer:
     """Serves reads from threads that need the interpreter: while the owner computes, readers wait.
 
@@ -130,7 +143,7 @@ class PythonServer:
         self._epoch = epoch
         self._silence_s = silence_s
         self._connections_max = connections_max
-        self._regions: list[Region] = []
+        self._regions: list[Region | _Encoded] = []
         self._served: list[_Served] = []
         self._heard: deque[bytes] = deque()
         self._lock = threading.Lock()
@@ -138,6 +151,13 @@ class PythonServer:
     def add(self, region: Region) -> int:
         """Let a region be read; return its index."""
         self._regions.append(region)
+        return len(self._regions) - 1
+
+    def add_encoded(self, index: int, codec: WireCodec) -> int | None:
+        """Let a region be read encoded as well; return the index of its rows."""
+        region = self._regions[index]
+        assert isinstance(region, Region), index
+        self._regions.append(_Encoded(region, codec))
         return len(self._regions) - 1
 
     def serve(self, stream: socket.socket) -> bool:
@@ -215,7 +235,10 @@ class PythonServer:
             return self._reply(stream, Status.OUT_OF_BOUNDS, request_id)
         _send(stream, wire.REPLY.pack(wire.MAGIC, Status.OK, request_id, num_bytes))
         for first, count in runs:
-            _send(stream, region.blocks[first : first + count].data.cast("B"))
+            if isinstance(region, _Encoded):
+                region.send(stream, first, count)
+            else:
+                _send(stream, region.blocks[first : first + count].data.cast("B"))
         self.counts[0] += 1
         self.counts[1] += num_bytes
         return True
