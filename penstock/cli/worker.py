@@ -116,6 +116,7 @@ class _Joining:
             handoff_codec=options.handoff_codec,
             executor=admitted.executor,
             transport=options.transport,
+            tcp_streams=options.tcp_streams,
             threads=options.threads,
             is_pinned=options.pin_cores,
             decision_log=options.decision_log,

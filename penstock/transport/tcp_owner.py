@@ -93,6 +93,7 @@ class NativeServer:
                 encoder.method,
                 encoder.shape,
                 len(encoder.shape),
+                codec.block_bytes,
                 row_bytes(codec),
             )
         )

@@ -71,6 +71,11 @@ def test_blocks_that_cannot_cross_encoded_are_not_asked_to(options: dict, match:
     ClusterSettings(**{**defaults, "transport": "auto"}, kv_quality=LOSSY, network=HERE)
 
 
+def test_a_pull_needs_a_connection():
+    with pytest.raises(StartupFailed, match="--tcp-streams: 0"):
+        ClusterSettings(engine=EngineConfig(model="m"), transport="tcp", tcp_streams=0)
+
+
 def test_workers_of_another_host_are_called_after_it():
     settings = ClusterSettings(
         engine=EngineConfig(model="m"),

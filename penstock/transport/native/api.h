@@ -67,7 +67,7 @@ int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blo
 // bytes digests (xxh3) of the block as it is in the region and of the row before them.
 int64_t penstock_server_add_encoded(void* server, int64_t region, const void* encode,
                                     int64_t method, const uint8_t* shape, int64_t shape_bytes,
-                                    int64_t row_bytes);
+                                    int64_t block_bytes, int64_t row_bytes);
 // Takes the socket over; returns 0, or -1 and leaves it alone when there are too many.
 int64_t penstock_server_serve(void* server, int32_t socket);
 // Takes one notification out: its bytes, or -1 when there is none. `text` has room for the longest.

@@ -86,7 +86,7 @@ _FUNCTIONS: Final = {
     "penstock_server_add": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
     "penstock_server_add_encoded": (
         c_int64,
-        (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64),
+        (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
     ),
     "penstock_server_serve": (c_int64, (c_void_p, c_int32)),
     "penstock_server_heard": (c_int64, (c_void_p, c_void_p)),

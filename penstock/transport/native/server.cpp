@@ -44,13 +44,13 @@ struct Encoder {
     Encode encode;
     int64_t method;
     std::vector<uint8_t> shape;
-    uint64_t pool_block_bytes;
+    uint64_t block_bytes;  // in the pool
+    uint64_t row_bytes;
 };
 
 struct Region {
-    const uint8_t* blocks;
-    uint64_t num_blocks;
-    uint64_t block_bytes;              // as they are sent
+    const uint8_t* bytes;              // of the pool
+    uint64_t num_bytes;                // as they are sent
     const Encoder* encoder = nullptr;  // of rows that are made when they are read
 };
 
@@ -77,7 +77,7 @@ class Server {
         : epoch_(epoch), silence_ms_(silence_ms), connections_max_(connections_max) {}
     ~Server();
     int64_t add(Region region);
-    int64_t add_encoded(int64_t region, Encoder encoder, uint64_t row_bytes);
+    int64_t add_encoded(int64_t region, Encoder encoder);
     int64_t serve(int socket);
     int64_t heard(uint8_t* text);
     void counts(int64_t* counts) const;
@@ -88,6 +88,7 @@ class Server {
     bool answer_read(Exchange& exchange, const RequestHeader& request);
     bool answer_notify(Exchange& exchange, const RequestHeader& request);
     static bool send_encoded(Exchange& exchange, const Region& region, Clock::time_point limit);
+    static void make_rows(Exchange& exchange, const Region& region, uint64_t first, uint64_t count);
     static int64_t receive_body(const Exchange& exchange, void* body, size_t size);
     Status check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
                  uint64_t& num_bytes) const;
@@ -127,12 +128,13 @@ int64_t Server::add(Region region) {
     return static_cast<int64_t>(regions_.size()) - 1;
 }
 
-int64_t Server::add_encoded(int64_t region, Encoder encoder, uint64_t row_bytes) {
+int64_t Server::add_encoded(int64_t region, Encoder encoder) {
     std::unique_lock lock(regions_lock_);
     const Region& plain = regions_.at(region);
-    encoder.pool_block_bytes = plain.block_bytes;
+    const uint64_t num_rows = plain.num_bytes / encoder.block_bytes;
     encoders_.push_back(std::move(encoder));
-    regions_.push_back({plain.blocks, plain.num_blocks, row_bytes, &encoders_.back()});
+    const Encoder& kept = encoders_.back();
+    regions_.push_back({plain.bytes, num_rows * kept.row_bytes, &kept});
     return static_cast<int64_t>(regions_.size()) - 1;
 }
 
@@ -226,9 +228,7 @@ bool Server::answer_read(Exchange& exchange, const RequestHeader& request) {
         if (!send_encoded(exchange, region, limit)) return false;
     } else {
         for (const Run& run : exchange.runs)
-            vectors.push_back(
-                {const_cast<uint8_t*>(region.blocks + run.first_block * region.block_bytes),
-                 run.num_blocks * region.block_bytes});
+            vectors.push_back({const_cast<uint8_t*>(region.bytes + run.first_byte), run.num_bytes});
         if (send_all(socket, vectors.data(), vectors.size(), limit) != 0) return false;
     }
     ++reads_;
@@ -236,36 +236,43 @@ bool Server::answer_read(Exchange& exchange, const RequestHeader& request) {
     return true;
 }
 
-// Sends what `exchange.vectors` has, then the rows of the runs, some at a time: while the kernel
-// sends some, the next are made.
+// Sends what `exchange.vectors` has, then the runs' part of the rows, some rows at a time: while the
+// kernel sends some, the next are made. Streams share bytes, so a run may begin and end in a row.
 bool Server::send_encoded(Exchange& exchange, const Region& region, Clock::time_point limit) {
-    const Encoder& encoder = *region.encoder;
-    const uint64_t row_bytes = region.block_bytes, content = row_bytes - 2 * sizeof(uint64_t);
+    const uint64_t row_bytes = region.encoder->row_bytes;
     const uint64_t at_once = std::max<uint64_t>(1, kEncodedAtOnce / row_bytes);
-    exchange.ids.resize(at_once), exchange.lengths.resize(at_once);
-    exchange.rows.resize(at_once * row_bytes);  // zeros, and what pads a row is never written
+    exchange.rows.resize(at_once * row_bytes);
     for (const Run& run : exchange.runs) {
-        for (uint64_t done = 0; done < run.num_blocks; done += at_once) {
-            const uint64_t count = std::min(at_once, run.num_blocks - done);
-            for (uint64_t i = 0; i < count; ++i)
-                exchange.ids[i] = static_cast<int64_t>(run.first_block + done + i);
-            uint8_t* rows = exchange.rows.data();
-            encoder.encode(encoder.method, encoder.shape.data(), region.blocks,
-                           exchange.ids.data(), count, rows, row_bytes, exchange.lengths.data());
-            for (uint64_t i = 0; i < count; ++i) {
-                uint8_t* row = rows + i * row_bytes;
-                const uint8_t* block = region.blocks + exchange.ids[i] * encoder.pool_block_bytes;
-                const uint64_t digests[2] = {xxh3(block, encoder.pool_block_bytes),
-                                             xxh3(row, content)};
-                std::memcpy(row + content, digests, sizeof digests);
-            }
-            exchange.vectors.push_back({rows, count * row_bytes});
+        const uint64_t end = run.first_byte + run.num_bytes;
+        for (uint64_t at = run.first_byte; at < end;) {
+            const uint64_t row = at / row_bytes, base = row * row_bytes;
+            const uint64_t count = std::min(at_once, (end - base + row_bytes - 1) / row_bytes);
+            make_rows(exchange, region, row, count);
+            const uint64_t stop = std::min(end - base, count * row_bytes);
+            exchange.vectors.push_back({exchange.rows.data() + (at - base), stop - (at - base)});
             if (send_all(exchange.socket, exchange.vectors.data(), exchange.vectors.size(), limit))
                 return false;
             exchange.vectors.clear();
+            at = base + stop;
         }
     }
     return true;
+}
+
+void Server::make_rows(Exchange& exchange, const Region& region, uint64_t first, uint64_t count) {
+    const Encoder& encoder = *region.encoder;
+    const uint64_t content = encoder.row_bytes - 2 * sizeof(uint64_t);
+    exchange.ids.resize(count), exchange.lengths.resize(count);
+    for (uint64_t i = 0; i < count; ++i) exchange.ids[i] = static_cast<int64_t>(first + i);
+    uint8_t* rows = exchange.rows.data();
+    encoder.encode(encoder.method, encoder.shape.data(), region.bytes, exchange.ids.data(), count,
+                   rows, encoder.row_bytes, exchange.lengths.data());
+    for (uint64_t i = 0; i < count; ++i) {
+        uint8_t* row = rows + i * encoder.row_bytes;
+        const uint8_t* block = region.bytes + exchange.ids[i] * encoder.block_bytes;
+        const uint64_t digests[2] = {xxh3(block, encoder.block_bytes), xxh3(row, content)};
+        std::memcpy(row + content, digests, sizeof digests);
+    }
 }
 
 Status Server::check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
@@ -276,16 +283,15 @@ Status Server::check(const RequestHeader& request, const std::vector<Run>& runs,
         if (request.region >= regions_.size()) return kNoRegion;
         region = regions_[request.region];
     }
-    uint64_t num_blocks = 0;
+    num_bytes = 0;
     for (const Run& run : runs) {
-        // In this order nothing overflows.
-        if (run.num_blocks == 0 || run.num_blocks > region.num_blocks ||
-            run.first_block > region.num_blocks - run.num_blocks)
+        // In this order nothing overflows: no run is longer than the region.
+        if (run.num_bytes == 0 || run.num_bytes > region.num_bytes ||
+            run.first_byte > region.num_bytes - run.num_bytes)
             return kOutOfBounds;
-        num_blocks += run.num_blocks;
+        num_bytes += run.num_bytes;
     }
-    if (num_blocks > kBytesPerReadMax / region.block_bytes) return kOutOfBounds;
-    num_bytes = num_blocks * region.block_bytes;
+    if (num_bytes > kBytesPerReadMax) return kOutOfBounds;
     return kOk;
 }
 
@@ -347,16 +353,15 @@ void* penstock_server_new(uint64_t epoch, int64_t silence_ms, int64_t connection
 int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blocks,
                             int64_t block_bytes) {
     return static_cast<Server*>(server)->add(
-        {blocks, static_cast<uint64_t>(num_blocks), static_cast<uint64_t>(block_bytes)});
+        {blocks, static_cast<uint64_t>(num_blocks * block_bytes)});
 }
 int64_t penstock_server_add_encoded(void* server, int64_t region, const void* encode,
                                     int64_t method, const uint8_t* shape, int64_t shape_bytes,
-                                    int64_t row_bytes) {
+                                    int64_t block_bytes, int64_t row_bytes) {
     return static_cast<Server*>(server)->add_encoded(
-        region,
-        {reinterpret_cast<penstock::Encode>(const_cast<void*>(encode)), method,
-         std::vector<uint8_t>(shape, shape + shape_bytes), 0},
-        static_cast<uint64_t>(row_bytes));
+        region, {reinterpret_cast<penstock::Encode>(const_cast<void*>(encode)), method,
+                 std::vector<uint8_t>(shape, shape + shape_bytes),
+                 static_cast<uint64_t>(block_bytes), static_cast<uint64_t>(row_bytes)});
 }
 int64_t penstock_server_serve(void* server, int32_t socket) {
     return static_cast<Server*>(server)->serve(socket);
