@@ -158,6 +158,19 @@ def add_limits(group: "Group") -> None:
         "what was used once and what was used again; cost, what was used least, with age "
         "(default: lru)",
     )
+    _add_crossing(group)
+    add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
+    add(
+        "--shutdown-timeout",
+        type=seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
+    )
+
+
+def _add_crossing(group: "Group") -> None:
+    add = group.add_argument
     add(
         "--transport",
         choices=("auto", "shm", "nixl", "tcp"),
@@ -185,14 +198,6 @@ def add_limits(group: "Group") -> None:
         help="between hosts, KV may cross in this codec where that is sooner, by what the link and "
         "the codec were measured to do; measured on the model and held against --kv-quality "
         "(default: raw)",
-    )
-    add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
-    add(
-        "--shutdown-timeout",
-        type=seconds,
-        default=10.0,
-        metavar="S",
-        help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
     )
 
 
