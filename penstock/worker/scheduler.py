@@ -285,7 +285,8 @@ class Scheduler:
             wants_one = len(sequence.tokens) - sequence.num_computed == 1
             # What a round samples may end a sequence where rounds are reported one by one.
             is_free = has_rounds or (not sequence.stop_ids and sequence.is_first_token_out)
-            if not (wants_one and is_free):
+            # A window moves between rounds, and blocks that it lets go are somebody's at once.
+            if not (wants_one and is_free) or sequence.request.kv_window:
                 return 1
             most = min(most, sequence.tokens_max - len(sequence.tokens))
         has_room = all(self._grow(s, s.num_computed + most) for s, _ in parts)
