@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,13 +33,16 @@ def cpu_name() -> str:
 
 def machine() -> dict[str, object]:
     """Return what the figures depend on besides the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        ).stdout.strip()
+    except OSError:  # there is no git where only a copy of the tree was brought
+        commit = ""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0))
@@ -46,7 +50,7 @@ def machine() -> dict[str, object]:
         else os.cpu_count(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         # Where a file lies is this machine's affair; which one it is matters.
         "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
     }
@@ -60,7 +64,9 @@ class Report:
         self.settings = settings or {}
         self.figures: dict[str, float] = {}
         self.spreads: dict[str, dict[str, float]] = {}
-        facts = machine()
+        self.extras: dict[str, Any] = {}
+        """What a benchmark keeps beside figures, each under a key of its own."""
+        self.machine = facts = machine()
         print(f"{name}: {facts['cpu']}, {facts['cores']} cores, commit {facts['commit']}")
         for key, value in self.settings.items():
             print(f"  {key}: {value}")
@@ -89,6 +95,8 @@ class Report:
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.figures.update(kept["figures"])
             self.spreads.update(kept["spreads"])
+            known = {"name", "machine", "settings", "figures", "spreads"}
+            self.extras.update({key: kept[key] for key in kept.keys() - known})
 
     def keep(self, output: str | None = None) -> Path:
         """Write the results so far into their file; return where."""
@@ -96,10 +104,11 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "name": self.name,
-            "machine": machine(),
+            "machine": self.machine,
             "settings": self.settings,
             "figures": self.figures,
             "spreads": self.spreads,
+            **self.extras,
         }
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return path

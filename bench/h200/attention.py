@@ -5,6 +5,8 @@ units allow, in the block-major pool and a layer-major one, and beside FlashInfe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -115,7 +117,7 @@ def decode(lab: Lab) -> None:
                 continue
             rates = kv_rates(lab, batch, context, is_block_major=True)
             target = None
-            if batch >= 32:
+            if batch >= lab.pick(32, 2):
                 target = Target(DECODE_SHARE * lab.copy_bytes_per_s / 1e12)
             floor = lab.copy_bytes_per_s / 1e12
             key = f"decode_attention_batch{batch}_context{context}"
@@ -171,20 +173,22 @@ def prefill_rates(lab: Lab, context: int, new: int) -> list[float]:
     return [flops / seconds / 1e12 for seconds in times]
 
 
-def flashinfer(lab: Lab) -> None:
-    """Time FlashInfer's decode over the same pool."""
+def library(lab: Lab, name: str) -> ModuleType:
+    """Return a library by its module, or its double where only the way is walked."""
     try:
-        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+        return import_module("tests.engine.attention.library_doubles" if lab.is_dry else name)
     except ImportError as error:
-        raise Absent(f"FlashInfer is not installed ({error}): pip install flashinfer") from error
-    if not lab.is_cuda:
-        raise Absent("FlashInfer runs on a GPU alone")
-    for batch, context in ((32, 4096), (128, 1024)):
+        raise Absent(f"{name} is not installed ({error})") from error
+
+
+def flashinfer(lab: Lab) -> None:
+    """Time FlashInfer's decode over the same pool, and see that it finds what ours does."""
+    make = library(lab, "flashinfer").BatchDecodeWithPagedKVCacheWrapper
+    for batch, context in lab.pick(((32, 4096), (128, 1024)), ((2, 40),)):
         case = make_case(lab, batch, context, 1)
         width = case.sequences.block_table.shape[1]
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            torch.empty(256 << 20, dtype=torch.uint8, device=lab.device), "NHD"
-        )
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=lab.device)
+        wrapper = make(workspace, "NHD", use_tensor_cores=True)
         starts = torch.arange(batch + 1, device=lab.device, dtype=torch.int32) * width
         last = torch.full_like(case.sequences.kv_len, (context - 1) % BLOCK_SIZE + 1)
         spec = case.spec
@@ -193,27 +197,33 @@ def flashinfer(lab: Lab) -> None:
             spec.num_kv_heads, spec.head_dim, BLOCK_SIZE,
             q_data_type=case.query.dtype, kv_data_type=case.query.dtype,
         )  # fmt: skip
+        compare("FlashInfer", case, wrapper.run(case.query, case.cache))
         times = lab.seconds(lambda _, run=wrapper.run, c=case: run(c.query, c.cache), 20)
         num_bytes = 4 * batch * context * spec.num_kv_heads * spec.head_dim
         rates = [num_bytes / seconds / 1e12 for seconds in times]
         lab.add(f"flashinfer_decode_batch{batch}_context{context}", rates, "TB/s")
 
 
+def compare(name: str, case: Case, theirs: torch.Tensor) -> None:
+    """Hold what a library found against ours: a rate of something else would mean nothing."""
+    ours = torch.empty_like(case.query)
+    case.run(ours)
+    error = (ours.double() - theirs.double()).abs().max().item()
+    if not error < 2e-2:
+        raise Wrong(f"{name} and our kernel are {error} apart")
+
+
 def flash_attention_3(lab: Lab) -> None:
-    """Time FA3's prefill of the same shape."""
-    try:
-        from flash_attn_interface import flash_attn_func
-    except ImportError as error:
-        raise Absent(f"FA3 is not installed ({error}): no wheel of flash_attn_3 is here") from error
-    if not lab.is_cuda:
-        raise Absent("FA3 runs on a GPU alone")
-    for tokens in PREFILLS:
-        query = lab.normal(1, tokens, HEADS, HEAD_DIM)
-        key, value = (lab.normal(1, tokens, KV_HEADS, HEAD_DIM) for _ in range(2))
-        times = lab.seconds(
-            lambda _, q=query, k=key, v=value: flash_attn_func(q, k, v, causal=True), 5
-        )
-        flops = 2 * tokens * (tokens + 1) * HEADS * HEAD_DIM
+    """Time FA3's prefill of the same shape, of one piece of keys and values."""
+    attend = library(lab, "flash_attn_interface").flash_attn_func
+    for tokens in lab.pick(PREFILLS, (40,)):
+        case = make_case(lab, 1, tokens, tokens)
+        table = case.sequences.block_table[0].long()
+        key, value = (part[table].flatten(0, 1)[None, :tokens].contiguous() for part in case.cache)
+        query = case.query[None]
+        compare("FA3", case, attend(query, key, value, causal=True)[0])
+        times = lab.seconds(lambda _, q=query, k=key, v=value: attend(q, k, v, causal=True), 5)
+        flops = 2 * tokens * (tokens + 1) * case.spec.num_heads * case.spec.head_dim
         lab.add(f"fa3_prefill_{tokens}", [flops / s / 1e12 for s in times], "TFLOP/s")
 
 

@@ -1,16 +1,16 @@
 """Where measures run: a GPU, or the CPU where only the way through is walked; and how they time.
 
 A measure is a function of a `Lab` that adds figures to the report under their names, or raises
-`Absent` saying which part is not here. Times on a GPU are between events, over a queue of launches
-that was filled while the device slept, so that no launch waits for the host; buffers are rotated by
-the measures, so that nothing comes out of the cache.
+`Absent` saying which part is not here, or `Wrong`. Times on a GPU are between events, over a queue
+of launches that was filled while the device slept, so that no launch waits for the host; buffers
+are rotated by the measures, so that nothing comes out of the cache.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from report import Report
@@ -29,6 +29,10 @@ class Wrong(Exception):
     """What was computed is not what it has to be."""
 
 
+class OutOfTime(Exception):
+    """The deadline has passed; says before which figure."""
+
+
 @dataclass
 class Target:
     """What a figure is held to: at least, or at most."""
@@ -42,28 +46,43 @@ class Target:
 
 
 @dataclass
-class Row:
-    """A line of the table: a figure with its floor or its target, where it has one."""
-
-    key: str
-    value: float
-    unit: str
-    floor: float | None = None
-    target: Target | None = None
-
-
-@dataclass
 class Lab:
-    """A device to measure on. `is_dry` asks for the smallest sizes, whose times mean nothing."""
+    """A device to measure on. `is_dry` asks for the smallest sizes, whose times mean nothing.
+
+    `kept` is the file that everything is written into, `ends_at` the deadline by `time.time()`.
+    """
 
     device: torch.device
     is_dry: bool
     report: Report
-    rows: list[Row] = field(default_factory=list)
-    copy_bytes_per_s: float = 0.0
-    """Bytes read and written a second by a plain copy, once it has been measured."""
-    flops_per_s: float = 0.0
-    """Operations a second of a large matrix product in bfloat16, once it has been measured."""
+    kept: str
+    ends_at: float
+
+    @property
+    def sections(self) -> dict[str, dict[str, object]]:
+        """What became of each part so far, by name."""
+        return self.report.extras.setdefault("sections", {})
+
+    @property
+    def time_left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.ends_at - time.time()
+
+    @property
+    def copy_bytes_per_s(self) -> float:
+        """Bytes read and written a second by a plain copy, once it has been measured, else 0."""
+        return self.report.figures.get("copy", 0.0) * 1e12
+
+    @property
+    def flops_per_s(self) -> float:
+        """Operations a second of a large product in bfloat16, once it has been measured, else 0."""
+        return self.report.figures.get("product", 0.0) * 1e12
+
+    def note(self, name: str, outcome: str, reason: str = "", seconds: float = 0.0) -> None:
+        """Note what became of a part, and write it down."""
+        found = {"outcome": outcome, "reason": reason, "seconds": round(seconds, 1)}
+        self.sections[name] = found
+        self.report.keep(self.kept)
 
     @property
     def is_cuda(self) -> bool:
@@ -118,10 +137,19 @@ class Lab:
         floor: float | None = None,
         target: Target | None = None,
     ) -> float:
-        """Note a figure; return its median. What is walked through dry has no target."""
+        """Note a figure and write it down; return its median.
+
+        Raises: `OutOfTime` behind the deadline; the figure is kept.
+        """
         value = self.report.add(key, runs, unit)
-        if not self.is_dry:
-            self.rows.append(Row(key, value, unit, floor, target))
+        row: dict[str, object] = {"key": key, "value": value, "unit": unit, "floor": floor}
+        row["target"] = None if target is None else target.value
+        if target is not None:
+            row |= {"is_least": target.is_least, "is_met": target.is_met(value)}
+        self.report.extras.setdefault("rows", []).append(row)
+        self.report.keep(self.kept)
+        if self.time_left_s < 0:
+            raise OutOfTime(f"the deadline passed while {key} was measured")
         return value
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -135,7 +163,13 @@ class Lab:
 
 @dataclass(frozen=True)
 class Measure:
-    """A named part of the run. What it finds wrong ends the run, so checks come first."""
+    """A named part of the run.
+
+    It is begun where `least_s` are left, which is about what it takes on an H200 (an estimate), and
+    ended with its process after `limit_s`: then it hangs.
+    """
 
     name: str
     run: Callable[[Lab], None]
+    least_s: float = 5.0
+    limit_s: float = 90.0

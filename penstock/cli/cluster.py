@@ -52,6 +52,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         is_prefix_caching=not options.no_prefix_caching,
         executor=options.executor,
         transport=options.transport,
+        tcp_streams=options.tcp_streams,
         threads=options.threads,
         is_pinned=options.pin_cores,
         decision_log=options.decision_log,

@@ -3,7 +3,8 @@
 A host process forks its workers, and CUDA does not survive a fork: so the host never touches it. It
 asks a child what GPUs there are and plans the model without its weights; each worker loads the
 model itself, after the fork, onto the GPU that is its own or that it shares. The price is that a
-worker that is replaced loads anew, and that weights are on a GPU once for each worker there.
+worker that is replaced loads anew, and that weights are on a GPU once for each worker there. KV
+codecs are measured on the model by a child, too, which loads it for that and ends.
 `--device interpreter` goes the same way on a machine without a GPU, for tests and development.
 """
 
@@ -11,8 +12,10 @@ from dataclasses import replace
 from functools import partial
 
 import msgspec
+import torch
 
 from penstock.cli.memory import DevicePools, WorkerMemory, device_memory, host_memory
+from penstock.cli.tiers import check_tiers, choose_codecs
 from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB, MIB
@@ -22,6 +25,7 @@ from penstock.engine.device import (
     CudaFacts,
     Device,
     find_device,
+    in_child,
     is_kernel_compiler_present,
     no_cuda,
     probe_cuda,
@@ -32,9 +36,11 @@ from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel, num_blocks
 from penstock.engine.plan import ModelPlan, plan_model
 from penstock.engine.pools import make_pools
+from penstock.kv.tiers import RAW
 from penstock.runtime.executor import Rounds
 from penstock.runtime.link import WorkerSpec
-from penstock.runtime.settings import AUTO, ClusterSettings, ModelFacts
+from penstock.runtime.settings import AUTO, ClusterSettings, ModelFacts, TierCodec
+from penstock.runtime.tier_codecs import Chosen, wanted_codecs
 from penstock.runtime.worker import WorkerEngine, WorkerPlace
 
 INTERPRETED_KV_BYTES = 64 * MIB
@@ -64,6 +70,8 @@ def load_on_device(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
     )
+    check_tiers(settings, plan.layout)
+    chosen = _choose_codecs(settings, plan)
     where = gpus[0].name if gpus else "Triton's interpreter"
     facts = ModelFacts(
         folder=str(plan.folder),
@@ -73,8 +81,41 @@ def load_on_device(
         eos_token_ids=plan.eos_token_ids,
         vocab_size=plan.vocab_size,
         description=f"{plan.description} ({where}), loaded and checked by each worker",
+        tier_codecs=chosen.codecs,
+        codec_notes=chosen.notes,
     )
     return facts, partial(_make_worker, len(gpus))
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What the child that measures codecs has found, or why the cluster cannot start."""
+
+    codecs: tuple[TierCodec, ...] = ()
+    notes: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def _choose_codecs(settings: ClusterSettings, plan: ModelPlan) -> Chosen:
+    """Decide in which codec blocks lie in each tier. Raises: `StartupFailed`."""
+    if all(name == RAW for name in wanted_codecs(settings.tiers, settings.kv_quality)):
+        return Chosen()
+
+    def measure() -> bytes:
+        torch.set_num_threads(1)  # OpenMP's do not survive a fork
+        try:
+            model = load_model(settings.engine, lambda _stage, _fraction: None)
+            found = choose_codecs(settings, model, plan.folder, lambda _stage, _fraction: None)
+        except StartupFailed as refusal:
+            return msgspec.json.encode(_Answer(refusal=str(refusal)))
+        return msgspec.json.encode(_Answer(found.codecs, found.notes))
+
+    answer = in_child(measure)
+    if not answer:
+        raise StartupFailed("--kv-tier: the process that measures codecs on the model has died")
+    found = msgspec.json.decode(answer, type=_Answer)
+    if found.refusal:
+        raise StartupFailed(found.refusal)
+    return Chosen(found.codecs, found.notes)
 
 
 def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
@@ -98,7 +139,10 @@ def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
         f"--transport {settings.transport}": settings.transport != AUTO,
     }
     if settings.kv_access_log is not None:
-        raise StartupFailed("--record-kv-access: only attention on the CPU can be recorded")
+        raise StartupFailed(
+            "--record-kv-access: the kernels of a GPU do not keep what each row looks at: use "
+            "--device cpu"
+        )
     for flag, is_asked_for in refused.items():
         if is_asked_for:
             raise StartupFailed(

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from penstock.cli.checks.finding import Check, Extent, Finding, State, failed
+from penstock.cli.checks.gpu import check_gpu
 from penstock.cli.checks.handoff import check_handoff, check_peer
 from penstock.cli.checks.installation import (
     check_engine,
@@ -57,6 +58,7 @@ SECTIONS: Final[dict[str, dict[str, Check]]] = {
         "limits": check_limits,
         "the port": check_port,
     },
+    "GPUs": {"driver, devices, and memory between two processes": check_gpu},
     "hand-off between two processes": {"transports": check_handoff},
 }
 QUICK: Final = Extent(is_quick=True, moved_bytes=16 * MIB, repetitions=3)

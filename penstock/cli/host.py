@@ -8,6 +8,7 @@ the instant executor.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ from penstock.cli.tiers import (
     describe_tiers,
 )
 from penstock.core.config import WorkerConfig
-from penstock.core.errors import StartupFailed
+from penstock.core.errors import BackendUnavailable, StartupFailed
 from penstock.core.types import GIB, MIB, RequestId
+from penstock.native.build import Recipe, build
 from penstock.runtime.host import RunWorker, run_host
 from penstock.runtime.instant import DESCRIPTION, InstantExecutor, instant_layout
 from penstock.runtime.link import WorkerSpec
@@ -34,7 +36,7 @@ from penstock.runtime.settings import (
     ModelFacts,
 )
 from penstock.runtime.worker import WorkerEngine, WorkerParts, WorkerPlace, run_worker
-from penstock.transport.native.library import load_library
+from penstock.transport.native.library import TRANSPORT, load_library
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import MISSING, is_installed
 from penstock.worker.worker import Worker
@@ -69,7 +71,8 @@ def load(settings: ClusterSettings, progress: Progress) -> tuple[ModelFacts, Run
     """
     if settings.transport == Nixl.kind and not is_installed():
         raise StartupFailed(f"--transport nixl: {MISSING}")
-    load_library()  # compiled now and not in some request's hand-off; workers share it
+    compile_once(TRANSPORT, progress)  # now and not in some request's hand-off; workers share it
+    load_library()
     if settings.executor == INSTANT_EXECUTOR:
         find = _load_instant
     elif not settings.num_workers:
@@ -133,6 +136,12 @@ def _work(
     run_worker(config, parts, place)
 
 
+def compile_once(recipe: Recipe, progress: Progress) -> None:
+    """Build what is not built yet, and say so meanwhile: the first time takes many seconds."""
+    with suppress(BackendUnavailable):  # said, loudly, by what has to do without
+        build(recipe, lambda said: progress(said, 0.0))
+
+
 def _threads(settings: ClusterSettings) -> int:
     return settings.threads or max(1, usable_cores() // settings.most_workers)
 
@@ -157,8 +166,10 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     from penstock.engine.executor import ModelExecutor
     from penstock.engine.kv_access import recorded_executor
     from penstock.engine.loading import load_model
+    from penstock.engine.native.library import KERNELS
     from penstock.engine.weights import find_folder
 
+    compile_once(KERNELS, progress)
     engine = settings.engine
     if not Path(engine.model).expanduser().is_dir():
         progress("fetching the model", 0.0)

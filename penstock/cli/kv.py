@@ -20,7 +20,7 @@ _TIER_TOP = (
 )
 _BLOCK_TOP = (
     f"{'worker':<14}{'place':<18}{'index':>8}  {'name':<14}{'state':<11}{'codec':<7}{'warmth':<7}"
-    f"{'holders':>7}{'idle':>9}{'kept for':>10}  in flight"
+    f"{'holders':>7}{'idle':>9}{'kept for':>10}{'decode':>9}  in flight"
 )
 _CLEAR = "\x1b[H\x1b[2J"
 
@@ -108,18 +108,19 @@ def _codec_costs(tier: dict[str, Any], block_bytes: int) -> str:
     return (
         f" ({tier['slot_bytes'] / block_bytes:.2f} of a block, {tier['decode_ns'] / 1e3:.0f} us to "
         f"decode one; {tier['codec_encode_ns'] / 1e6:.1f} ms in, "
-        f"{tier['codec_decode_ns'] / 1e6:.1f} ms out)"
+        f"{tier['codec_decode_ns'] / 1e6:.1f} ms out, {tier['codec_exposed_ns'] / 1e6:.1f} exposed)"
     )
 
 
 def _tell_block(block: dict[str, Any]) -> str:
     idle = block.get("idle_s")
-    kept = block.get("retained_s")
+    kept, decode = block.get("retained_s"), block.get("decode_us")
     place = block["place"] + (f" {block['group']}" if block["group"] else "")
     return (
         f"{block['worker']:<14}{place:<18}{block['index']:>8}  {(block['name'] or '-')[:12]:<14}"
         f"{block['state']:<11}{block['codec']:<7}{block['temperature']:<7}{block['holders']:>7}"
         f"{'-' if idle is None else f'{idle:.1f} s':>9}{f'{kept:.0f} s' if kept else '-':>10}"
+        f"{f'{decode:.0f} us' if decode else '-':>9}"
         f"  {block.get('in_flight', '')}"
     ).rstrip()
 

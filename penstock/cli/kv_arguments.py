@@ -16,7 +16,7 @@ examples:
   penstock kv --blocks --limit 20                      single blocks, a page of them
   penstock kv --request cmpl-3f1c09a7b2d84e5560718293  what a request under way holds
   penstock kv --prefix 3fa9                            blocks whose name begins so
-  penstock kv http://10.0.0.5:8000 --json              as GET /kv/residency answers
+  penstock kv --url http://10.0.0.5:8000 --json        as GET /kv/residency answers
 """
 
 
@@ -31,13 +31,7 @@ def add_kv(commands: "Commands") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "url",
-        nargs="?",
-        default="http://127.0.0.1:8000",
-        metavar="URL",
-        help="the server (default: %(default)s)",
-    )
+    add("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
     add("--blocks", action="store_true", help="show single blocks as well")
     add("--worker", metavar="ID", help="this worker only")
     add("--request", metavar="ID", help="blocks of a live request only: id or X-Request-Id")

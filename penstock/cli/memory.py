@@ -205,7 +205,7 @@ def _ways(
         owners.append(NixlOwner(epoch))
     if wanted != Nixl.kind:
         key = cluster_key(Path(network.key_file) if network.key_file else None)
-        ways.append(Tcp(key))
+        ways.append(Tcp(key, num_streams=settings.tcp_streams))
         owners.append(
             TcpOwner(epoch, key, host=network.host, advertised=network.advertised or None)
         )
@@ -218,10 +218,13 @@ def _ways(
 def _prober(settings: ClusterSettings, used: list[Way]) -> Prober:
     """Return what tries every transport there is to a peer, whichever of them are in use."""
     key_file = settings.network.key_file if settings.network else ""
+    num_streams = settings.tcp_streams
     made: dict[str, Callable[[], Way]] = {
         SharedMemory.kind: SharedMemory,
         Nixl.kind: Nixl,
-        Tcp.kind: lambda: Tcp(cluster_key(Path(key_file) if key_file else None)),
+        Tcp.kind: lambda: Tcp(
+            cluster_key(Path(key_file) if key_file else None), num_streams=num_streams
+        ),
     }
     return Prober(made, [way.kind for way in used])
 

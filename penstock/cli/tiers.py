@@ -57,7 +57,7 @@ def check_tiers(
         raise StartupFailed("--kv-tier is of no use with --no-prefix-caching")
     is_coded = any(tier.codec not in ("", RAW, AUTO) for tier in settings.tiers)
     if codecs is not None and not codecs and is_coded:
-        raise StartupFailed("--kv-tier: codecs are measured on a model that runs on the CPU alone")
+        raise StartupFailed("--kv-tier: codecs are measured on a model, and here is none")
     for tier, codec in zip(settings.tiers, _codecs(settings, codecs or ()), strict=True):
         if not _num_slots(tier.num_bytes, settings, codec, layout):
             raise StartupFailed(

@@ -115,6 +115,7 @@ class _Joining:
             handoff=Handoff(options.handoff),
             executor=admitted.executor,
             transport=options.transport,
+            tcp_streams=options.tcp_streams,
             threads=options.threads,
             is_pinned=options.pin_cores,
             decision_log=options.decision_log,

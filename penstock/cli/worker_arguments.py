@@ -166,6 +166,12 @@ def add_limits(group: "Group") -> None:
         "shared memory on one host)",
     )
     add(
+        "--tcp-streams",
+        type=positive,
+        metavar="N",
+        help="connections that share a pull over TCP (default: two, or half of the cores up to 4)",
+    )
+    add(
         "--handoff",
         choices=("stream", "whole", "push"),
         default="stream",

@@ -128,7 +128,8 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     """Stamps of one request in nanoseconds, 0 where it did not pass. Filled in as the request
     travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
     anything to put into them (`reserved_ns` counts from the offer on). `exposed_ns` is how long it
-    waited for blocks out of tiers although it was its turn: a part of what is called queue.
+    waited for blocks out of tiers although it was its turn: a part of what is called queue;
+    `exposed_decode_ns` of it for a codec.
     `pull_copy_ns` is how long bytes were copied, in all parts of a pull together.
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
@@ -154,6 +155,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     exposed_ns: int = 0
+    exposed_decode_ns: int = 0
 
     def take_prefill(self, other: "Timeline") -> None:
         """Take over what the prefill worker has stamped since this was sent."""
@@ -161,6 +163,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.offered_ns = other.offered_ns
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
+        self.exposed_decode_ns = other.exposed_decode_ns
         self.pull_copy_ns = max(self.pull_copy_ns, other.pull_copy_ns)  # one side of the two copies
 
     def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:

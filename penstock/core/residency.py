@@ -71,7 +71,8 @@ class PlacedBlock(Struct, frozen=True, array_like=True):
 
     `state` is active, cached or spare in a pool, present or condemned in a tier. `in_flight` says
     which copy is under way: where to, or that a move reads it. `idle_ns` is the time since it was
-    let go or last brought back; None while it is held, or when nobody knows.
+    let go or last brought back; None while it is held, or when nobody knows. `decode_ns` is what
+    its codec is expected to take to give it back.
     """
 
     place: str
@@ -86,6 +87,7 @@ class PlacedBlock(Struct, frozen=True, array_like=True):
     in_flight: str = ""
     idle_ns: int | None = None
     retained_ns: int = 0
+    decode_ns: int = 0
 
 
 class Surveyed(Struct, frozen=True, tag=True, kw_only=True):

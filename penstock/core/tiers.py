@@ -50,7 +50,7 @@ class TierLoad(Struct, frozen=True, array_like=True):
     out of here. `num_wanted` blocks were here when a request came that lacked them, `num_declined`
     were not written here, because what they would save was not worth it. Bytes are those of slots;
     `raw_bytes_in` and `raw_bytes_out` are what they are as blocks, and `encode_ns` and `decode_ns`
-    what a codec took to make the one of the other.
+    what a codec took to make the one of the other; requests waited `exposed_decode_ns` for that.
 
     What was brought out of siblings' tiers of that name counts where it was brought to:
     `num_shared` of the hits, and `num_stale` that were not any more what the sibling had named.
@@ -75,6 +75,7 @@ class TierLoad(Struct, frozen=True, array_like=True):
     raw_bytes_out: int = 0
     encode_ns: int = 0
     decode_ns: int = 0
+    exposed_decode_ns: int = 0
 
 
 class PrefetchLoad(Struct, frozen=True, array_like=True):

@@ -101,7 +101,24 @@ def probe_cuda() -> tuple[CudaFacts, ...]:
     """Return the CUDA devices, asked for in a child process: this one can still be forked."""
     if torch.version.cuda is None:
         return ()
-    return msgspec.json.decode(_in_child(_ask), type=tuple[CudaFacts, ...])
+    return msgspec.json.decode(in_child(_ask) or b"[]", type=tuple[CudaFacts, ...])
+
+
+def in_child(question: Callable[[], bytes]) -> bytes:
+    """Return what a forked child answers, which may use CUDA; nothing from one that died."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            os.write(writing, question())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
 
 
 def is_kernel_compiler_present() -> bool:
@@ -121,23 +138,6 @@ def _ask() -> bytes:
             name = torch.cuda.get_device_name(index)
             found.append(CudaFacts(name, total_bytes, free_bytes))
     return msgspec.json.encode(found)
-
-
-def _in_child(question: Callable[[], bytes]) -> bytes:
-    """Return what a forked child answers; a child that dies has answered that there is nothing."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reading)
-            os.write(writing, question())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    return answer or b"[]"
 
 
 def _check_triton(*, is_interpreted: bool) -> None:

@@ -3,8 +3,8 @@
 Owns the procedure. Text runs through the model a block of tokens at a time; as soon as a block is
 full it is replaced by what the codec gives back, so every later token attends to KV of the past
 that went through the codec, and its own KV is computed from that. Does not know a codec: it is
-handed a function. Whoever loads a model calls it on a short probe, and `bench/codec.py` on the
-held-out files of the built-in model.
+handed a function of bytes in the host's memory, wherever the model runs. Whoever loads a model
+calls it on a short probe, and `bench/codec.py` on the held-out files of the built-in model.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ def _read(
 ) -> Reading:
     num_tokens = len(text) - 1
     assert 0 < num_tokens <= model.max_model_len, (num_tokens, model.max_model_len)
-    pools = _pools(model, num_tokens, block_size)
+    pools, device = _pools(model, num_tokens, block_size), model.device.torch_device
     run = model.forward.bind(model.kernels, pools)
     ids = torch.tensor(text, dtype=torch.int64)
     nats, greedy = [], []
     with torch.inference_mode():
         for start in range(0, num_tokens, block_size):
             end = min(start + block_size, num_tokens)
-            logits = run(_batch(ids, start, end, pools, window))
+            logits = run(_batch(ids, start, end, pools, window).to(device)).cpu()
             costs = torch.nn.functional.cross_entropy(
                 logits.double(), ids[start + 1 : end + 1], reduction="none"
             )
@@ -119,8 +119,10 @@ def _read(
             greedy.append(logits.argmax(-1).numpy())
             if round_trip is not None and end - start == block_size:
                 for group, pool in enumerate(pools):
-                    block = pool[start // block_size : start // block_size + 1]
-                    round_trip(group, block.view(torch.uint8).flatten(1).numpy())
+                    block = pool[start // block_size].view(torch.uint8).view(1, -1)
+                    here = block.cpu()  # itself, unless it is on a device
+                    round_trip(group, here.numpy())
+                    block.copy_(here)
     return Reading(np.concatenate(nats), np.concatenate(greedy))
 
 
@@ -130,7 +132,10 @@ def _pools(model: LoadedModel, num_tokens: int, block_size: int) -> tuple[Tensor
     inner = (2, block_size, layout.num_kv_heads, layout.head_dim)
     num_blocks, dtype = layout.num_blocks(num_tokens), getattr(torch, layout.dtype)
     return tuple(
-        torch.zeros((num_blocks, len(group.layers), *inner), dtype=dtype) for group in layout.groups
+        torch.zeros(
+            (num_blocks, len(group.layers), *inner), dtype=dtype, device=model.device.torch_device
+        )
+        for group in layout.groups
     )
 
 

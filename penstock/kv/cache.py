@@ -21,7 +21,6 @@ from penstock.core.block import KVLayout
 from penstock.core.messages import GroupBlocks
 from penstock.core.step import Int32
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
-from penstock.kv.allocator import run_lengths
 from penstock.kv.group import Adopted, GroupCache, Held, Pull
 from penstock.kv.pool import Generations
 from penstock.kv.retention import Retention
@@ -99,6 +98,22 @@ class KVCache:
         self._admit(request_id, held, num_named=length)
         return length * self._block_size
 
+    def take_up(
+        self, request_id: RequestId, hashes: Sequence[BlockHash], num_computed: int, max_tokens: int
+    ) -> int:
+        """Hold what has come into the cache since `open` in place of what is not computed yet;
+        return how many tokens need not be, `max_tokens` at most. Not where a window slides.
+        """
+        first, limit = num_computed // self._block_size, max_tokens // self._block_size
+        end = min(group.known_until(hashes[:limit], first) for group in self.groups)
+        if end <= first or not self._is_prefix_caching or any(g.window for g in self.groups):
+            return num_computed
+        holding = self._holdings[request_id]
+        for index, (group, held) in enumerate(zip(self.groups, holding.groups, strict=True)):
+            self._tables.write(index, holding.row, first, group.take_up(held, hashes, first, end))
+        self._derive(holding)
+        return end * self._block_size
+
     def capacity(self, request_id: RequestId) -> int:
         """Return how many tokens of the request have slots in every group."""
         return self._holdings[request_id].capacity
@@ -112,10 +127,6 @@ class KVCache:
         if num_tokens <= holding.capacity:
             return True
         return self._extend(holding, self._missing(holding, num_tokens))
-
-    def can_grow(self, request_id: RequestId, num_tokens: int) -> bool:
-        """Tell whether `grow` would find room now."""
-        return self._has_room(self._missing(self._holdings[request_id], num_tokens))
 
     def reserve(self, request_id: RequestId, num_tokens: int) -> bool:
         """Make slots for tokens `[0, num_tokens)` in full-attention groups alone. False: no room.
@@ -286,14 +297,6 @@ class KVCache:
         """
         return self._tables.gaps(self._holdings[request_id].row for request_id in request_ids)
 
-    def num_held(self, request_id: RequestId) -> tuple[int, ...]:
-        """Return how many blocks the request holds, per group."""
-        return tuple(len(held.held_ids) for held in self._holdings[request_id].groups)
-
-    def num_runs(self, request_id: RequestId) -> tuple[int, ...]:
-        """Return in how many runs of adjacent blocks the request lies, per group."""
-        return tuple(len(run_lengths(h.held_ids)) for h in self._holdings[request_id].groups)
-
     @property
     def num_requests(self) -> int:
         """Number of open requests."""
@@ -313,11 +316,6 @@ class KVCache:
     def fragmentation(self) -> tuple[float, ...]:
         """Share of the blocks that may be written outside their longest run, per group."""
         return tuple(group.pool.allocator.external_fragmentation for group in self.groups)
-
-    @property
-    def active_blocks(self) -> tuple[int, ...]:
-        """Blocks that requests hold, per group."""
-        return tuple(group.pool.num_active for group in self.groups)
 
     def check(self) -> None:
         """Assert that every pool balances and that a block has as many holders as holdings."""

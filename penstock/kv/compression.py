@@ -2,11 +2,14 @@
 
 A lane works on one block at a time, beside the links: while one block is decoded the next one
 crosses. The most urgent class first, the earliest deadline within it, as on the links. It owns the
-queue and the books; the bytes are touched by whoever carries its jobs out (`penstock/sim/memory.py`
-counts time instead). `kv/orchestrator.py` submits.
+queue and the books; `kv/orchestrator.py` submits, `penstock/sim/memory.py` counts the time.
+
+A worker has the books alone, one per tier (`worker/shelf.py`): there the thread that copies a block
+encodes or decodes it, out of slots in memory in the same pass, so that DMA scheduler and links
+order both at once, and a queue of its own would cost another copy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heappop, heappush
 
@@ -42,15 +45,32 @@ class Job:
         return self.codec.decode_ns
 
 
+@dataclass(slots=True)
+class CodecBooks:
+    """What codecs came to: blocks, the time of all who worked on them together, and for how long
+    computation stood still for it.
+    """
+
+    num_done: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
+    busy_ns: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
+    exposed_ns: int = 0
+
+    def note(self, direction: Direction, took_ns: int, *, num_blocks: int = 1) -> None:
+        """Book work that has been done."""
+        self.num_done[direction] += num_blocks
+        self.busy_ns[direction] += took_ns
+
+    def expose(self, waited_ns: int) -> None:
+        """Book that computation stood still for so long because of encoding or decoding."""
+        self.exposed_ns += waited_ns
+
+
 class CompressionEngine:
     """A queue before `num_lanes` lanes."""
 
     def __init__(self, num_lanes: int = 1) -> None:
         self.num_lanes = num_lanes
-        self.num_done = dict.fromkeys(Direction, 0)
-        self.busy_ns = 0
-        """Of all lanes together."""
-        self.exposed_ns = 0
+        self.books = CodecBooks()
         self._heap: list[tuple[int, int, int, Job]] = []
         self._working: set[Job] = set()
         self._num_submitted = 0
@@ -82,13 +102,8 @@ class CompressionEngine:
         """Note that a lane is done with a job."""
         self._working.remove(job)
         self._ahead_ns -= job.duration_ns
-        self.num_done[job.direction] += 1
-        self.busy_ns += now_ns - job.started_ns
+        self.books.note(job.direction, now_ns - job.started_ns)
 
     def ahead_ns(self) -> float:
         """Return how long a new job of the lowest class would wait, work begun counted in full."""
         return self._ahead_ns / self.num_lanes
-
-    def expose(self, waited_ns: int) -> None:
-        """Book that computation stood still for so long because of encoding or decoding."""
-        self.exposed_ns += waited_ns

@@ -39,7 +39,9 @@ SHARES: Final[Mapping[MoveClass, float]] = {
 }
 """What each class is sure of, whatever more urgent classes ask for."""
 RATE_WEIGHT: Final = 0.2
-"""Weight of the latest descriptor in a link's measured rate."""
+"""Weight of the latest descriptor in a link's measured rate, at least: the first count alike, and
+as much as what was expected.
+"""
 DESCRIPTOR_BYTES_MAX: Final = 1 << 20
 """Adjacent blocks ride together up to here: a longer descriptor keeps urgent ones waiting."""
 
@@ -115,6 +117,7 @@ class _Queue:
         self.by_end: dict[int, Transfer] = {}
         self.moving: dict[int, Descriptor] = {}
         self.busy_since_ns = 0
+        self.num_measured = 0
 
 
 class DmaScheduler:
@@ -301,9 +304,11 @@ class DmaScheduler:
     def measure(self, link: Link, num_bytes: int, took_ns: int) -> None:
         """Note what a descriptor really took: costs are predicted by the mean, the latest most."""
         queue = self._queues[link]
+        queue.num_measured += 1
+        weight = max(RATE_WEIGHT, 1 / (1 + queue.num_measured))
         before = 1 / queue.spec.bytes_per_ns
         found = max(1.0, took_ns - queue.spec.latency_ns) / num_bytes
-        queue.spec = replace(queue.spec, bytes_per_ns=1 / (before + RATE_WEIGHT * (found - before)))
+        queue.spec = replace(queue.spec, bytes_per_ns=1 / (before + weight * (found - before)))
 
     def alone_ns(self, link: Link, num_bytes: int) -> float:
         """Predict how long one descriptor takes on an idle link."""

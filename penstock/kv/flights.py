@@ -80,11 +80,11 @@ class Flights:
 
     def store(self, key: BlockKey, tier: Tier, codec: str, worth: float) -> bool:
         """Note a copy that is there already; False when there is no room for it."""
-        num_bytes = self._codecs[codec].block_bytes
-        if num_bytes > self._residency.free_bytes(tier):
+        spec = self._codecs[codec]
+        if spec.block_bytes > self._residency.free_bytes(tier):
             return False
-        address = self._places.place(key, tier, num_bytes)
-        self._residency.add(key, tier, codec, num_bytes, address)
+        address = self._places.place(key, tier, spec.block_bytes)
+        self._residency.add(key, tier, spec, address)
         self._orders[tier].insert(key, worth)
         return True
 
@@ -114,7 +114,7 @@ class Flights:
         is_target = destination is self._target
         stored = self._codecs[RAW] if is_target else codec
         address = self._places.place(key, destination, stored.block_bytes)
-        is_begun = self._residency.begin(key, destination, stored.name, stored.block_bytes, address)
+        is_begun = self._residency.begin(key, destination, stored, address)
         assert is_begun, f"no room was made for {key!r} in {destination}"
         self._residency.hold(key, source.tier)
         transfer = Transfer(

@@ -192,6 +192,21 @@ class GroupCache:
         held.block_ids += added
         return added
 
+    def known_until(self, hashes: Sequence[BlockHash], first: int) -> int:
+        """Return from which entry on, counted from `first`, the cache has no content of these."""
+        return first + self.pool.prefix_cache.longest_prefix(hashes[first:], len(hashes) - first)
+
+    def take_up(
+        self, held: Held, hashes: Sequence[BlockHash], first: int, end: int
+    ) -> list[BlockId]:
+        """Hold the blocks with the content of entries `[first, end)` in place of those there."""
+        block_ids = list(self.find(hashes[:end], first).values())
+        self.pool.hold(block_ids)
+        replaced = held.block_ids[first:end]
+        held.block_ids[first:end] = block_ids
+        self.pool.release(replaced)
+        return block_ids
+
     def name(self, held: Held, hashes: Sequence[BlockHash], begin: int, end: int) -> None:
         """Name the full blocks at entries `[begin, end)` as far as they are held."""
         for i in range(max(begin, held.start, held.whole_from), end):

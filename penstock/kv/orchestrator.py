@@ -166,7 +166,7 @@ class Orchestrator:
         if flight.codec.decode_ns and flight.landed_ns is not None:
             crossing_ns = min(crossing_ns, max(0, flight.landed_ns - begin_ns))
         self.dma.expose(flight.transfer.link, crossing_ns)
-        self.compression.expose(end_ns - begin_ns - crossing_ns)
+        self.compression.books.expose(end_ns - begin_ns - crossing_ns)
 
     # ------------------------------------------------------------------------------ from outside
 
@@ -374,9 +374,8 @@ class Orchestrator:
         link = copy.tier, self.config.target
         transfer = Transfer(key, kind, link, copy.num_bytes, 0, copy.address)
         fetch_ns = self.dma.predict_ns(transfer)
-        codec = self._codecs[copy.codec]
-        if codec.decode_ns:
-            fetch_ns += codec.decode_ns + self.compression.ahead_ns()
+        if copy.decode_ns:
+            fetch_ns += copy.decode_ns + self.compression.ahead_ns()
         return fetch_ns
 
     def _worth(self, key: BlockKey, tier: Tier) -> float:

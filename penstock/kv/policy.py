@@ -4,6 +4,7 @@ No state, no constants that stand for a machine: every cost comes in as predicte
 Called by `kv/orchestrator.py`, and by whoever wants to know beforehand (a router, a study).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class WriteMode(Enum):
 
 
 class Cut(NamedTuple):
-    """Fetch the first `num_fetched` blocks, then compute the others."""
+    """Fetch so many of the blocks and compute the others: which, and when, says who returns it."""
 
     num_fetched: int
     total_ns: float
@@ -80,7 +81,7 @@ def fetch_then_recompute(
 ) -> Cut:
     """Return how many blocks to fetch from the front before the rest is computed after them.
 
-    For who cannot do both at once: blocks are computed from the prefix before them. Nothing is
+    One after the other: blocks are computed from the prefix before them. Nothing is
     fetched, or all, or one of `ends`, where what a block costs to fetch changes; of two that take
     the same, the one that fetches less.
     """
@@ -90,6 +91,26 @@ def fetch_then_recompute(
         )
         for n in sorted({0, *ends, num_blocks})
     )
+    return min(cuts, key=lambda cut: cut.total_ns)
+
+
+def fetch_beside_computing(
+    num_blocks: int, fetch_ns: Callable[[int], float], recompute_ns: Callable[[int], float]
+) -> Cut:
+    """Return how many blocks to fetch from the end while those before them are computed.
+
+    Both begin now and meet where they take the same. O(log blocks) predictions.
+    """
+
+    def meet(num_fetched: int) -> Cut:
+        computing_ns = recompute_ns(num_blocks - num_fetched) if num_fetched < num_blocks else 0.0
+        return Cut(num_fetched, max(fetch_ns(num_fetched) if num_fetched else 0.0, computing_ns))
+
+    # The fewest that are computed while the others come, and one less.
+    num_computed = bisect_left(
+        range(num_blocks), True, key=lambda n: n > 0 and recompute_ns(n) >= fetch_ns(num_blocks - n)
+    )
+    cuts = (meet(num_blocks - n) for n in {max(0, num_computed - 1), num_computed})
     return min(cuts, key=lambda cut: cut.total_ns)
 
 

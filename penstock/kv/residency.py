@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Final
 
 from penstock.core.types import NS_PER_S
-from penstock.kv.tiers import BlockKey, Tier, TierSpec
+from penstock.kv.tiers import BlockKey, CodecSpec, Tier, TierSpec
 
 REUSE_WEIGHT: Final = 0.5
 """Weight of the latest interval in the running mean of the time between uses."""
@@ -48,13 +48,16 @@ def temperature_of(idle_ns: float, *, hot_ns: int = HOT_NS, warm_ns: int = WARM_
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """One copy of a block. `num_holds` counts transfers that read it and pins."""
+    """One copy of a block. `decode_ns` is what its codec takes to give the block back, beside the
+    copy; `num_holds` counts transfers that read it and pins.
+    """
 
     tier: Tier
     codec: str
     num_bytes: int
     address: int
     is_present: bool
+    decode_ns: int = 0
     num_holds: int = 0
 
 
@@ -120,21 +123,28 @@ class Residency:
 
     # ------------------------------------------------------------------------------ copies
 
-    def add(self, key: BlockKey, tier: Tier, codec: str, num_bytes: int, address: int) -> bool:
+    def add(self, key: BlockKey, tier: Tier, codec: CodecSpec, address: int) -> bool:
         """Note a copy that is there already; False, and nothing noted, when the tier is full."""
-        if not self.begin(key, tier, codec, num_bytes, address):
+        if not self.begin(key, tier, codec, address):
             return False
         self.finish(key, tier)
         return True
 
-    def begin(self, key: BlockKey, tier: Tier, codec: str, num_bytes: int, address: int) -> bool:
+    def begin(self, key: BlockKey, tier: Tier, codec: CodecSpec, address: int) -> bool:
         """Take room for a copy that is about to arrive; False when the tier is full."""
-        if num_bytes > self.free_bytes(tier):
+        if codec.block_bytes > self.free_bytes(tier):
             return False
         entry = self._entries.setdefault(key, _Entry())
         assert tier not in entry.copies, f"{key!r} has a copy in {tier} already"
-        entry.copies[tier] = Copy(tier, codec, num_bytes, address, is_present=False)
-        self._used_bytes[tier] += num_bytes
+        entry.copies[tier] = Copy(
+            tier,
+            codec.name,
+            codec.block_bytes,
+            address,
+            is_present=False,
+            decode_ns=codec.decode_ns,
+        )
+        self._used_bytes[tier] += codec.block_bytes
         return True
 
     def finish(self, key: BlockKey, tier: Tier) -> None:

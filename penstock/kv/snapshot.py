@@ -41,6 +41,7 @@ class OrchestratorView(Struct, frozen=True, kw_only=True):
 def view(orchestrator: Orchestrator, now_ns: int) -> OrchestratorView:
     """Return the state and the books. O(blocks)."""
     dma, books = orchestrator.dma, orchestrator.prefetch.books
+    codecs = orchestrator.compression.books
     links = []
     for spec in dma.links:
         its = dma.books(spec.ends)
@@ -71,7 +72,7 @@ def view(orchestrator: Orchestrator, now_ns: int) -> OrchestratorView:
             "dropped": books.dropped,
         },
         evicted={tier.value: n for tier, n in orchestrator.num_evicted.items()},
-        coded={d.value: orchestrator.compression.num_done[d] for d in Direction},
-        codec_busy_ns=orchestrator.compression.busy_ns,
-        codec_exposed_ns=orchestrator.compression.exposed_ns,
+        coded={d.value: codecs.num_done[d] for d in Direction},
+        codec_busy_ns=sum(codecs.busy_ns.values()),
+        codec_exposed_ns=codecs.exposed_ns,
     )

@@ -88,9 +88,10 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
     `threads` is per worker, None shares the cores out. `executor` "instant" runs no model (see
     `instant.py`). `transport` is one of `TRANSPORTS`; auto is shared memory: all workers are on
-    one host. `network` lets other hosts take part; without it nothing listens to them. `host` is
-    what this one is called, "" for that of the controller. `decision_log` is a file for the
-    decisions of the controller; each worker's go to that name with its own behind it.
+    one host; `tcp_streams` connections share a pull over TCP, None is as many as pay here.
+    `network` lets other hosts take part; without it nothing listens to them. `host` is what this
+    one is called, "" for that of the controller. `decision_log` is a file for the decisions of the
+    controller; each worker's go to that name with its own behind it.
     `control` is for the controller, which decides for all hosts. `tiers` are nearest first,
     and give blocks up in the order that `kv_eviction` names (`kv/eviction.py`); `kv_quality` is
     what their codecs may cost the model. What decode steps attend to goes to `kv_access_log` with
@@ -108,6 +109,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     is_prefix_caching: bool = True
     executor: str = MODEL_EXECUTOR
     transport: str = AUTO
+    tcp_streams: int | None = None
     threads: int | None = None
     is_pinned: bool = False
     decision_log: str | None = None
@@ -139,8 +141,9 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
         for flag, limit in {
             "--max-num-seqs": self.max_num_seqs,
             "--max-num-batched-tokens": self.max_num_batched_tokens,
+            "--tcp-streams": self.tcp_streams,
         }.items():
-            if limit < 1:
+            if limit is not None and limit < 1:
                 raise StartupFailed(f"{flag}: {limit} is too small")
 
         names = [tier.name for tier in self.tiers]

@@ -107,6 +107,7 @@ def _ledger_of(choice: Choice) -> Ledger:
     for name in _PROVEN:
         entry[name] = getattr(timeline, name)
     entry["exposed"] = timeline.exposed_ns / NS_PER_S
+    entry["exposed_decode"] = timeline.exposed_decode_ns / NS_PER_S
     entry["held"] = max(0, timeline.pulled_ns - timeline.held_ns) / NS_PER_S
     return entry
 

@@ -65,7 +65,8 @@ class TierView(Struct, kw_only=True):
     Slots hold blocks by way of `codec`, and `decode_ns` is what getting one back is expected to
     cost beside the copy. `arriving` are being written, `reading` are on their way to the pool.
     Requests waited `exposed_ns` for moves out of it. `bytes_in` and `bytes_out` count slots, the
-    `raw` ones the same as blocks; the codec has taken `codec_encode_ns` and `codec_decode_ns`.
+    `raw` ones the same as blocks; the codec has taken `codec_encode_ns` and `codec_decode_ns`, and
+    requests waited `codec_exposed_ns` for it.
     """
 
     name: str
@@ -87,6 +88,7 @@ class TierView(Struct, kw_only=True):
     raw_bytes_out: int
     codec_encode_ns: int
     codec_decode_ns: int
+    codec_exposed_ns: int
 
 
 class KVWorkerView(Struct, kw_only=True):
@@ -104,7 +106,7 @@ class BlockView(Struct, kw_only=True, omit_defaults=True):
 
     `state`: active (held), cached (kept for hits), spare (may be overwritten), and in a tier
     present, arriving or condemned. `name` is None until the block is full. `idle_s` is the time
-    since its last use.
+    since its last use, `decode_us` what its codec is expected to take to give it back.
     """
 
     worker: str
@@ -120,6 +122,7 @@ class BlockView(Struct, kw_only=True, omit_defaults=True):
     in_flight: str = ""
     idle_s: float | None = None
     retained_s: float = 0.0
+    decode_us: float = 0.0
 
 
 class KVResidencyView(Struct, kw_only=True):
@@ -265,6 +268,7 @@ def _view_tier(tier: TierResidency) -> TierView:
         raw_bytes_out=load.raw_bytes_out,
         codec_encode_ns=load.encode_ns,
         codec_decode_ns=load.decode_ns,
+        codec_exposed_ns=load.exposed_decode_ns,
     )
 
 
@@ -283,4 +287,5 @@ def _view_block(owner: WorkerId, block: PlacedBlock) -> BlockView:
         in_flight=block.in_flight,
         idle_s=None if block.idle_ns is None else round(block.idle_ns / NS_PER_S, 3),
         retained_s=round(block.retained_ns / NS_PER_S, 3),
+        decode_us=block.decode_ns / 1000,
     )

@@ -25,6 +25,7 @@ TIER_TIMES: Final = {
     "kv_tier_exposed_seconds": "exposed_ns",
     "kv_tier_encode_seconds": "encode_ns",
     "kv_tier_decode_seconds": "decode_ns",
+    "kv_tier_exposed_decode_seconds": "exposed_decode_ns",
 }
 """The same of times."""
 
@@ -46,6 +47,7 @@ TIER_HELP: Final = {
     "kv_tier_wanted": "Blocks in a tier that a request came for; hits are those that were brought.",
     "kv_tier_declined": "Blocks not written to a tier: what they would save is not worth it.",
     "kv_tier_exposed_seconds": "Time that requests whose turn it was waited for a tier's blocks.",
+    "kv_tier_exposed_decode_seconds": "The part of it for which a tier's codec was decoding.",
     "kv_prefetches": "Prefixes wished for ahead of need, by outcome: used (there by then), "
     "late (on the way), missed (not begun), wasted (brought in vain), dropped (withdrawn).",
 }

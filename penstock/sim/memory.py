@@ -212,10 +212,10 @@ class MemoryMachine:
             figures.num_transfers += books.num_transfers
             name = f"{link.source.value}->{link.destination.value}"
             figures.link_busy_ns[name] = books.busy_ns
-        engine = orchestrator.compression
-        figures.exposed_decode_ns = engine.exposed_ns
-        figures.num_decoded = engine.num_done[Direction.DECODE]
-        figures.decoder_busy_ns = engine.busy_ns
+        codecs = orchestrator.compression.books
+        figures.exposed_decode_ns = codecs.exposed_ns
+        figures.num_decoded = codecs.num_done[Direction.DECODE]
+        figures.decoder_busy_ns = sum(codecs.busy_ns.values())
         figures.prefetch = orchestrator.prefetch.books
         spent = figures.compute_ns + figures.recompute_ns + figures.exposed_ns
         assert spent == figures.total_ns, f"{spent} ns accounted for of {figures.total_ns}"

@@ -22,6 +22,7 @@ from ctypes import (
     c_uint,
     c_uint64,
     c_void_p,
+    create_string_buffer,
 )
 from typing import Final, NamedTuple, Protocol
 
@@ -115,11 +116,14 @@ _FUNCTIONS: Final = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceTotalMem_v2": (POINTER(c_size_t), c_int),
     "cuDeviceGetUuid_v2": (POINTER(Uuid), c_int),
     "cuDeviceCanAccessPeer": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
     "cuIpcGetMemHandle": (POINTER(IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), IpcHandle, c_uint),
@@ -168,6 +172,26 @@ class CudaDriver:
         count = c_int()
         self._call(BackendUnavailable, "cuDeviceGetCount", byref(count))
         self._num_devices = count.value
+
+    def devices(self) -> list[tuple[str, int]]:
+        """Return each device's name and bytes of memory. Raises: `BackendUnavailable`."""
+        found = []
+        for device in range(self._num_devices):
+            name, total, number = create_string_buffer(256), c_size_t(), self._number(device)
+            self._call(BackendUnavailable, "cuDeviceGetName", name, len(name), number)
+            self._call(BackendUnavailable, "cuDeviceTotalMem_v2", byref(total), number)
+            found.append((name.value.decode(errors="replace"), total.value))
+        return found
+
+    def allocate(self, device: int, num_bytes: int) -> int:
+        """Return the address of memory that is the process's until it ends.
+
+        For checks, which need no torch. Raises: `BackendUnavailable`.
+        """
+        address = c_uint64()
+        with self._current(device):
+            self._call(BackendUnavailable, "cuMemAlloc_v2", byref(address), num_bytes)
+        return address.value
 
     def uuid(self, device: int) -> bytes:
         """Return the 16 bytes that name a device. Raises: `BackendUnavailable`."""

@@ -221,10 +221,12 @@ class Connection:
 
 
 def usual_streams() -> int:
-    """Return how many streams pay: each keeps a core busy at either end."""
+    """Return how many streams pay: each keeps a core busy at either end, and with a single one a
+    core at one end waits for the other too often. Measured: bench/transfer.py.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, min(STREAMS_MAX, cores // 2))
+    return min(STREAMS_MAX, cores, max(2, cores // 2))
 
 
 def call(address: str, key: bytes, timeout_s: float) -> socket.socket:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Bytes2D, Region
 from penstock.transport import wire
@@ -47,10 +45,10 @@ def read(
     try:
         for start in range(0, len(spans), wire.RUNS_MAX):
             part = spans[start : start + wire.RUNS_MAX]
-            runs = np.ascontiguousarray(part[:, [0, 2]]).astype("<u8").tobytes()
+            runs = part[:, [0, 2]] * destination.shape[1]
             request = wire.REQUEST.pack(wire.MAGIC, wire.READ, 0, epoch, region, len(part), start)
-            expected = int(part[:, 2].sum()) * destination.shape[1]
-            _exchange(stream, request + runs, start, expected, limits_s[0])
+            expected = int(runs[:, 1].sum())
+            _exchange(stream, request + runs.astype("<u8").tobytes(), start, expected, limits_s[0])
             for _, to, count in part.tolist():
                 _receive_into(stream, destination[to : to + count].data.cast("B"), deadline)
             total += expected
@@ -209,13 +207,14 @@ class PythonServer:
             return self._reply(stream, Status.NO_REGION, request_id)
         region = self._regions[index]
         runs = list(wire.RUN.iter_unpack(body))
-        is_inside = all(count and first + count <= region.num_blocks for first, count in runs)
-        num_bytes = sum(count for _, count in runs) * region.block_bytes
+        is_inside = all(count and first + count <= region.capacity_bytes for first, count in runs)
+        num_bytes = sum(count for _, count in runs)
         if not is_inside or num_bytes > wire.READ_BYTES_MAX:
             return self._reply(stream, Status.OUT_OF_BOUNDS, request_id)
         _send(stream, wire.REPLY.pack(wire.MAGIC, Status.OK, request_id, num_bytes))
+        memory = region.blocks.data.cast("B")
         for first, count in runs:
-            _send(stream, region.blocks[first : first + count].data.cast("B"))
+            _send(stream, memory[first : first + count])
         self.counts[0] += 1
         self.counts[1] += num_bytes
         return True

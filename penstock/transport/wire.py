@@ -1,6 +1,6 @@
 """The words that both ends of TCP use after the handshake; `native/wire.h` says the same in C++.
 
-    read    request(READ, count = runs), count runs      reply, then the blocks
+    read    request(READ, count = runs), count runs      reply, then their bytes
     notify  request(NOTIFY, count = bytes), the bytes    reply
 
 After a reply that refuses, the owner ends the connection. Little-endian, of fixed size, with a
@@ -11,7 +11,7 @@ from enum import IntEnum
 from struct import Struct
 from typing import Final
 
-MAGIC: Final = 0x31534E50
+MAGIC: Final = 0x32534E50
 RUNS_MAX: Final = 1 << 16
 TEXT_MAX: Final = 1 << 16
 HEARD_MAX: Final = 4096
@@ -21,7 +21,7 @@ READ_BYTES_MAX: Final = 1 << 36
 REQUEST: Final = Struct("<IHHQIIQ")
 """Magic, operation, zero, epoch, region, count, id."""
 RUN: Final = Struct("<QQ")
-"""First block, number of blocks."""
+"""First byte in the region, number of bytes: several streams can share even a single block."""
 REPLY: Final = Struct("<IIQQ40x")
 """Magic, status, id, number of bytes that follow; zeros up to a cache line."""
 
@@ -43,7 +43,7 @@ class Status(IntEnum):
 REFUSALS: Final = {
     Status.WRONG_EPOCH: "it is in another epoch: what was known of it is out of date",
     Status.NO_REGION: "it has no such region",
-    Status.OUT_OF_BOUNDS: "the blocks are not inside its region",
+    Status.OUT_OF_BOUNDS: "what was asked for is not inside its region",
     Status.MALFORMED: "it does not understand the request",
     Status.BUSY: "too many notifications wait there to be taken",
 }

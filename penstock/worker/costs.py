@@ -1,6 +1,7 @@
 """`TierCosts`: what computing, fetching and writing blocks would take at this moment.
 
-Computing is learnt from steps, links from moves, both by running means; queues count as they are
+Computing is learnt from steps, each by as many tokens as it had, so that the short last step after
+a fetch does not make computing seem slow; links are learnt from moves. Queues count as they are
 now. The decisions themselves are `kv/policy.py`'s. Called by `worker/tiers.py` and
 `worker/onboard.py`.
 """
@@ -14,8 +15,8 @@ from penstock.kv.tiers import Tier
 from penstock.worker.scheduler import Scheduler
 from penstock.worker.traffic import Traffic
 
-STEP_WEIGHT: Final = 0.2
-"""Weight of the latest step in the mean time for a token."""
+HALF_LIFE_TOKENS: Final = 8192
+"""What has been learnt from a step weighs half when so many tokens more have been computed."""
 PREFILL_TOKENS_MIN: Final = 16
 """Steps of fewer tokens say little about what a prompt costs."""
 BATCH_BLOCKS: Final = 16
@@ -29,20 +30,19 @@ class TierCosts:
         self._traffic = traffic
         self._block_size = config.layout.block_size
         self.block_bytes = config.layout.block_bytes[0]
-        self._token_ns: float | None = None
+        self._num_tokens = self._took_ns = 0.0
 
     def note_step(self, num_tokens: int, took_ns: int) -> None:
         """Remember what computing costs; a step that took no time was computed by nobody."""
         if num_tokens < PREFILL_TOKENS_MIN or not took_ns:
             return
-        per_token = took_ns / num_tokens
-        if self._token_ns is None:
-            self._token_ns = per_token
-        self._token_ns += STEP_WEIGHT * (per_token - self._token_ns)
+        kept = 0.5 ** (num_tokens / HALF_LIFE_TOKENS)
+        self._num_tokens = kept * self._num_tokens + num_tokens
+        self._took_ns = kept * self._took_ns + took_ns
 
     def recompute_ns(self, num_blocks: int) -> float:
         """Predict how long computing takes; before the first step, longer than any fetch."""
-        if self._token_ns is None:
+        if not self._num_tokens:
             return float(num_blocks * NS_PER_S)
         return num_blocks * self._block_size * self._token_ns
 
@@ -60,4 +60,8 @@ class TierCosts:
         """Predict in how long a new request would get its turn: when all before it are computed."""
         ahead = [*scheduler.running, *scheduler.waiting]
         num_tokens = sum(s.target_tokens - s.num_computed for s in ahead)
-        return num_tokens * (self._token_ns or 0.0)
+        return num_tokens * self._token_ns
+
+    @property
+    def _token_ns(self) -> float:
+        return self._took_ns / self._num_tokens if self._num_tokens else 0.0

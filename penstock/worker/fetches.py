@@ -18,6 +18,7 @@ from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove,
 from penstock.core.tiers import KeptBlock
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
 from penstock.kv.cache import KVCache
+from penstock.kv.compression import Direction
 from penstock.transfer.plan import align
 from penstock.worker.numbers import Numbers
 from penstock.worker.shelf import Shelf
@@ -40,7 +41,8 @@ class Need:
 class Fetch:
     """Entries `[first, first + len(block_ids))` of `hashes`, on their way.
 
-    `holder` is the name under which the cache keeps them meanwhile, `last` what landed last.
+    `holder` is the name under which the cache keeps them meanwhile, `last` what landed last; that
+    move took `took_ns`, `codec_ns` of them for decoding.
     """
 
     holder: RequestId
@@ -50,6 +52,14 @@ class Fetch:
     last: Place
     move_ids: set[int] = field(default_factory=set)
     digests: dict[int, Digest] = field(default_factory=dict)
+    took_ns: int = 0
+    codec_ns: int = 0
+
+    def decoding_ns(self, waited_ns: int) -> int:
+        """Return how much of a wait for this went into decoding: copying and decoding take turns
+        for as long as the last move takes, and before that is no decoding.
+        """
+        return min(waited_ns, self.took_ns) * self.codec_ns // max(1, self.took_ns)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,11 +116,17 @@ class Fetches:
         return next((f for f in self.active if name in f.hashes[f.first :]), None)
 
     def begin(
-        self, need: Need, count: int, kind: MoveClass, deadline_ns: int, request_id: RequestId
+        self, need: Need, part: range, kind: MoveClass, deadline_ns: int, request_id: RequestId
     ) -> Fetch | None:
-        """Have the first `count` blocks of a need brought; None when there is no room for them."""
+        """Have a part of what a need lacks brought; None when there is no room for it.
+
+        A part that does not begin with the first missing block gets names all the same: what is
+        before it is being computed meanwhile.
+        """
         block_size = self._config.layout.block_size
-        hashes, first = need.hashes[: need.first + count], need.first
+        hashes, first = need.hashes[: need.first + part.stop], need.first
+        if part.start:
+            hashes, first = hashes[need.first + part.start :], 0
         holder = RequestId(f"onboard {self._holders.next()}")
         held = self._kv.open(holder, hashes, first * block_size)
         assert held == first * block_size, (held, first, block_size)
@@ -118,7 +134,7 @@ class Fetches:
             self._kv.close(holder)
             return None
         (table,) = self._kv.tables([holder], len(hashes) * block_size)
-        places = need.places[:count]
+        places = need.places[part.start : part.stop]
         block_ids = [BlockId(b) for b in table[0, first:].tolist()]
         fetch = Fetch(holder, hashes, first, block_ids, places[-1])
         self.active.append(fetch)
@@ -158,6 +174,7 @@ class Fetches:
         self._take_in(read, done)
         read.fetch.move_ids.remove(done.move_id)
         read.fetch.last = read.place
+        read.fetch.took_ns, read.fetch.codec_ns = done.finished_ns - done.started_ns, done.codec_ns
         return read.fetch if self._end(read.fetch) else None
 
     def _find(self, name: BlockHash) -> Place | None:
@@ -203,7 +220,8 @@ class Fetches:
         place.books.num_reading -= len(entries)
         place.books.bytes_out += done.num_bytes
         place.books.raw_bytes_out += len(entries) * self._config.layout.block_bytes[0]
-        place.books.decode_ns += done.codec_ns
+        if done.codec_ns:
+            place.books.codec_books.note(Direction.DECODE, done.codec_ns, num_blocks=len(entries))
         landed: Items[Digest | None] = [None] * len(entries)
         if done.error is None:
             (landed,) = done.digests

@@ -3,7 +3,9 @@
 A request that is assigned comes here first. What its prefix lacks is brought (`worker/fetches.py`),
 and then it goes to the scheduler, which finds the blocks in the prefix cache like any others. How
 much is brought and how much computed after it is `kv/policy.py`'s, at the queues of this moment;
-where no room can be made, nothing is. Several requests with the same prefix wait for one fetch.
+where no room can be made, nothing is. Several requests with the same prefix wait for one fetch. Out
+of a tier that is about as slow as computing, the end of a prefix is brought while its front is
+computed; nobody waits, and the scheduler skips what has come by then.
 
 While others are before it, a request's blocks are a wish (`kv/prefetch.py`): to be there by its
 turn. When that has come they are needed, and what it then waits is exposed time. A session that
@@ -20,7 +22,7 @@ from penstock.core.events import Command, MoveClass, MoveDone
 from penstock.core.tiers import PrefetchLoad
 from penstock.core.types import NS_PER_S, BlockHash, BlockId, RequestId
 from penstock.kv.cache import KVCache
-from penstock.kv.policy import fetch_then_recompute
+from penstock.kv.policy import fetch_beside_computing, fetch_then_recompute
 from penstock.kv.prefetch import PrefetchQueue
 from penstock.kv.sessions import SessionHistory
 from penstock.kv.tiers import BlockKey, Tier
@@ -35,6 +37,8 @@ FETCHES_MAX: Final = 4
 """Under way at once: their blocks are nobody's yet, and others want room too."""
 HORIZON_NS: Final = NS_PER_S
 """A wish is not begun earlier than this before its deadline."""
+BESIDE_SHARE: Final = 0.85
+"""Of the time that bringing takes must suffice where both are done at once: it costs steps."""
 SPARE_SHARE: Final = 0.5
 """Of the pool stays available when blocks are brought that nobody has asked for."""
 
@@ -42,18 +46,21 @@ SPARE_SHARE: Final = 0.5
 @dataclass(slots=True, eq=False)
 class _Wait:
     """Who waits for a fetch, since when, and since when it was the first one's turn; `wish` is what
-    it was wished for by.
+    it was wished for by, `beside` who computes what is before it and waits for nothing.
     """
 
     fetch: Fetch
     wish: BlockKey | None
     waiting: list[tuple[Sequence, int]] = field(default_factory=list)
     needed_ns: int | None = None
+    beside: Sequence | None = None
 
     @property
     def is_wanted(self) -> bool:
-        """Tell whether anybody waits still, or nobody ever did."""
-        return not self.waiting or any(_is_there(sequence) for sequence, _ in self.waiting)
+        """Tell whether anybody is there still whom it is for, or nobody ever was."""
+        whom = [sequence for sequence, _ in self.waiting]
+        whom += [] if self.beside is None else [self.beside]
+        return not whom or any(map(_is_there, whom))
 
 
 class OnboardDesk:
@@ -107,7 +114,7 @@ class OnboardDesk:
         self._visit(sequence.hashes, now_ns)
         if self._joins(sequence, need, now_ns):
             return
-        if not self._worthwhile(need):
+        if not self._part(need, may_compute=True):
             self.num_declined += bool(need.places)
             self._scheduler.add(sequence)
             return
@@ -160,19 +167,25 @@ class OnboardDesk:
                 return True
         return False
 
-    def _worthwhile(self, need: Need) -> int:
-        """Return how many of the blocks to bring; those after them are quicker computed."""
+    def _part(self, need: Need, *, may_compute: bool = False) -> range:
+        """Return which of the blocks to bring: those after them are quicker computed, and where
+        nothing else is to be, so may those before them be meanwhile.
+        """
         tiers = [place.books.tier for place in need.places]
+        total, recompute_ns = len(tiers), self._costs.recompute_ns
 
-        def fetch_ns(num_blocks: int) -> float:
-            counts = Counter(tiers[:num_blocks]).items()
+        def fetch_ns(some: list[Tier]) -> float:
+            counts = Counter(some).items()
             return max((self._costs.fetch_ns(tier, count) for tier, count in counts), default=0.0)
 
         # Within a stretch of one tier all blocks cost the same: only its ends come in question.
-        ends = [i for i in range(1, len(tiers)) if tiers[i] is not tiers[i - 1]]
-        return fetch_then_recompute(
-            len(tiers), fetch_ns, self._costs.recompute_ns, ends=ends
-        ).num_fetched
+        ends = [i for i in range(1, total) if tiers[i] is not tiers[i - 1]]
+        cut = fetch_then_recompute(total, lambda n: fetch_ns(tiers[:n]), recompute_ns, ends=ends)
+        if may_compute and not self._scheduler.running:
+            both = fetch_beside_computing(total, lambda n: fetch_ns(tiers[-n:]), recompute_ns)
+            if both.total_ns < BESIDE_SHARE * cut.total_ns:
+                return range(total - both.num_fetched, total)
+        return range(cut.num_fetched)
 
     def _visit(self, names: list[BlockHash], now_ns: int) -> None:
         """Learn when a session goes on, and wish for its blocks by then."""
@@ -214,13 +227,13 @@ class OnboardDesk:
         assert isinstance(key, bytes), key
         names = self._sessions.names(BlockHash(key))
         need = self._fetches.need(list(names))
-        count = self._worthwhile(need)
-        has_room = self._pool.num_available - count >= SPARE_SHARE * self._pool.num_blocks
+        part = self._part(need)
+        has_room = self._pool.num_available - len(part) >= SPARE_SHARE * self._pool.num_blocks
         is_new = not need.places or self._fetches.under_way(need.hashes[need.first]) is None
         fetch = None
-        if count and has_room and is_new:
+        if part and has_room and is_new:
             kind = MoveClass.PREFETCH
-            fetch = self._fetches.begin(need, count, kind, deadline_ns, NOBODY)
+            fetch = self._fetches.begin(need, part, kind, deadline_ns, NOBODY)
         if fetch is None:
             self.prefetch.forget(key)
         else:
@@ -232,9 +245,16 @@ class OnboardDesk:
         """Bring what a sequence lacks by now; without room for it, it is computed."""
         need = self._fetches.need(self._wanted(sequence))
         fetch = None
-        if not (joins := self._joins(sequence, need, now_ns)) and (count := self._worthwhile(need)):
+        joins = self._joins(sequence, need, now_ns)
+        part = self._part(need, may_compute=wish is None)
+        if part and not joins:
             kind = MoveClass.ONBOARD if wish is None else MoveClass.PREFETCH
-            fetch = self._fetches.begin(need, count, kind, deadline_ns, sequence.request_id)
+            fetch = self._fetches.begin(need, part, kind, deadline_ns, sequence.request_id)
+        if fetch is not None and part.start:
+            sequence.coming_from = (need.first + part.start) * self._config.layout.block_size
+            self._waits.append(_Wait(fetch, None, beside=sequence))
+            self._scheduler.add(sequence)
+            return
         if fetch is not None:
             needed_ns = now_ns if wish is None else None
             self._waits.append(_Wait(fetch, wish, [(sequence, now_ns)], needed_ns))
@@ -251,6 +271,8 @@ class OnboardDesk:
         self._waits.remove(wait)
         if wait.wish is not None:
             self._book(wait, wait.wish)
+        if wait.beside is not None:
+            wait.beside.coming_from = None
         books = wait.fetch.last.books
         for sequence, since_ns in wait.waiting:
             if not _is_there(sequence):
@@ -258,9 +280,12 @@ class OnboardDesk:
             if wait.needed_ns is not None:
                 waited_ns = now_ns - max(since_ns, wait.needed_ns)
                 # What is waited for in the end is the last tier's doing.
+                decoding_ns = wait.fetch.decoding_ns(waited_ns)
                 sequence.timeline.exposed_ns += waited_ns
+                sequence.timeline.exposed_decode_ns += decoding_ns
                 books.exposed_ns += waited_ns
-                self._traffic.expose((books.tier, Tier.HBM), waited_ns)
+                books.codec_books.expose(decoding_ns)
+                self._traffic.expose((books.tier, Tier.HBM), waited_ns - decoding_ns)
             self._scheduler.add(sequence)
 
     def _book(self, wait: _Wait, wish: BlockKey) -> None:

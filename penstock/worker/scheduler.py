@@ -143,7 +143,9 @@ class Scheduler:
         """
         ones, chunks = [], []
         for sequence in self.running:
-            want = len(sequence.tokens) - sequence.num_left_over - sequence.num_computed
+            if sequence.target_tokens - sequence.num_computed > 1:
+                self._take_up(sequence)
+            want = sequence.chunk_tokens
             if want == 1:
                 ones.append((sequence, 1))
             elif want > 1:
@@ -195,13 +197,14 @@ class Scheduler:
         while self.waiting and budget_tokens and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             num_cached = self._open(sequence)
-            num_new = min(sequence.target_tokens - num_cached, budget_tokens)
+            num_new = min(sequence.chunk_tokens, budget_tokens)
             if not self._grow(sequence, num_cached + num_new):
                 self._kv.close(sequence.request_id)
                 sequence.num_computed = sequence.capacity_tokens = 0
                 return
             # Room for the whole prompt now, if there is any, so that its chunks lie in one run.
-            self._kv.reserve(sequence.request_id, sequence.target_tokens)
+            own_tokens = sequence.coming_from or sequence.target_tokens
+            self._kv.reserve(sequence.request_id, own_tokens)
             self.waiting.popleft()
             self.prefix_queries += sequence.target_tokens
             self.prefix_hits += num_cached
@@ -212,13 +215,25 @@ class Scheduler:
                 parts.append((sequence, num_new))
                 budget_tokens -= num_new
 
-    def _open(self, sequence: Sequence) -> int:
-        """Take the longest cached prefix; at least one token stays to be computed if we are to
-        sample.
+    def _take_up(self, sequence: Sequence) -> None:
+        """Skip what has come into the cache since the sequence was opened: out of a tier, or
+        computed for another one.
         """
+        before, limit = sequence.num_computed, _limit(sequence)
+        known = self._kv.take_up(sequence.request_id, sequence.hashes, before, limit)
+        if known == before:
+            return
+        sequence.num_computed = known
+        sequence.capacity_tokens = self._kv.capacity(sequence.request_id)
+        self.prefix_hits += known - before
+        if not sequence.is_preempted:
+            sequence.timeline.cached_tokens += known - before
+
+    def _open(self, sequence: Sequence) -> int:
+        """Take the longest cached prefix."""
         if self._config.is_prefix_caching:
             sequence.name_blocks(self._config.layout.block_size)
-        limit = sequence.target_tokens - (sequence.decode_worker is None)
+        limit = _limit(sequence)
         num_cached = self._kv.open(sequence.request_id, sequence.hashes, limit)
         sequence.num_computed = num_cached
         sequence.capacity_tokens = self._kv.capacity(sequence.request_id)
@@ -270,7 +285,8 @@ class Scheduler:
             wants_one = len(sequence.tokens) - sequence.num_computed == 1
             # What a round samples may end a sequence where rounds are reported one by one.
             is_free = has_rounds or (not sequence.stop_ids and sequence.is_first_token_out)
-            if not (wants_one and is_free):
+            # A window moves between rounds, and blocks that it lets go are somebody's at once.
+            if not (wants_one and is_free) or sequence.request.kv_window:
                 return 1
             most = min(most, sequence.tokens_max - len(sequence.tokens))
         has_room = all(self._grow(s, s.num_computed + most) for s, _ in parts)
@@ -308,6 +324,11 @@ class Scheduler:
             return ((),) * len(block_tables)
         rows, columns = zip(*entries, strict=True)
         return tuple(tuple(table[rows, columns].tolist()) for table in block_tables)
+
+
+def _limit(sequence: Sequence) -> int:
+    """Return how many tokens need not be computed at most: one is, if we are to sample."""
+    return sequence.target_tokens - (sequence.decode_worker is None)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -33,6 +33,9 @@ class SequenceState(Enum):
     GONE = "gone"
 
 
+LATE_TOKENS: Final = 64
+"""In a step of a sequence that has reached what is to come out of a tier before it has come."""
+
 _S = SequenceState
 SEQUENCE_TRANSITIONS: Final[dict[SequenceState, frozenset[SequenceState]]] = {
     _S.WAITING: frozenset({_S.RUNNING, _S.GONE}),
@@ -52,13 +55,15 @@ class Sequence:
     `is_pinned` while a peer may read its blocks although it still runs.
     `decode_worker` is set while the request is to be handed off, and then `num_left_over`, the
     number of last tokens whose KV is not ours to compute, is 1; `prefill_worker` names the peer
-    whose blocks we are pulling. The request ends with `tokens_max` tokens or with one of
-    `stop_ids`.
+    whose blocks we are pulling. `coming_from` is set while blocks from that token on are brought
+    out of a tier and those before it are computed. The request ends with `tokens_max` tokens or
+    with one of `stop_ids`.
     """
 
     __slots__ = (
         "arrival",
         "capacity_tokens",
+        "coming_from",
         "decode_worker",
         "hashes",
         "is_first_token_out",
@@ -100,6 +105,7 @@ class Sequence:
         self.stop_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         self.num_computed = 0
         self.capacity_tokens = 0
+        self.coming_from: int | None = None
         self.hashes: list[BlockHash] = []
         self.state = SequenceState.HANDING_OFF if prefill_worker else SequenceState.WAITING
         self.is_preempted = False
@@ -117,6 +123,17 @@ class Sequence:
         goes on.
         """
         return len(self.tokens) - self.num_left_over
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens to compute next, at most: up to what is coming, and while that is late a few at a
+        time, so that it is of use as soon as it is there.
+        """
+        missing = self.target_tokens - self.num_computed
+        if self.coming_from is None:
+            return missing
+        ahead = self.coming_from - self.num_computed
+        return min(missing, ahead if ahead > 0 else LATE_TOKENS)
 
     @property
     def is_decoding(self) -> bool:

@@ -14,10 +14,11 @@ from penstock.core.block import accepts_loss
 from penstock.core.tiers import KeptBlock, ShelfUsed, TierConfig, TierLoad
 from penstock.core.types import NO_DIGEST, BlockHash, BlockId, Digest
 from penstock.kv.allocator import SegmentAllocator
+from penstock.kv.compression import CodecBooks, Direction
 from penstock.kv.eviction import EvictionOrder, last_of_retained, make_order
 from penstock.kv.residency import Residency
 from penstock.kv.retention import Retention
-from penstock.kv.tiers import BlockKey, Tier
+from penstock.kv.tiers import BlockKey, CodecSpec, Tier
 
 
 class Shelf:
@@ -41,11 +42,15 @@ class Shelf:
         self.num_hits = self.num_shared = self.bytes_in = self.bytes_out = 0
         self.raw_bytes_in = self.raw_bytes_out = 0
         self.num_corrupt = self.num_stale = self.num_failed = self.num_evicted = 0
-        self.exposed_ns = self.encode_ns = self.decode_ns = 0
-        self.codec = config.codec
+        self.exposed_ns = 0
+        self.codec = CodecSpec(
+            name=config.codec,
+            block_bytes=config.slot_bytes or block_bytes,
+            decode_ns=config.decode_ns,
+        )
+        self.codec_books = CodecBooks()
         self.is_lossy = config.is_lossy
-        self.block_decode_ns = config.decode_ns
-        self.slot_bytes = config.slot_bytes or block_bytes
+        self.slot_bytes = self.codec.block_bytes
         self.num_wanted = self.num_declined = 0
         self.num_reading = 0
         """Blocks on their way out for requests."""
@@ -60,7 +65,7 @@ class Shelf:
         self._slots.take(sorted(BlockId(kept.slot) for kept in config.kept))
         for kept in config.kept:
             address = kept.slot * self.slot_bytes
-            is_new = residency.add(kept.name, self._tier, self.codec, self.slot_bytes, address)
+            is_new = residency.add(kept.name, self._tier, self.codec, address)
             assert is_new, f"{self.name} came with more than it holds"
             self._arrive(kept.name, kept.digest)
 
@@ -123,7 +128,7 @@ class Shelf:
         assert slots is not None, f"{self.name} has {self.num_free} slots, not {len(names)}"
         for name, slot in zip(names, slots, strict=True):
             address = slot * self.slot_bytes
-            is_begun = self._residency.begin(name, self._tier, self.codec, self.slot_bytes, address)
+            is_begun = self._residency.begin(name, self._tier, self.codec, address)
             assert is_begun, f"{self.name} has slots and no bytes"
         return slots
 
@@ -255,8 +260,9 @@ class Shelf:
             num_stale=self.num_stale,
             raw_bytes_in=self.raw_bytes_in,
             raw_bytes_out=self.raw_bytes_out,
-            encode_ns=self.encode_ns,
-            decode_ns=self.decode_ns,
+            encode_ns=self.codec_books.busy_ns[Direction.ENCODE],
+            decode_ns=self.codec_books.busy_ns[Direction.DECODE],
+            exposed_decode_ns=self.codec_books.exposed_ns,
             num_wanted=self.num_wanted,
             num_declined=self.num_declined,
         )

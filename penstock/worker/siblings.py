@@ -129,7 +129,7 @@ class Siblings:
         self._shelves_of[info.worker_id] = [
             SiblingShelf(shelf, info.worker_id, info.epoch)
             for shelf in self._shelves
-            if (shelf.name, shelf.codec) in alike
+            if (shelf.name, shelf.codec.name) in alike
         ]
         for event in self._early.pop(info.worker_id, []):
             self.hear(event)

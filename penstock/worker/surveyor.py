@@ -98,11 +98,11 @@ class Surveyor:
         num_arriving, num_reading = shelf.num_moving
         return TierResidency(
             load=shelf.load(),
-            codec=shelf.codec,
+            codec=shelf.codec.name,
             slot_bytes=shelf.slot_bytes,
             num_arriving=num_arriving,
             num_reading=num_reading,
-            decode_ns=shelf.block_decode_ns,
+            decode_ns=shelf.codec.decode_ns,
         )
 
     # ------------------------------------------------------------------------------ single blocks
@@ -221,6 +221,7 @@ class Surveyor:
             in_flight="read" if copy.num_holds else "" if copy.is_present else "written",
             idle_ns=residency.idle_ns(name, now_ns),
             retained_ns=self._kv.retention.remaining_ns(name),
+            decode_ns=copy.decode_ns,
         )
 
     # ------------------------------------------------------------------------------ in flight

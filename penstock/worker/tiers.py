@@ -24,6 +24,7 @@ from penstock.core.events import Command, Move, MoveClass, MoveDone, SubmitMove,
 from penstock.core.tiers import KeptBlock, PrefetchLoad, ShelfChanged, ShelfUsed, TierLoad
 from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, WorkerId
 from penstock.kv.cache import KVCache
+from penstock.kv.compression import Direction
 from penstock.kv.policy import WriteMode
 from penstock.kv.residency import Residency
 from penstock.kv.reuse import ReuseHistory
@@ -186,7 +187,10 @@ class TierDesk:
         if done.error is not None:
             write.into.num_failed += len(write.names)
             write.into.resumes_ns = now_ns + REST_NS
-        write.into.encode_ns += done.codec_ns
+        if done.codec_ns:
+            write.into.codec_books.note(
+                Direction.ENCODE, done.codec_ns, num_blocks=len(write.names)
+            )
         pool = self._kv.groups[0].pool
         now = pool.generations(write.block_ids)
         changed = {

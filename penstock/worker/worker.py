@@ -291,6 +291,8 @@ class Worker:
             commands += [c for sequence in ready for c in self._hand_off(sequence, now_ns)]
             if self._plan is not None:
                 commands.append(RunStep(self._plan.step))
+            elif self.tiers.num_fetches and not ready:
+                break  # what comes out of a tier may be what somebody waits for
             elif (stuck := self.scheduler.last_pinned()) is not None:
                 commands += [
                     *self._take_back(stuck),

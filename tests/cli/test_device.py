@@ -1,17 +1,22 @@
 """Workers on a device: what is asked for, what there is, and what each of them gets."""
 
+import os
+import shutil
+
 import msgspec
 import pytest
 import torch
 
 from penstock.cli import device
+from penstock.cli.cluster import BUILTIN_MODEL
 from penstock.cli.device import choose_device, load_on_device
 from penstock.cli.host import load
 from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB
 from penstock.engine.device import CudaFacts
-from penstock.runtime.settings import ClusterSettings, NetworkSettings
+from penstock.kv.quality import parse_quality
+from penstock.runtime.settings import ClusterSettings, NetworkSettings, TierSettings
 from tests.engine.tiny_models import save_model
 
 H200 = CudaFacts("NVIDIA H200", 140 * GIB, 139 * GIB)
@@ -109,3 +114,47 @@ def test_planning_leaves_a_process_that_can_be_forked(model, monkeypatch):
     gpus(monkeypatch, H200)
     load_on_device(settings(model))
     assert not torch.cuda.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory) -> str:
+    """A model that the interpreter can afford, with a tokeniser."""
+    folder = tmp_path_factory.mktemp("readable")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_model(folder, "llama", vocab_size=4096, max_position_embeddings=80, head_dim=32, **sizes)
+    for path in BUILTIN_MODEL.glob("token*"):
+        shutil.copy(path, folder)
+    return str(folder)
+
+
+def tiered(model: str, device_name: str, loss: str) -> ClusterSettings:
+    return msgspec.structs.replace(
+        settings(model, device=device_name, dtype="float32", kv_cache_bytes=1 << 20),
+        tiers=(TierSettings(name="dram", num_bytes=1 << 20, codec="int8"),),
+        kv_quality=parse_quality(loss),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on a GPU then")
+def test_codecs_are_measured_on_a_device_as_on_the_cpu(readable):
+    found = []
+    for name in ("cpu", "interpreter"):
+        facts, _ = load(tiered(readable, name, "5%"), lambda *_: None)
+        (codec,) = facts.tier_codecs
+        found.append((codec.name, codec.is_lossy, codec.slot_bytes, facts.codec_notes[0][:30]))
+    assert found[0] == found[1]
+
+
+def test_what_the_child_that_measures_codecs_says_is_heard(readable, monkeypatch):
+    def refuse(*_):
+        raise StartupFailed("codec=int8 is refused")
+
+    asked = tiered(readable, "interpreter", "5%")
+    monkeypatch.setattr(device, "load_model", lambda *_: None)
+    monkeypatch.setattr(device, "choose_codecs", refuse)
+    with pytest.raises(StartupFailed, match="codec=int8 is refused"):
+        load_on_device(asked)
+    monkeypatch.setattr(device, "choose_codecs", lambda *_: os._exit(1))
+    with pytest.raises(StartupFailed, match="has died"):
+        load_on_device(asked)

@@ -3,10 +3,11 @@
 import pytest
 
 from penstock.cli.cluster import BUILTIN_MODEL
-from penstock.cli.host import load
+from penstock.cli.host import compile_once, load
 from penstock.core.config import EngineConfig
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB, MIB
+from penstock.native.build import Recipe
 from penstock.runtime.instant import DESCRIPTION
 from penstock.runtime.processes import available_bytes
 from penstock.runtime.settings import ClusterSettings, ModelFacts
@@ -41,6 +42,16 @@ def test_nixl_that_is_missing_is_said_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr("penstock.cli.host.is_installed", lambda: False)
     with pytest.raises(StartupFailed, match=r"--transport nixl: .* pip install 'penstock\[nixl\]'"):
         facts_of("instant", transport="nixl")
+
+
+def test_compiling_is_a_stage_of_its_own_the_first_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "two.cpp").write_text('extern "C" int two() { return 2; }')
+    stages: list[str] = []
+    for _ in range(2):
+        compile_once(Recipe("two", "the two", tmp_path), lambda stage, _: stages.append(stage))
+    assert [stage.split(" with ")[0] for stage in stages[:1]] == ["compiling the two"]
+    assert len(stages) == 2  # begun and ended, once
 
 
 def kv_bytes(facts: ModelFacts) -> int:

@@ -47,6 +47,7 @@ ANSWER = {
                     "raw_bytes_out": 1024,
                     "codec_encode_ns": 3_000_000,
                     "codec_decode_ns": 100_000,
+                    "codec_exposed_ns": 50_000,
                 }
             ],
         }
@@ -66,6 +67,7 @@ ANSWER = {
             "holders": 0,
             "idle_s": 31.4,
             "retained_s": 60.0,
+            "decode_us": 17.4,
             "in_flight": "to dram",
         }
     ],
@@ -84,10 +86,10 @@ def test_pools_tiers_and_blocks_are_rows():
     (tier,) = (line for line in lines if line.startswith("d0 dram"))
     assert " ".join(tier.split()) == (
         "d0 dram 40 11 9 3.0 MiB 512 B 2.5 ms 3 int8 (0.50 of a block, 17 us to decode one; "
-        "3.0 ms in, 0.1 ms out), 1 corrupt"
+        "3.0 ms in, 0.1 ms out, 0.1 exposed), 1 corrupt"
     )
     (block,) = (line for line in lines if "00ff" in line)
-    expected = "d0 device 7 00ff00ff00ff cached raw warm 0 31.4 s 60 s to dram"
+    expected = "d0 device 7 00ff00ff00ff cached raw warm 0 31.4 s 60 s 17 us to dram"
     assert " ".join(block.split()) == expected
     assert "d1: did not answer in time; the figures are without it" in lines
     assert lines[-1] == "there are more: --after d0:0:8"
@@ -113,7 +115,8 @@ class Asked:
 
 def test_options_are_asked_for_and_a_silent_worker_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr("penstock.cli.client.ChatClient", Asked)
-    assert kv(options("http://there", "--blocks", "--limit", "5", "--prefix", "00", "--json")) == 1
+    words = "--url http://there --blocks --limit 5 --prefix 00 --json"
+    assert kv(options(*words.split())) == 1
     assert PATHS[-1] == "/kv/residency?prefix=00&limit=5&detail=1"
     assert '"silent": ["d1"]' in capsys.readouterr().out
     kv(options())

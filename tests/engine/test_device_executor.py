@@ -1,5 +1,6 @@
 """The executor of devices: tokens are those of the CPU's, and what has not changed is not sent."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.core.request import SamplingParams
+from penstock.core.step import SampleRow, Step
 from penstock.engine import graphs
 from penstock.engine.architectures import ARCHITECTURES
 from penstock.engine.device import find_device
 from penstock.engine.device_executor import DeviceExecutor
+from penstock.engine.executor import ModelExecutor
 from penstock.engine.graphs import Capture, CudaGraphs, EagerReplay, choose_capture
 from penstock.engine.kernels.select import select_kernels
 from penstock.engine.lift import lift
@@ -27,13 +30,14 @@ SMALL = {
     "num_key_value_heads": 1,
 }
 DRAWN = SamplingParams(temperature=0.9, top_p=0.9, top_k=50, seed=7)
+HOT = SamplingParams(temperature=0.9, seed=3)
 HOST = SamplingParams(temperature=0.8, frequency_penalty=0.5, logprobs=2, seed=9)
 PROMPTS = [tokens(17), tokens(4), tokens(9)]
 
 
-def load(name: str, device_name: str) -> LoadedModel:
+def load(name: str, device_name: str, sizes: dict[str, object] = SMALL) -> LoadedModel:
     device = find_device(device_name)
-    model = make_model(name, **SMALL).to(device.torch_device)
+    model = make_model(name, **sizes).to(device.torch_device)
     return LoadedModel(
         name=name,
         identity=name,
@@ -211,6 +215,55 @@ def test_a_graph_computes_what_is_launched(there):
         found.append((outputs_of(harness, 2), torch.stack(logits)))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+LOST = 0, 2, 3, 3, 0
+"""Blocks that a row lacks behind its first one, step by step."""
+
+
+def behind_gaps(model: LoadedModel, lost: Sequence[int]) -> list[int]:
+    """Decode two sequences, the first of which lacks blocks now and then; return the tokens."""
+    size = 16, 1, 2, 4, model.forward.attention[0].num_kv_heads, 16
+    pool = torch.full(size, float("nan"), device=model.device.torch_device)
+    executor: DeviceExecutor | ModelExecutor = ModelExecutor(model, (pool,))
+    if model.device.has_triton:
+        capture = choose_capture(model)
+        executor = DeviceExecutor(model, (pool,), capture, max_num_seqs=2, max_model_len=32)
+    rows, tables = [tokens(22), tokens(6)], np.arange(16, dtype=np.int32)[::-1].reshape(2, 8)
+    executor.execute(
+        Step(
+            step_id=0,
+            token_ids=np.array(rows[0][:-1] + rows[1][:-1], np.int64),
+            num_new=np.array([21, 5], np.int32),
+            num_computed=np.zeros(2, np.int32),
+            block_tables=(tables,),
+            samples=(),
+        )
+    )
+    for count in lost:
+        table = tables.copy()
+        table[0, 1 : 1 + count] = 0
+        step = Step(
+            step_id=0,
+            token_ids=np.array([row[-1] for row in rows], np.int64),
+            num_new=np.ones(2, np.int32),
+            num_computed=np.array([len(row) - 1 for row in rows], np.int32),
+            block_tables=(table,),
+            samples=tuple(SampleRow(i, HOT, len(row), len(row), row) for i, row in enumerate(rows)),
+            gaps=np.array([[1, count], [0, 0]], np.int32) if count else None,
+        )
+        for row, sampled in zip(rows, executor.execute(step), strict=True):
+            row.append(sampled.token_id)
+    return rows[0][22:] + rows[1][6:]
+
+
+def test_a_window_of_the_kv_gives_the_tokens_of_the_cpu():
+    """Rows stay on the device while nothing is missing; behind a gap they are computed as any."""
+    device = "cuda" if torch.cuda.is_available() else "interpreter"
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    here, there = (load("qwen3", name, sizes) for name in ("cpu", device))
+    wanted = behind_gaps(here, LOST)
+    assert behind_gaps(there, LOST) == wanted != behind_gaps(here, [0] * len(LOST))
 
 
 def test_what_the_host_samples_is_run_once(there):

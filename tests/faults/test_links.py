@@ -4,7 +4,8 @@ What cannot be pulled right is pulled once more, then computed again, and counte
 always those of a quiet day.
 """
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,8 +20,21 @@ SHORT = 300
 
 @pytest.fixture(scope="module")
 def tell() -> Iterator[Tell]:
+    with a_site_of_streams(2) as tell:
+        yield tell
+
+
+@pytest.fixture(scope="module")
+def tell_one() -> Iterator[Tell]:
+    """A pull is one turn on one connection, so the places of its bytes are known."""
+    with a_site_of_streams(1) as tell:
+        yield tell
+
+
+@contextmanager
+def a_site_of_streams(num_streams: int) -> Iterator[Tell]:
     # A prompt is computed in one step, hence is one pull.
-    with a_site(max_num_batched_tokens=2 * LENGTH) as tell:
+    with a_site(max_num_batched_tokens=2 * LENGTH, tcp_streams=num_streams) as tell:
         tell(lambda site: site.undisturbed(LENGTH, SHORT))
         yield tell
 
@@ -52,27 +66,47 @@ FLIPS = {
     "size of the reply": ((Flip(at=17),), (0, 1)),
     # Blocks are followed by their generations: they look as if they had been handed out anew.
     "generation": ((Flip(at=64, skip=1),), (0, 1)),
-    # The reader's words: refused, or other blocks than it has asked for.
+    # The reader's words: refused, or other bytes than it has asked for.
     "magic of the request": ((Flip(READER, at=0),), (0, 1)),
     "epoch of the request": ((Flip(READER, at=8),), (0, 1)),
     "region of the request": ((Flip(READER, at=16),), (0, 1)),
-    "first block of the request": ((Flip(READER, at=REQUEST_HEADER_BYTES, bit=0),), (1, 0)),
-    "blocks of the request": ((Flip(READER, at=REQUEST_HEADER_BYTES + 8),), (0, 1)),
-    "block far outside": ((Flip(READER, at=REQUEST_HEADER_BYTES + 6),), (0, 1)),
+    "first byte of the request": ((Flip(READER, at=REQUEST_HEADER_BYTES, bit=0),), (1, 0)),
+    "bytes of the request": ((Flip(READER, at=REQUEST_HEADER_BYTES + 8),), (0, 1)),
+    "byte far outside": ((Flip(READER, at=REQUEST_HEADER_BYTES + 6),), (0, 1)),
 }
 
 
 @pytest.mark.parametrize("what", FLIPS)
-def test_a_bit_flipped_on_the_way(tell: Tell, what: str):
-    flips, (corrupt, recomputed) = FLIPS[what]
+def test_a_bit_flipped_on_the_way(tell_one: Tell, what: str):
+    tell_one(flipped(*FLIPS[what]))
+
+
+FLIPS_OF_TWO = {
+    # Both streams' parts of a pull are that long: the second flip lets the other stream's pass.
+    "block": ((Flip(),), (1, 0)),
+    "block, twice": ((Flip(), Flip(skip=1)), (2, 1)),
+    "both streams": ((Flip(), Flip()), (1, 0)),
+    "size of the reply": ((Flip(at=17),), (0, 1)),
+    "generation": ((Flip(at=64, skip=2),), (0, 1)),
+    "byte far outside": ((Flip(READER, at=REQUEST_HEADER_BYTES + 6),), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("what", FLIPS_OF_TWO)
+def test_a_bit_flipped_on_one_of_two_streams(tell: Tell, what: str):
+    tell(flipped(*FLIPS_OF_TWO[what]))
+
+
+def flipped(flips: tuple[Flip, ...], counts: tuple[int, int]) -> Callable[[Site], Awaitable[None]]:
+    """Return the story in which that is flipped and that is counted: corrupt, recomputed."""
 
     async def story(site: Site) -> None:
         before = await fresh_counts(site)
         site.link.flips += flips
         await site.finish([site.start(LENGTH)])
-        await counted(site, corrupt, recomputed, before)
+        await counted(site, *counts, before)
 
-    tell(story)
+    return story
 
 
 @pytest.mark.parametrize(("speaker", "at"), [(OWNER, 9), (READER, 3), (READER, 20)])

@@ -9,6 +9,7 @@ import numpy as np
 
 from penstock.core.block import KVGroup, KVLayout, extend_hashes
 from penstock.core.types import RequestId
+from penstock.kv.allocator import run_lengths
 from penstock.kv.cache import KVCache
 
 BLOCK_SIZE = 4
@@ -23,6 +24,21 @@ def hashes_of(token_ids):
     hashes = []
     extend_hashes(hashes, token_ids, BLOCK_SIZE, "")
     return hashes
+
+
+def num_held(kv, request_id):
+    """Return how many blocks a request holds, per group."""
+    return tuple(map(len, kv.held(request_id)))
+
+
+def num_runs(kv, request_id):
+    """Return in how many runs of adjacent blocks a request lies, per group."""
+    return tuple(len(run_lengths(block_ids)) for block_ids in kv.held(request_id))
+
+
+def active_blocks(kv):
+    """Return the blocks that requests hold, per group."""
+    return tuple(group.pool.num_active for group in kv.groups)
 
 
 @dataclass
@@ -84,7 +100,7 @@ def content(token_ids, position):
 
 def snapshot(kv, request_ids):
     tables = tuple(t.tolist() for t in kv.tables(request_ids, 40))
-    return kv.free_blocks, kv.cached_blocks, kv.active_blocks, tables
+    return kv.free_blocks, kv.cached_blocks, active_blocks(kv), tables
 
 
 def prefilled(num_tokens, num_blocks=(64, 32, 32)):

@@ -14,8 +14,11 @@ from tests.kv.cache_model import (
     NUM_BLOCKS,
     Node,
     Sequence,
+    active_blocks,
     first_needed,
     hashes_of,
+    num_held,
+    num_runs,
     snapshot,
 )
 
@@ -89,7 +92,7 @@ class CacheMachine(RuleBasedStateMachine):
         sequence.num_computed = end
         node.kv.advance(sequence.request_id, end, sequence.hashes)
         node.assert_readable(sequence, end)
-        for group, held in zip(GROUPS[1:], node.kv.num_held(sequence.request_id)[1:], strict=True):
+        for group, held in zip(GROUPS[1:], num_held(node.kv, sequence.request_id)[1:], strict=True):
             num_slots = node.kv.capacity(sequence.request_id) // BLOCK_SIZE
             assert held == num_slots - first_needed(group, end)
             assert held <= -(-group.window // BLOCK_SIZE) + -(-CHUNK_TOKENS // BLOCK_SIZE)
@@ -98,7 +101,10 @@ class CacheMachine(RuleBasedStateMachine):
     def grow(self, node, sequence, num_tokens):
         request_id = sequence.request_id
         before = snapshot(node.kv, node.sequences)
-        can_grow = node.kv.can_grow(request_id, num_tokens)
+        room = [f + c for f, c in zip(node.kv.free_blocks, node.kv.cached_blocks, strict=True)]
+        wanted = -(-num_tokens // BLOCK_SIZE)
+        held = [len(h.block_ids) for h in node.kv._holdings[request_id].groups]
+        can_grow = all(wanted - n <= r for n, r in zip(held, room, strict=True))
         missing = -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE > node.kv.capacity(request_id)
 
         has_grown = node.kv.grow(request_id, num_tokens)
@@ -115,13 +121,13 @@ class CacheMachine(RuleBasedStateMachine):
     def reserve(self, data):
         node = self.prefill
         sequence = data.draw(st.sampled_from(self.running(node)))
-        before = node.kv.num_held(sequence.request_id)
+        before = num_held(node.kv, sequence.request_id)
         room = [f + c for f, c in zip(node.kv.free_blocks, node.kv.cached_blocks, strict=True)]
         wanted = max(0, -(-len(sequence.token_ids) // BLOCK_SIZE) - before[0])
 
         assert node.kv.reserve(sequence.request_id, len(sequence.token_ids)) == (wanted <= room[0])
 
-        held = node.kv.num_held(sequence.request_id)
+        held = num_held(node.kv, sequence.request_id)
         assert held[1:] == before[1:]
         assert held[0] == before[0] + (wanted if wanted <= room[0] else 0)
 
@@ -195,7 +201,7 @@ class CacheMachine(RuleBasedStateMachine):
             node.kv.check()
             assert node.kv.num_requests == len(node.sequences)
             counts = zip(
-                node.kv.free_blocks, node.kv.cached_blocks, node.kv.active_blocks, strict=True
+                node.kv.free_blocks, node.kv.cached_blocks, active_blocks(node.kv), strict=True
             )
             assert tuple(map(sum, counts)) == NUM_BLOCKS
 
@@ -203,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
         for node in (self.prefill, self.decode):
             for request_id in list(node.sequences):
                 self.close(node, request_id)
-            assert node.kv.active_blocks == (0, 0, 0)
+            assert active_blocks(node.kv) == (0, 0, 0)
             for group, count in zip(node.kv.groups, NUM_BLOCKS, strict=True):
                 assert sorted(group.pool.allocate(count)) == list(range(count))
 
@@ -222,7 +228,7 @@ def test_a_prompt_computed_in_chunks_lies_in_one_run_when_it_was_reserved():
             assert kv.grow(request_id, end)
             kv.advance(request_id, end, [])
 
-    assert kv.num_runs("a")[0] == kv.num_runs("b")[0] == 1
+    assert num_runs(kv, "a")[0] == num_runs(kv, "b")[0] == 1
 
 
 def test_without_prefix_caching_nothing_is_kept():
@@ -232,7 +238,7 @@ def test_without_prefix_caching_nothing_is_kept():
         assert kv.open("a", hashes, 40) == 0
         assert kv.grow("a", 40)
         kv.advance("a", 40, hashes)
-        assert kv.num_held("a") == (10, 2, 3)
+        assert num_held(kv, "a") == (10, 2, 3)
         kv.close("a")
     assert kv.free_blocks == (64, 32, 32)
 
@@ -291,3 +297,38 @@ def test_a_window_keeps_the_first_block_and_the_latest_and_gives_the_rest_back()
     cache.close(other)
     cache.check()
     assert cache.free_blocks == (20,)
+
+
+def test_what_another_has_computed_meanwhile_is_taken_up():
+    kv = KVCache(KVLayout("test", (KVGroup((0,)),), 1, 1, BLOCK_SIZE, "float32"), (16,))
+    hashes = hashes_of(list(range(21)))
+    for request_id in ("slow", "quick"):
+        assert kv.open(request_id, hashes, 20) == 0
+        assert kv.reserve(request_id, 21)
+    kv.advance("slow", 6, hashes)
+    assert kv.take_up("slow", hashes, 6, 20) == 6  # nothing has come
+    kv.advance("quick", 14, hashes)
+    before = kv.free_blocks[0]
+
+    assert kv.take_up("slow", hashes, 6, 20) == 12
+
+    kv.check()
+    slow, quick = (kv.held(request_id)[0] for request_id in ("slow", "quick"))
+    assert slow[1:3] == quick[1:3]
+    assert slow[0] != quick[0]
+    assert len(slow) == len(quick) == 6
+    assert kv.free_blocks[0] == before + 2  # what was to be filled is given back
+    assert kv.take_up("slow", hashes, 12, 15) == 12
+    for request_id in ("slow", "quick"):
+        kv.close(request_id)
+    assert active_blocks(kv) == (0,)
+
+
+def test_where_a_window_slides_nothing_is_taken_up():
+    kv = KVCache(LAYOUT, NUM_BLOCKS)
+    hashes = hashes_of(list(range(20)))
+    for request_id in ("slow", "quick"):
+        kv.open(request_id, hashes, 20)
+        assert kv.grow(request_id, 20)
+    kv.advance("quick", 20, hashes)
+    assert kv.take_up("slow", hashes, 4, 19) == 4

@@ -33,7 +33,7 @@ def test_the_most_urgent_goes_first_on_every_free_lane():
     assert write.duration_ns == 30
     engine.finish(write, 50)
     engine.finish(prefetch, 40)
-    assert engine.num_done == {Direction.DECODE: 3, Direction.ENCODE: 1}
-    assert engine.busy_ns == 20 + 20 + 20 + 30
+    assert engine.books.num_done == {Direction.DECODE: 3, Direction.ENCODE: 1}
+    assert engine.books.busy_ns == {Direction.DECODE: 60, Direction.ENCODE: 30}
     assert engine.ahead_ns() == 0
     assert engine.start(60) == []

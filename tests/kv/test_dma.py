@@ -198,3 +198,12 @@ def test_every_transfer_moves_once_or_is_cancelled(plans, num_queues):
     assert set(order) == expected
     assert dma.books(UP).num_transfers == len(expected)
     assert sum(dma.books(UP).num_bytes.values()) == 100 * len(expected)
+
+
+def test_the_first_descriptors_correct_a_wrong_expectation_at_once():
+    dma = DmaScheduler(
+        [LinkSpec(source=Tier.DRAM, destination=Tier.HBM, latency_ns=0, bytes_per_ns=10)]
+    )
+    for expected_ns in (550, 700, 775):
+        dma.measure((Tier.DRAM, Tier.HBM), 1000, 1000)
+        assert dma.alone_ns((Tier.DRAM, Tier.HBM), 1000) == pytest.approx(expected_ns)

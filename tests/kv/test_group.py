@@ -2,7 +2,7 @@ from penstock.core.events import Span
 from penstock.core.messages import GroupBlocks
 from penstock.kv.cache import KVCache
 from penstock.transfer.plan import align
-from tests.kv.cache_model import BLOCK_SIZE, LAYOUT, hashes_of, prefilled, snapshot
+from tests.kv.cache_model import BLOCK_SIZE, LAYOUT, hashes_of, num_runs, prefilled, snapshot
 
 
 def test_a_sliding_group_offers_only_its_window():
@@ -21,7 +21,7 @@ def test_an_adopted_request_lies_in_runs_like_the_peers():
     adoption = destination.adopt("a", hashes_of(token_ids), 39, source.runs("a", 39))
 
     assert adoption.cached_tokens == 0
-    assert destination.num_runs("a") == (1, 1, 1)
+    assert num_runs(destination, "a") == (1, 1, 1)
 
 
 def test_a_second_request_with_the_same_prefix_pulls_only_the_rest():

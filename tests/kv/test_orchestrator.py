@@ -108,7 +108,7 @@ def test_an_encoded_block_crosses_is_decoded_and_stays_below():
     assert orchestrator.is_ready("a")
     orchestrator.waited("a", 0, 47)
     assert orchestrator.dma.books((Tier.DRAM, Tier.HBM)).exposed_ns == 42
-    assert orchestrator.compression.exposed_ns == 5
+    assert orchestrator.compression.books.exposed_ns == 5
     assert {c.tier: c.codec for c in orchestrator.residency.present("a")} == {
         Tier.DRAM: "int8",
         Tier.HBM: RAW,

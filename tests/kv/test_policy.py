@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.kv.policy import (
+    Cut,
     Option,
     WriteMode,
     choose_codec,
     choose_tier,
+    fetch_beside_computing,
     fetch_then_recompute,
     steady_ns,
     write_mode,
@@ -117,3 +119,23 @@ def test_a_prefix_is_fetched_as_far_as_that_is_quicker_than_computing_after_it()
 
     assert [cut(10, block_ns) for block_ns in (5.0, 10.0, 100.0, 5000.0)] == [0, 0, 4, 10]
     assert cut(0, 100.0) == 0
+
+
+def test_beside_computing_the_end_is_fetched_that_takes_as_long_as_the_front():
+    def fetch_ns(num_blocks):
+        return 50 + 10 * num_blocks
+
+    def compute_ns(num_blocks):
+        return 10 * num_blocks
+
+    assert fetch_beside_computing(20, fetch_ns, compute_ns) == Cut(8, 130)
+    for num_blocks in range(1, 30):
+        best = min(
+            max(fetch_ns(n) if n else 0, compute_ns(num_blocks - n)) for n in range(num_blocks + 1)
+        )
+        assert fetch_beside_computing(num_blocks, fetch_ns, compute_ns).total_ns == best
+
+
+def test_what_is_fetched_at_once_is_not_computed_and_what_never_comes_is():
+    assert fetch_beside_computing(9, lambda n: 1.0, lambda n: 5.0 * n) == Cut(9, 1.0)
+    assert fetch_beside_computing(9, lambda n: 1e9 * n, lambda n: 5.0 * n) == Cut(0, 45.0)

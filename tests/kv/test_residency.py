@@ -5,9 +5,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.kv.residency import Residency, Temperature
-from penstock.kv.tiers import RAW, Tier, TierSpec
+from penstock.kv.tiers import RAW, CodecSpec, Tier, TierSpec
 
 CAPACITY = {Tier.HBM: 100, Tier.DRAM: 250}
+
+
+def codec(name: str, num_bytes: int) -> CodecSpec:
+    return CodecSpec(name=name, block_bytes=num_bytes, decode_ns=0 if name == RAW else 7)
 
 
 def make(**settings) -> Residency:
@@ -17,12 +21,12 @@ def make(**settings) -> Residency:
 
 def test_room_is_taken_when_a_copy_begins_to_arrive():
     residency = make()
-    assert residency.begin("a", Tier.HBM, RAW, 60, 0)
-    assert not residency.begin("b", Tier.HBM, RAW, 60, 0)
+    assert residency.begin("a", Tier.HBM, codec(RAW, 60), 0)
+    assert not residency.begin("b", Tier.HBM, codec(RAW, 60), 0)
     assert residency.used_bytes(Tier.HBM) == 60
     assert not residency.is_present("a", Tier.HBM)
     residency.abort("a", Tier.HBM)
-    assert residency.begin("b", Tier.HBM, RAW, 60, 0)
+    assert residency.begin("b", Tier.HBM, codec(RAW, 60), 0)
     residency.finish("b", Tier.HBM)
     assert residency.is_present("b", Tier.HBM)
     assert "a" not in residency
@@ -30,8 +34,8 @@ def test_room_is_taken_when_a_copy_begins_to_arrive():
 
 def test_a_block_lies_in_several_tiers_and_is_forgotten_with_its_last_copy():
     residency = make()
-    residency.add("a", Tier.HBM, RAW, 60, 0)
-    residency.add("a", Tier.DRAM, "int8", 30, 0)
+    residency.add("a", Tier.HBM, codec(RAW, 60), 0)
+    residency.add("a", Tier.DRAM, codec("int8", 30), 0)
     assert [copy.codec for copy in residency.present("a")] == [RAW, "int8"]
     assert residency.num_copies("a") == 2
     residency.drop("a", Tier.HBM)
@@ -43,7 +47,7 @@ def test_a_block_lies_in_several_tiers_and_is_forgotten_with_its_last_copy():
 
 def test_what_is_held_cannot_be_dropped():
     residency = make()
-    residency.add("a", Tier.HBM, RAW, 60, 0)
+    residency.add("a", Tier.HBM, codec(RAW, 60), 0)
     residency.hold("a", Tier.HBM)
     with pytest.raises(AssertionError, match="held"):
         residency.drop("a", Tier.HBM)
@@ -53,7 +57,7 @@ def test_what_is_held_cannot_be_dropped():
 
 def test_temperature_by_recency():
     residency = make(hot_ns=10, warm_ns=100)
-    residency.add("a", Tier.HBM, RAW, 1, 0)
+    residency.add("a", Tier.HBM, codec(RAW, 1), 0)
     assert residency.temperature("a", 0) is Temperature.COLD
     residency.touch("a", 0)
     times = [(10, Temperature.HOT), (11, Temperature.WARM), (101, Temperature.COLD)]
@@ -63,7 +67,7 @@ def test_temperature_by_recency():
 
 def test_temperature_by_measured_reuse():
     residency = make(hot_ns=10, warm_ns=100)
-    residency.add("a", Tier.HBM, RAW, 1, 0)
+    residency.add("a", Tier.HBM, codec(RAW, 1), 0)
     residency.touch("a", 0)
     residency.touch("a", 1000)
     # Idle for long, but the next use is due at 2000.
@@ -76,7 +80,7 @@ def test_temperature_by_measured_reuse():
 def test_the_chance_of_reuse_is_what_happened_so_far():
     residency = make()
     for index in range(20):
-        residency.add(index, Tier.HBM, RAW, 1, index)
+        residency.add(index, Tier.HBM, codec(RAW, 1), index)
         residency.touch(index, 0)
     before = residency.reuse_chance(0)
     for index in range(10):
@@ -87,9 +91,9 @@ def test_the_chance_of_reuse_is_what_happened_so_far():
 
 def test_the_snapshot_tells_codecs_temperatures_and_what_arrives():
     residency = make()
-    residency.add("a", Tier.HBM, "int8", 30, 0)
+    residency.add("a", Tier.HBM, codec("int8", 30), 0)
     residency.touch("a", 5)
-    residency.begin("a", Tier.DRAM, RAW, 60, 0)
+    residency.begin("a", Tier.DRAM, codec(RAW, 60), 0)
     assert residency.snapshot(5) == {
         "hbm": {
             "capacity_bytes": 100,
@@ -128,7 +132,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         used = sum(size for (_, t), size in self.sizes.items() if t is tier)
         fits = used + num_bytes <= CAPACITY[tier]
-        assert self.residency.begin(key, tier, RAW, num_bytes, 0) == fits
+        assert self.residency.begin(key, tier, codec(RAW, num_bytes), 0) == fits
         if fits:
             self.sizes[key, tier] = num_bytes
             self.arriving.add((key, tier))

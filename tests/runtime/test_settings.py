@@ -41,6 +41,11 @@ def test_what_only_reads_cannot_push(transport: str):
     ClusterSettings(engine=EngineConfig(model="m"), transport="shm", handoff=Handoff.PUSH)
 
 
+def test_a_pull_needs_a_connection():
+    with pytest.raises(StartupFailed, match="--tcp-streams: 0"):
+        ClusterSettings(engine=EngineConfig(model="m"), transport="tcp", tcp_streams=0)
+
+
 def test_workers_of_another_host_are_called_after_it():
     settings = ClusterSettings(
         engine=EngineConfig(model="m"),

@@ -11,7 +11,7 @@ KEY = ("w", "mixed")
 
 
 def totals() -> dict[str, dict[tuple[str, ...], float]]:
-    tier = TierLoad("dram", 8, 4, num_hits=5, exposed_ns=2_500_000_000)
+    tier = TierLoad("dram", 8, 4, num_hits=5, exposed_ns=2_500_000_000, exposed_decode_ns=10**9)
     load = Load(
         worker_id=WorkerId("w"),
         waiting=0,
@@ -29,6 +29,7 @@ def test_every_total_has_its_value_and_its_words() -> None:
     found = totals()
     assert found["kv_tier_hits"] == {(*KEY, "dram"): 5}
     assert found["kv_tier_exposed_seconds"] == {(*KEY, "dram"): 2.5}
+    assert found["kv_tier_exposed_decode_seconds"] == {(*KEY, "dram"): 1.0}
     assert found["kv_prefetches"][(*KEY, "used")] == 3
     assert found["kv_prefetches"][(*KEY, "late")] == 2
     assert set(found) <= set(TIER_HELP)

@@ -1,19 +1,23 @@
 """What strangers and peers may send that no reader of ours does: nothing leaves that must not."""
 
 import socket
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.transfer.region import Region
 from penstock.transport import wire
+from penstock.transport.native.library import load_library
 from penstock.transport.tcp import call
 from penstock.transport.tcp_owner import TcpOwner
 
 KEY = bytes(range(32))
 EPOCH = 7
+REGION_BYTES = 512
+CONTENTS = np.random.default_rng(5).integers(0, 256, REGION_BYTES, np.uint8).tobytes()
 
 
 @settings(max_examples=40)
@@ -49,7 +53,9 @@ headers = st.tuples(
     st.sampled_from([0, 1, 2, wire.RUNS_MAX, wire.RUNS_MAX + 1, 2**32 - 1]),
     st.integers(0, 2**64 - 1),
 )
-numbers = st.one_of(st.integers(0, 20), st.integers(0, 2**64 - 1))
+numbers = st.one_of(
+    st.integers(0, 40), st.integers(REGION_BYTES - 20, REGION_BYTES + 20), st.integers(0, 2**64 - 1)
+)
 
 
 @settings(max_examples=60)
@@ -68,20 +74,55 @@ def test_what_an_authenticated_peer_makes_up_reads_nothing_outside(header, runs,
     if status or not num_bytes:
         return
     body = answer[wire.REPLY.size :][:num_bytes]
-    asked = [run for run in runs if run[0] + run[1] <= 16]
-    assert (
-        body
-        == b"".join(bytes([first + i] * 32) for first, n in asked for i in range(n))[: len(body)]
-    )
+    asked = [run for run in runs if run[0] + run[1] <= REGION_BYTES]
+    assert body == b"".join(CONTENTS[first : first + n] for first, n in asked)[: len(body)]
+
+
+@pytest.fixture(params=["native", "python"])
+def implementation(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif load_library() is None:
+        pytest.skip("there is no compiler")
+    load_library.cache_clear()
+    yield request.param
+    load_library.cache_clear()
+
+
+def test_runs_of_bytes_come_exactly_or_not_at_all(implementation):
+    """Both ends of every run are looked at, whatever their sum would be in 64 bits."""
+    answered = set()
+
+    @settings(max_examples=60, deadline=None)
+    @given(runs=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=3))
+    def asks(runs):
+        header = wire.REQUEST.pack(wire.MAGIC, wire.READ, 0, EPOCH, 0, len(runs), 9)
+        with call(owner.endpoint.address, KEY, 10.0) as stream:
+            stream.settimeout(10)
+            answer = say(stream, header + b"".join(wire.RUN.pack(*run) for run in runs))
+        is_inside = all(size and first + size <= REGION_BYTES for first, size in runs)
+        expected = b"".join(CONTENTS[first : first + size] for first, size in runs)
+        status = wire.Status.OK if is_inside else wire.Status.OUT_OF_BOUNDS
+        body = expected if is_inside else b""
+        assert answer == wire.REPLY.pack(wire.MAGIC, status, 9, len(body)) + body
+        answered.add(status)
+
+    with closing(_new_owner()) as owner:
+        asks()
+    assert answered == {wire.Status.OK, wire.Status.OUT_OF_BOUNDS}
 
 
 def _fuzzed_owner():
-    """Return one owner for all examples: 16 blocks of 32 bytes, each full of its number."""
+    """Return one owner for all examples."""
     if not _FUZZED:
-        _FUZZED.append(TcpOwner(EPOCH, KEY, silence_s=0.5))
-        blocks = np.repeat(np.arange(16, dtype=np.uint8), 32).reshape(16, 32)
-        _FUZZED[0].add(Region(blocks))
+        _FUZZED.append(_new_owner())
     return _FUZZED[0]
+
+
+def _new_owner():
+    owner = TcpOwner(EPOCH, KEY, silence_s=0.5)
+    owner.add(Region(np.frombuffer(CONTENTS, np.uint8).reshape(16, 32)))
+    return owner
 
 
 _FUZZED = []

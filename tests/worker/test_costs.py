@@ -36,6 +36,17 @@ def test_before_the_first_step_computing_takes_longer_than_any_fetch() -> None:
     assert costs.recompute_ns(2) == pytest.approx(2 * LAYOUT.block_size * 1000)
 
 
+def test_short_steps_do_not_make_computing_seem_slow() -> None:
+    costs = TierCosts(CONFIG, Traffic(CONFIG))
+    costs.note_step(2048, 2048 * 100)
+    for _ in range(10):  # what is left after a fetch: slow for its tokens
+        costs.note_step(16, 16 * 1000)
+    assert costs.recompute_ns(1) < 1.8 * LAYOUT.block_size * 100
+    for _ in range(20):
+        costs.note_step(2048, 2048 * 300)
+    assert costs.recompute_ns(1) == pytest.approx(LAYOUT.block_size * 300, rel=0.05)
+
+
 def test_blocks_of_a_batch_share_its_latency_and_a_lone_fetch_does_not() -> None:
     costs = TierCosts(CONFIG, Traffic(CONFIG))
     block_ns = LAYOUT.block_bytes[0]

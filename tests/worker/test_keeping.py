@@ -42,7 +42,7 @@ def name(number: int) -> BlockHash:
 
 
 def compute_blocks_in(costs: TierCosts, ms: int) -> None:
-    for _ in range(50):
+    for _ in range(1000):
         costs.note_step(LAYOUT.block_size * 10, 10 * ms * 1_000_000)
 
 

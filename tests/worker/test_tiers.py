@@ -84,7 +84,7 @@ class Below:
                 num_spans=len(spans),
                 transport="test",
                 started_ns=0,
-                finished_ns=1,
+                finished_ns=10,
                 error=error,
                 digests=() if error else digests,
                 codec_ns=7 if self.codecs & {ends.source, ends.destination} else 0,

@@ -1,6 +1,7 @@
 """The worker core as stories: events in, expected commands out."""
 
 import numpy as np
+from msgspec.structs import replace
 
 from penstock.core.events import EndStep, RunStep, StepDone
 from penstock.core.messages import Cancel, Hello, Load, Tokens
@@ -190,6 +191,16 @@ def test_rounds_stop_at_the_most_tokens_that_a_request_may_have() -> None:
     story.tell(assign(request("r", 20, max_tokens=4), P0))
     story.step()
     assert story.steps[0].repeats == 3
+
+
+def test_a_window_moves_with_every_step_so_that_there_are_no_rounds() -> None:
+    story = Story(P0, max_rounds=8)
+    asked = replace(request("r", 60, max_tokens=30), kv_window=8)
+    story.tell(assign(asked, P0))
+    story.step()
+    # From here on blocks between the first one and the window are let go, and may be anybody's.
+    assert [story.step().repeats for _ in range(12)] == [1] * 12
+    assert story.steps[0].gaps is not None
 
 
 def test_tables_of_a_step_are_copies() -> None:

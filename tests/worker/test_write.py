@@ -27,6 +27,8 @@ def test_a_lossy_tier_is_known_by_its_slots_and_gives_other_content() -> None:
     assert below.run("a again", 100, accepts_loss=True) == 32
     load = below.load()
     assert (load.num_hits, load.decode_ns, load.raw_bytes_out) == (2, 7, 2 * BLOCK_BYTES)
+    # It was waited for longer than the move took, so all of the decoding was.
+    assert load.exposed_ns > load.exposed_decode_ns == 7
     # What came back has digests of its own, by which peers know it from here on.
     pool = story.worker.kv.groups[0].pool
     found = [pool.prefix_cache.find(name) for name in story.worker.tiers.names()]

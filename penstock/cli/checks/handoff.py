@@ -7,7 +7,6 @@ memory, a plain socket for TCP.
 
 import os
 import secrets
-import select
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -30,6 +29,7 @@ from penstock.cli.checks.peer import (
     host_id,
     name_of_a_block,
 )
+from penstock.cli.checks.process import first_line
 from penstock.cli.checks.rates import Plain, measure
 from penstock.core.errors import (
     BackendUnavailable,
@@ -42,7 +42,6 @@ from penstock.core.version import VERSION
 from penstock.transfer.digest import take_digests
 from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory
-from penstock.transport.cuda_driver import CudaDriver
 from penstock.transport.key import VARIABLE, cluster_key
 from penstock.transport.nixl import Nixl
 from penstock.transport.nixl_agent import has_rdma, is_installed
@@ -50,7 +49,6 @@ from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.tcp import Tcp
 from penstock.transport.way import Source, Way
 
-PEER_DEADLINE_S: Final = 30.0
 SKEW_NS_MAX: Final = 1_000_000
 DAY_SKEW_NS_MAX: Final = 500_000_000
 Explain = Callable[[str, dict[str, Any]], Finding]
@@ -118,7 +116,6 @@ def _try_everything(extent: Extent, plain: Plain, key: bytes, host: str) -> Iter
         yield _stranger_finding(memory)
         if isinstance(nixl, Finding):
             yield nixl
-        yield _cuda_finding()
         yield _clock_finding(plain, facts)
         yield from measure(extent, plain, sources, facts["moved_bytes"])
 
@@ -158,25 +155,10 @@ def _peer(extent: Extent, key: bytes) -> Iterator[int]:
             assert process.stdin is not None
             process.stdin.write(key.hex().encode() + b"\n")
             process.stdin.flush()
-            yield int(_first_line(process, words))
+            yield int(first_line(process, words))
         finally:
             process.kill()
             process.communicate()
-
-
-def _first_line(process: "subprocess.Popen[bytes]", words: IO[bytes]) -> bytes:
-    assert process.stdout is not None
-    deadline, line = time.monotonic() + PEER_DEADLINE_S, b""
-    while not line.endswith(b"\n"):
-        left = max(0.0, deadline - time.monotonic())
-        is_there, _, _ = select.select([process.stdout], [], [], left)
-        chunk = os.read(process.stdout.fileno(), 65536) if is_there else b""
-        if not chunk:
-            words.seek(0)
-            said = words.read().decode(errors="replace").strip().splitlines()
-            raise StartupFailed(said[-1] if said else f"nothing within {PEER_DEADLINE_S:.0f} s")
-        line += chunk
-    return line
 
 
 def _open(way: Way, memory: PeerMemory) -> tuple[Source, Source] | str:
@@ -302,16 +284,5 @@ def _start_nixl() -> Nixl | Finding:
         return warning("nixl", f"installed, but it does not start: {error}", _NIXL_ADVICE)
 
 
-def _cuda_finding() -> Finding:
-    if not _NVIDIA.exists():
-        return ok("cuda_ipc", "there is no NVIDIA GPU")
-    try:
-        CudaDriver()
-    except BackendUnavailable as error:
-        return warning("cuda_ipc", "there is a GPU, but its driver cannot be used", str(error))
-    return ok("cuda_ipc", "the driver can share memory of GPUs; only the library uses it yet")
-
-
-_NVIDIA: Final = Path("/dev/nvidia0")
 _NIXL_INSTALL: Final = "pip install 'penstock[nixl]'"
 _NIXL_ADVICE: Final = "look at ucx_info -d and UCX_TLS; until then TCP is used between hosts"

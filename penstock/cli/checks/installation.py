@@ -228,15 +228,16 @@ def _engine_findings(facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _gpu_finding(facts: dict[str, Any]) -> Finding:
+    """Say what torch sees; `gpu.py` says what there is."""
     if facts["gpus"]:
-        return ok("gpu", ", ".join(facts["gpus"]))
+        return ok("torch on GPUs", ", ".join(facts["gpus"]))
     if Path("/dev/nvidia0").exists():
         return warning(
-            "gpu",
+            "torch on GPUs",
             f"there is one, but torch {facts['torch']} does not see it",
             "install a CUDA build of torch that fits the driver, and look at CUDA_VISIBLE_DEVICES",
         )
-    return ok("gpu", "torch sees none: workers compute on the CPU")
+    return ok("torch on GPUs", f"torch {facts['torch']} sees none")
 
 
 def _data_bytes(header: dict[str, Any]) -> int:

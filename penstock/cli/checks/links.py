@@ -10,7 +10,7 @@ from typing import Any, Final
 from penstock.cli.checks.finding import Extent, Finding, State, failed, ok, warning
 from penstock.cli.checks.rates import SHARE_MIN
 from penstock.cli.client import ChatClient
-from penstock.core.errors import PenstockError
+from penstock.core.errors import PenstockError, WorkersUnavailable
 
 SKEW_S_MAX: Final = 1e-3
 OURS: Final = ("shm", "tcp")
@@ -27,7 +27,9 @@ def check_links(extent: Extent, client: ChatClient) -> Iterator[Finding]:
     try:
         workers = [worker["id"] for worker in client.get("/cluster")["workers"]]
     except PenstockError as error:
-        yield failed("server", str(error), "say --cluster URL and --api-key KEY as it has them")
+        is_loading = isinstance(error, WorkersUnavailable) and "loading" in str(error)
+        advice = _LOADING if is_loading else "say --cluster URL and --api-key KEY as it has them"
+        yield failed("server", str(error), advice)
         return
     if len(workers) < 2:
         yield ok("workers", f"{len(workers)} up: there is no pair to hand anything over")
@@ -125,6 +127,7 @@ def _refused(refusals: Refusals, num_pairs: int) -> Iterator[Finding]:
         yield ok(kind, f"not possible for {which}: {reason}")
 
 
+_LOADING: Final = "ask again when it is ready: GET /health answers 200 then"
 _NO_WAY: Final = (
     "workers of one host must run as one user in one PID namespace; those of several need --listen "
     "on the server, open ports and one cluster key"

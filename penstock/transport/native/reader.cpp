@@ -1,8 +1,9 @@
-// The reader's side of TCP: asks for runs of blocks and receives them where they belong, over
+// The reader's side of TCP: asks for runs of bytes and receives them where they belong, over
 // several streams at once, in one call.
 //
 // What adjoins at the source is one run of the request, what adjoins at the destination one vector
-// of the receive, each on its own: a scattered copy of a contiguous source asks for one run.
+// of the receive, each on its own: a scattered copy of a contiguous source asks for one run. Streams
+// share the bytes and not the blocks: one big block is read over all of them.
 #include <algorithm>
 #include <system_error>
 #include <thread>
@@ -16,6 +17,7 @@ namespace {
 
 // A thread costs some ten microseconds, and so does a second stream's wake-up.
 constexpr int64_t kBytesPerStreamMin = 1 << 20;
+constexpr int64_t kLineBytes = 64;
 
 struct Part {
     std::vector<Run> runs;
@@ -27,20 +29,17 @@ struct Part {
         vectors.reserve(num_runs + 1);
     }
 
-    void add(const penstock_reading& reading, int64_t source, int64_t destination, int64_t count) {
-        const auto size = static_cast<size_t>(count * reading.block_bytes);
-        uint8_t* to = reading.destination + destination * reading.block_bytes;
-        if (!runs.empty() && runs.back().first_block + runs.back().num_blocks ==
-                                 static_cast<uint64_t>(source))
-            runs.back().num_blocks += count;
+    void add(uint64_t from, uint8_t* to, int64_t size) {
+        if (!runs.empty() && runs.back().first_byte + runs.back().num_bytes == from)
+            runs.back().num_bytes += size;
         else
-            runs.push_back({static_cast<uint64_t>(source), static_cast<uint64_t>(count)});
+            runs.push_back({from, static_cast<uint64_t>(size)});
         if (vectors.size() > 1 &&
             static_cast<uint8_t*>(vectors.back().iov_base) + vectors.back().iov_len == to)
             vectors.back().iov_len += size;
         else
-            vectors.push_back({to, size});
-        num_bytes += static_cast<int64_t>(size);
+            vectors.push_back({to, static_cast<size_t>(size)});
+        num_bytes += size;
     }
 };
 
@@ -68,27 +67,27 @@ int64_t read_part(int stream, const penstock_reading& reading, Part& part, uint6
 }
 
 // Cuts the spans into parts: for each stream its share of the bytes, in requests of bounded size.
-std::vector<std::vector<Part>> share_out(const penstock_reading& reading, int64_t num_blocks,
+std::vector<std::vector<Part>> share_out(const penstock_reading& reading, int64_t num_bytes,
                                          int64_t num_streams) {
     std::vector<std::vector<Part>> shares(num_streams);
+    // Cut between cache lines, so that what was aligned stays so.
+    auto end_of = [&](int64_t stream) {
+        return stream + 1 == num_streams ? num_bytes
+                                         : num_bytes / num_streams * (stream + 1) & -kLineBytes;
+    };
     int64_t stream = 0, done = 0;
-    int64_t until = num_blocks / num_streams;
     const auto usual = static_cast<size_t>(reading.num_spans / num_streams + 2);
     shares[0].emplace_back(usual);
     for (int64_t i = 0; i < reading.num_spans; ++i) {
-        int64_t source = reading.spans[3 * i], destination = reading.spans[3 * i + 1];
-        int64_t left = reading.spans[3 * i + 2];
+        int64_t from = reading.spans[3 * i] * reading.block_bytes;
+        uint8_t* to = reading.destination + reading.spans[3 * i + 1] * reading.block_bytes;
+        int64_t left = reading.spans[3 * i + 2] * reading.block_bytes;
         while (left) {
-            if (done == until) {
-                ++stream;
-                until = stream + 1 == num_streams ? num_blocks
-                                                  : num_blocks * (stream + 1) / num_streams;
-                shares[stream].emplace_back(usual);
-            }
+            if (done == end_of(stream)) shares[++stream].emplace_back(usual);
             if (shares[stream].back().runs.size() == kRunsMax) shares[stream].emplace_back(usual);
-            const int64_t count = std::min(left, until - done);
-            shares[stream].back().add(reading, source, destination, count);
-            source += count, destination += count, left -= count, done += count;
+            const int64_t size = std::min(left, end_of(stream) - done);
+            shares[stream].back().add(static_cast<uint64_t>(from), to, size);
+            from += size, to += size, left -= size, done += size;
         }
     }
     return shares;
@@ -103,16 +102,16 @@ int64_t read_share(int stream, const penstock_reading& reading, std::vector<Part
 }
 
 int64_t read(const penstock_reading& reading) {
-    int64_t num_blocks = 0;
-    for (int64_t i = 0; i < reading.num_spans; ++i) num_blocks += reading.spans[3 * i + 2];
-    const int64_t num_bytes = num_blocks * reading.block_bytes;
+    int64_t num_bytes = 0;
+    for (int64_t i = 0; i < reading.num_spans; ++i)
+        num_bytes += reading.spans[3 * i + 2] * reading.block_bytes;
     if (!num_bytes) return 0;
-    const int64_t num_streams = std::clamp<int64_t>(
-        std::min(num_bytes / kBytesPerStreamMin, num_blocks), 1, reading.num_streams);
+    const int64_t num_streams =
+        std::clamp<int64_t>(num_bytes / kBytesPerStreamMin, 1, reading.num_streams);
     const auto deadline = Clock::now() + std::chrono::milliseconds(
                                                reading.patience_ms +
                                                num_bytes / reading.bytes_per_ms_min);
-    auto shares = share_out(reading, num_blocks, num_streams);
+    auto shares = share_out(reading, num_bytes, num_streams);
     std::vector<int64_t> outcomes(num_streams, 0);
     auto work = [&](int64_t i) {
         const int stream = reading.streams[i];

@@ -32,9 +32,8 @@ constexpr auto kRequestLimit = std::chrono::seconds(60);  // from header to last
 constexpr uint64_t kBytesPerReadMax = uint64_t{1} << 36;
 
 struct Region {
-    const uint8_t* blocks;
-    uint64_t num_blocks;
-    uint64_t block_bytes;
+    const uint8_t* bytes;
+    uint64_t num_bytes;
 };
 
 struct Connection {
@@ -190,8 +189,7 @@ bool Server::answer_read(Exchange& exchange, const RequestHeader& request) {
     vectors.clear();
     vectors.push_back({&header, sizeof header});
     for (const Run& run : exchange.runs)
-        vectors.push_back({const_cast<uint8_t*>(region.blocks + run.first_block * region.block_bytes),
-                           run.num_blocks * region.block_bytes});
+        vectors.push_back({const_cast<uint8_t*>(region.bytes + run.first_byte), run.num_bytes});
     // A slow link may take long for much: 1 s more for each 4 MiB.
     const auto limit = Clock::now() + kRequestLimit + std::chrono::seconds(num_bytes >> 22);
     if (send_all(socket, vectors.data(), vectors.size(), limit) != 0) return false;
@@ -208,16 +206,15 @@ Status Server::check(const RequestHeader& request, const std::vector<Run>& runs,
         if (request.region >= regions_.size()) return kNoRegion;
         region = regions_[request.region];
     }
-    uint64_t num_blocks = 0;
+    num_bytes = 0;
     for (const Run& run : runs) {
-        // In this order nothing overflows.
-        if (run.num_blocks == 0 || run.num_blocks > region.num_blocks ||
-            run.first_block > region.num_blocks - run.num_blocks)
+        // In this order nothing overflows: no run is longer than the region.
+        if (run.num_bytes == 0 || run.num_bytes > region.num_bytes ||
+            run.first_byte > region.num_bytes - run.num_bytes)
             return kOutOfBounds;
-        num_blocks += run.num_blocks;
+        num_bytes += run.num_bytes;
     }
-    if (num_blocks > kBytesPerReadMax / region.block_bytes) return kOutOfBounds;
-    num_bytes = num_blocks * region.block_bytes;
+    if (num_bytes > kBytesPerReadMax) return kOutOfBounds;
     return kOk;
 }
 
@@ -279,7 +276,7 @@ void* penstock_server_new(uint64_t epoch, int64_t silence_ms, int64_t connection
 int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blocks,
                             int64_t block_bytes) {
     return static_cast<Server*>(server)->add(
-        {blocks, static_cast<uint64_t>(num_blocks), static_cast<uint64_t>(block_bytes)});
+        {blocks, static_cast<uint64_t>(num_blocks * block_bytes)});
 }
 int64_t penstock_server_serve(void* server, int32_t socket) {
     return static_cast<Server*>(server)->serve(socket);

@@ -1,7 +1,7 @@
-// The wire after the handshake: little-endian headers of fixed size, then spans or bytes. Mirrored
+// The wire after the handshake: little-endian headers of fixed size, then runs or bytes. Mirrored
 // by `wire.py`, which also has the handshake.
 //
-//   read    RequestHeader(op 1, count = runs), count x Run      -> ReplyHeader, num_bytes of blocks
+//   read    RequestHeader(op 1, count = runs), count x Run      -> ReplyHeader, num_bytes of them
 //   notify  RequestHeader(op 2, count = bytes), count bytes     -> ReplyHeader
 //
 // After a reply whose status is not 0 the owner ends the connection.
@@ -17,7 +17,7 @@
 
 namespace penstock {
 
-constexpr uint32_t kMagic = 0x31534e50;  // "PNS1"
+constexpr uint32_t kMagic = 0x32534e50;  // "PNS2"
 constexpr uint32_t kRunsMax = 1 << 16;
 constexpr uint32_t kTextMax = 1 << 16;
 constexpr int kVectorsMax = 1024;  // IOV_MAX of Linux
@@ -35,9 +35,10 @@ struct RequestHeader {
     uint32_t count;
     uint64_t id;
 };
+// Of a region's bytes, so that several streams can share even a single block.
 struct Run {
-    uint64_t first_block;
-    uint64_t num_blocks;
+    uint64_t first_byte;
+    uint64_t num_bytes;
 };
 // As long as a cache line, so that what follows lies in the kernel's buffers as it does in the pool:
 // a copy between places that are aligned alike is quicker.

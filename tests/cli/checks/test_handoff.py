@@ -145,19 +145,6 @@ def test_nixl_that_does_not_start_or_lead_anywhere(monkeypatch):
     assert "TCP is used" in handoff._no_nixl("it says nothing", {}).advice
 
 
-def test_a_gpu_whose_driver_cannot_be_used(monkeypatch, tmp_path):
-    monkeypatch.setattr(handoff, "_NVIDIA", tmp_path / "nvidia0")
-    assert handoff._cuda_finding().state is State.OK
-    (tmp_path / "nvidia0").touch()
-
-    def break_down() -> None:
-        raise BackendUnavailable("the NVIDIA driver is too old")
-
-    monkeypatch.setattr(handoff, "CudaDriver", break_down)
-    finding = handoff._cuda_finding()
-    assert (finding.state, finding.advice) == (State.WARNING, "the NVIDIA driver is too old")
-
-
 # --- a peer that is called at an address
 
 

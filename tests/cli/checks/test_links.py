@@ -125,3 +125,14 @@ def test_no_server():
 
     found = look(Nobody())
     assert found["server"].state is State.FAILED
+    assert "--cluster URL" in found["server"].advice
+
+
+def test_a_server_that_loads_is_to_be_asked_again():
+    class Loading(Client):
+        def get(self, path: str) -> dict[str, Any]:
+            raise WorkersUnavailable("the model is loading: packing (10%)")
+
+    found = look(Loading())["server"]
+    assert found.state is State.FAILED
+    assert "ask again" in found.advice

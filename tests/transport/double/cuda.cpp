@@ -23,6 +23,7 @@ typedef struct { char reserved[64]; } CUipcMemHandle;
 #define CUDA_ERROR_MAP_FAILED 205
 #define CUDA_ERROR_NOT_READY 600
 #define cuDeviceGetUuid cuDeviceGetUuid_v2
+#define cuDeviceTotalMem cuDeviceTotalMem_v2
 #define cuCtxPushCurrent cuCtxPushCurrent_v2
 #define cuCtxPopCurrent cuCtxPopCurrent_v2
 #define cuMemAlloc cuMemAlloc_v2
@@ -115,6 +116,16 @@ CUresult cuDeviceGetCount(int *count) {
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
     if (ordinal < 0 || ordinal >= num_devices()) return CUDA_ERROR_INVALID_DEVICE;
     *device = ordinal + 7;  // an ordinal is not a device
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
+    snprintf(name, (size_t)size, "double %d", device - 7);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceTotalMem(size_t *size, CUdevice) {
+    *size = (size_t)1 << 30;
     return CUDA_SUCCESS;
 }
 
