@@ -195,6 +195,7 @@ def _make_worker(
         raise StartupFailed(f"the model has become {layout}, and was to be {facts.layout}")
     device = find_device(engine.device)
     if device.is_cuda:
+        torch.cuda.empty_cache()  # what loading and the check have given back is others' as well
         pools = make_pools(layout, facts.num_blocks, device)
         on_device = DevicePools(tuple(pools), device.index)
         memory = device_memory(settings, facts, spec, place, on_device)
