@@ -42,7 +42,7 @@ def replay(options: argparse.Namespace) -> int:
     recorded, fabric = _learn(options.log, recording)
     members = _members(options.cluster, recorded) if options.cluster else recorded
     runs = {"recorded": summarise(_seen(recording), slo)}
-    spec = _spec(recording, recorded, fabric, options.max_num_batched_tokens)
+    spec = _spec(options, recording, recorded, fabric)
     seen = _simulate(recording, spec, 1.0)
     runs["simulated"] = summarise(seen, slo)
     changed = replace(spec, members=members, controller=_controller(spec.controller, options))
@@ -69,10 +69,19 @@ def _learn(log: str, recording: Recording) -> tuple[tuple[Member, ...], FabricCo
 
 
 def _spec(
-    recording: Recording, members: tuple[Member, ...], fabric: FabricCost, batched_tokens: int
+    options: argparse.Namespace,
+    recording: Recording,
+    members: tuple[Member, ...],
+    fabric: FabricCost,
 ) -> ServeSpec:
     """Return the recorded cluster. All workers that it ever had are there from the start."""
     info = next(iter(recording.workers.values()))
+    batched_tokens = options.max_num_batched_tokens or info.max_num_batched_tokens
+    if not batched_tokens:
+        raise BadRequest(
+            f"{options.log} is of a version that did not say how many tokens a step may have: "
+            "give --max-num-batched-tokens as it was"
+        )
     return ServeSpec(
         members=members,
         controller=msgspec.structs.replace(recording.config, workers_min=0, workers_max=0),
@@ -80,6 +89,8 @@ def _spec(
         layout=info.layout,
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=batched_tokens,
+        handoff=info.handoff,
+        is_prefix_caching=info.is_prefix_caching,
         max_model_len=info.max_model_len,
     )
 

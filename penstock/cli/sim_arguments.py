@@ -88,9 +88,8 @@ def add_replay(commands: "Commands") -> None:
     add(
         "--max-num-batched-tokens",
         type=_positive,
-        default=512,
         metavar="N",
-        help="what the recorded workers were started with (default 512)",
+        help="tokens of a step (default: what the recorded workers were started with)",
     )
     add(
         "--policy",

@@ -32,6 +32,9 @@ CLOSED: Final = 1e18
 PREFILLS_MIN: Final = 4
 """Prefills that a worker is given however long they are expected to take."""
 
+SCRATCH_ROWS: Final = 5
+SCRATCH_NUMBERS: Final = 3
+
 _COLUMNS: Final = (
     "arriving",
     "backlog",
@@ -51,14 +54,27 @@ _COLUMNS: Final = (
 )
 
 
+class Scratch:
+    """Room for what a policy works out on its way, so that nothing is allocated for it: `rows` of
+    [num_slots], and `numbers`, which numpy takes several times as fast out of arrays without
+    dimensions as it takes Python's.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.rows: tuple[Float64, ...] = tuple(np.empty((SCRATCH_ROWS, num_slots)))
+        self.numbers: tuple[Float64, ...] = tuple(np.empty(()) for _ in range(SCRATCH_NUMBERS))
+
+
 class Fleet:
     """All workers by name, in order of joining, and what the router needs of them by slot.
 
-    Columns are float64, [num_slots]. `coefficients` is [6, num_slots], as in `control/cost.py`.
+    Columns are float64, [num_slots]. `coefficients` is [6, num_slots], as in `control/cost.py`, and
+    `rows` are its rows.
     `step` is the time of a decode step with one sequence more, without its context. The closed
     columns are 0 or `CLOSED`, each for one part a worker can have in a request; `prefill_barred` is
     so for those that prompts are not meant for, however busy the others are. `alone_charge` is 1
-    where a prompt is not meant to be computed. `arriving` are bytes on their way to it.
+    where a prompt is not meant to be computed. `arriving` are bytes on their way to it. No worker
+    has less room than `kv_free_least`, and none is behind after `spare_until_ns`.
     """
 
     arriving: Float64
@@ -85,6 +101,8 @@ class Fleet:
         """Of every slot; empty where nobody is."""
         self.token_bytes = 1
         self.has_pairs = False
+        self.kv_free_least = CLOSED
+        self.spare_until_ns = 0.0
         self.work_ns = 0.0
         """Predicted time of all prefills ever assigned."""
         self.output_tokens = 0
@@ -176,7 +194,13 @@ class Fleet:
         self.step[slot] = fixed + per_sequence * (worker.num_decodes + 1) + context_ns
         # An idle worker takes what cannot fit anywhere else either.
         room = worker.capacity_tokens - worker.kv_tokens
-        self.kv_free[slot] = room if worker.num_decodes and self._is_holding else CLOSED
+        if worker.num_decodes and self._is_holding:
+            self.kv_free[slot] = room
+            self.kv_free_least = min(self.kv_free_least, room)
+        else:
+            self.kv_free[slot] = CLOSED
+        if worker.spare_at_ns > self.spare_until_ns:
+            self.spare_until_ns = worker.spare_at_ns
         self._admit(worker)
 
     def _admit(self, worker: WorkerRecord) -> None:
@@ -199,7 +223,7 @@ class Fleet:
 
     def _close(self, slot: int) -> None:
         self.prefill_closed[slot] = self.prefill_barred[slot] = CLOSED
-        self.decode_closed[slot] = self.alone_closed[slot] = CLOSED
+        self.decode_closed[slot] = self.alone_closed[slot] = self.kv_free[slot] = CLOSED
 
     def wait_ns(self, now_ns: int) -> Float64:
         """Return how long a prompt would wait for its turn on each worker, [num_slots].
@@ -207,9 +231,21 @@ class Fleet:
         Until the work before it should be done; while that has been due for long it is half of it
         at least, for it is not done yet.
         """
-        ahead = self.free_at - now_ns
-        np.maximum(ahead, self.backlog_least, out=ahead)
-        return np.minimum(ahead, self.backlog, out=ahead)
+        return self.put_wait(np.array(float(now_ns)), np.empty(len(self.free_at)))
+
+    def put_wait(self, now_ns: Float64, out: Float64) -> Float64:
+        """Write that to `out`, and return it."""
+        np.subtract(self.free_at, now_ns, out)
+        np.maximum(out, self.backlog_least, out=out)
+        return np.minimum(out, self.backlog, out=out)
+
+    def has_room(self, num_tokens: int) -> bool:
+        """True when every worker has room for the KV of so many tokens more."""
+        if num_tokens <= self.kv_free_least:
+            return True
+        # It only ever falls as books change, so that nobody has to look at all of them.
+        self.kv_free_least = self.kv_free.item(self.kv_free.argmin())
+        return num_tokens <= self.kv_free_least
 
     # ------------------------------------------------------------------------------------- reports
 
@@ -260,6 +296,8 @@ class Fleet:
             setattr(self, name, np.concatenate([column, np.zeros(added)]))
         old = getattr(self, "coefficients", np.zeros((6, 0)))
         self.coefficients: Float64 = np.concatenate([old, np.zeros((6, added))], axis=1)
+        self.rows: tuple[Float64, ...] = tuple(self.coefficients)
+        self.scratch = Scratch(num_slots)
 
     def check(self) -> None:
         """Assert that columns are what the records say, and that slots are one to one."""

@@ -14,7 +14,6 @@ hash of its first block, and hashing, not looking up, is what a long prefix cost
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from struct import pack
 from typing import Final
 
@@ -27,10 +26,11 @@ from penstock.core.types import BlockHash
 BLOCKS_MAX: Final = 4_000_000
 """Names in the index, about 150 bytes each."""
 CHUNK_BLOCKS: Final = 8
-"""Blocks whose tokens are packed for hashing at a time."""
+"""Blocks that are known or not as one."""
 KNOWN_MAX: Final = 30_000
 """Chunks whose names are remembered, about 600 bytes each."""
 DEAD_SLOTS_MAX: Final = 64
+FEW_WORKERS: Final = 12
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -60,32 +60,27 @@ class PromptBlocks:
 
     def __iter__(self) -> Iterator[BlockHash]:
         """Yield the names in order; each also names all before it."""
-        parent = self._root
-        chunk_tokens, num_bytes = CHUNK_BLOCKS * self._block_size, 4 * self._block_size
-        num_tokens = self.num_blocks * self._block_size
-        for start in range(0, num_tokens, chunk_tokens):
-            chunk = self._token_ids[start : min(start + chunk_tokens, num_tokens)]
-            key = (parent, hash(tuple(chunk)))
+        token_ids, size, parent = self._token_ids, self._block_size, self._root
+        num_tokens = self.num_blocks * size
+        layout = f"<{size}I"
+        for start in range(0, num_tokens, CHUNK_BLOCKS * size):
+            stop = min(start + CHUNK_BLOCKS * size, num_tokens)
+            key = (parent, hash(tuple(token_ids[start:stop])))
             names = self._known.get(key)
-            if names is not None:
+            if names is None:
+                fresh = []
+                for begin in range(start, stop, size):
+                    parent = name_block(parent, pack(layout, *token_ids[begin : begin + size]))
+                    fresh.append(parent)
+                    yield parent
+                self._known[key] = tuple(fresh)
+            else:
                 yield from names
                 parent = names[-1]
-                continue
-            data = pack(f"<{len(chunk)}I", *chunk)
-            fresh = []
-            for begin in range(0, len(data), num_bytes):
-                parent = name_block(parent, data[begin : begin + num_bytes])
-                fresh.append(parent)
-                yield parent
-            self._known[key] = tuple(fresh)
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """The workers, as bits, whose longest prefix is `num_blocks` long."""
-
-    num_blocks: int
-    workers: int
+Level = tuple[int, int]
+"""How many blocks long the longest prefix of some workers is, and who they are, as bits."""
 
 
 class PrefixIndex:
@@ -155,29 +150,36 @@ class PrefixIndex:
         O(blocks that somebody has).
         """
         levels: list[Level] = []
-        live, num_blocks = self._live, 0
+        live, num_blocks, before = self._live, 0, -1
         young = self._young
         for name in blocks:
-            having = young.get(name, 0) or self._rejuvenate(name)
-            left = live & having
-            if left != live:
-                levels.append(Level(num_blocks, live ^ left))
-                live = left
-                if not live:
-                    return levels
+            having = young.get(name) or self._rejuvenate(name)
+            if having != before:
+                before = having
+                left = live & having
+                if left != live:
+                    levels.append((num_blocks, live ^ left))
+                    live = left
+                    if not live:
+                        return levels
             num_blocks += 1
-        levels.append(Level(num_blocks, live))
+        levels.append((num_blocks, live))
         return levels
 
     def tokens(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Float64:
         """Return how many tokens of a prompt each slot has, [num_slots]."""
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
-        blocks = PromptBlocks(token_ids, block_size, root, self._known)
-        tokens = np.zeros(self._num_slots)
-        for level in self.levels(blocks):
-            if level.num_blocks:
-                tokens[slots_of(level.workers)] = level.num_blocks * block_size
+        levels = self.levels(PromptBlocks(token_ids, block_size, root, self._known))
+        # Most workers have the same: a beginning that is everybody's, or nothing.
+        usual, _ = max(levels, key=_num_workers)
+        tokens = np.empty(self._num_slots)
+        tokens.fill(usual * block_size)
+        if usual:
+            _put(tokens, (1 << self._num_slots) - 1 ^ self._live, 0)
+        for num_blocks, workers in levels:
+            if num_blocks != usual:
+                _put(tokens, workers, num_blocks * block_size)
         return tokens
 
     def _rejuvenate(self, name: BlockHash) -> int:
@@ -208,9 +210,22 @@ class PrefixIndex:
         assert not self._young.keys() & self._old.keys()
 
 
+def _num_workers(level: Level) -> int:
+    return level[1].bit_count()
+
+
+def _put(tokens: Float64, workers: int, num_tokens: int) -> None:
+    """Write one number to the slots of a set of workers; a few are soonest done one by one."""
+    if workers.bit_count() > FEW_WORKERS:
+        tokens[slots_of(workers)] = num_tokens
+        return
+    while workers:
+        slot = workers.bit_length() - 1
+        tokens[slot] = num_tokens
+        workers ^= 1 << slot
+
+
 def slots_of(workers: int) -> Int64:
     """Return the slots of a set of workers, ascending."""
-    if workers.bit_count() == 1:
-        return np.array([workers.bit_length() - 1])
     data = workers.to_bytes((workers.bit_length() + 7) // 8, "little")
     return np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"))

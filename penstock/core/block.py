@@ -12,6 +12,7 @@ knows no owner.
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 from hashlib import blake2b
 from struct import pack
 from typing import Final
@@ -125,6 +126,7 @@ _EXACT, _LOSSY = b"\0", b"\1"
 """The last byte of a name, which children have from their parents."""
 
 
+@lru_cache(maxsize=1024)
 def root_hash(salt: str, *, accepts_loss: bool = False, kv_window: int = 0) -> BlockHash:
     """Return the parent of a sequence's first block: depends on the tenant's salt, on whether
     KV may come back changed by a lossy codec, and on the window that decoding looks at (0: all).

@@ -6,6 +6,7 @@ Carried by messages of `penstock/core/messages.py`; decided by nobody here.
 from msgspec import Struct
 
 from penstock.core.block import KVLayout
+from penstock.core.config import Handoff
 from penstock.core.types import Role, WorkerId
 
 
@@ -64,6 +65,10 @@ class WorkerInfo(Struct, frozen=True, kw_only=True):
     host: str = ""
     profile: str = ""
     """Names what its steps are expected to take, for the time before it has run any."""
+    max_num_batched_tokens: int = 0
+    """Of a step; 0 where a log is older than this."""
+    is_prefix_caching: bool = True
+    handoff: Handoff = Handoff.STREAM
     tiers: tuple[TierRegion, ...] = ()
     """What workers of the same host may read below its pool."""
 

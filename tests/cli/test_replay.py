@@ -19,7 +19,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_recorded_and_simulated_stand_beside_each_other(
     log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["replay", log, "--max-num-batched-tokens", "8192"]) == 0
+    assert main(["replay", log]) == 0
     head, row = capsys.readouterr().out.splitlines()[2:4]
     assert head.split() == ["recorded", "simulated"]
     recorded, simulated = map(float, row.split()[-2:])
@@ -27,7 +27,7 @@ def test_recorded_and_simulated_stand_beside_each_other(
 
 
 def test_one_thing_changed_is_a_third_column(log: str, capsys: pytest.CaptureFixture[str]) -> None:
-    change = ["--speed", "4", "--max-num-batched-tokens", "8192", "--json"]
+    change = ["--speed", "4", "--json"]
     assert main(["replay", log, *change]) == 0
     runs = json.loads(capsys.readouterr().out)
     assert list(runs) == ["recorded", "simulated", "changed"]
@@ -35,10 +35,24 @@ def test_one_thing_changed_is_a_third_column(log: str, capsys: pytest.CaptureFix
     assert runs["changed"]["requests"] == runs["recorded"]["requests"]
 
 
+def test_steps_are_as_large_as_the_log_says_and_an_older_one_has_to_be_told(
+    log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefills = []
+    for more in ([], ["--max-num-batched-tokens", "8192"], ["--max-num-batched-tokens", "64"]):
+        assert main(["replay", log, "--json", *more]) == 0
+        prefills.append(json.loads(capsys.readouterr().out)["simulated"])
+    assert prefills[0] == prefills[1] != prefills[2]
+    older = tmp_path / "older.log"
+    older.write_text(Path(log).read_text().replace('"max_num_batched_tokens":8192', '"_":0'))
+    assert main(["replay", str(older)]) == 1
+    assert "--max-num-batched-tokens" in capsys.readouterr().err
+
+
 def test_another_rule_is_a_change_of_what_was_recorded(
     log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again = ["replay", log, "--max-num-batched-tokens", "8192", "--json"]
+    again = ["replay", log, "--json"]
     runs = []
     for policy in ("least_loaded", "predicted"):
         assert main([*again, "--policy", policy]) == 0

@@ -98,6 +98,11 @@ def breaks_tpot(fleet: Fleet, ask: Ask, step_ns: Float64) -> Float64:
     return np.multiply((step_ns > ask.tpot_bound_ns) & (fleet.seats > 0), CLOSED)
 
 
+def has_room(fleet: Fleet, ask: Ask) -> bool:
+    """True when nobody lacks room, and `lacks_room` would tell nothing."""
+    return fleet.has_room(ask.num_tokens + ask.expected_output_tokens)
+
+
 def lacks_room(fleet: Fleet, ask: Ask) -> Float64:
     """Return `CLOSED` for the slots whose pool has no room for the request and its expected output,
     0 for the others, [num_slots].
