@@ -130,8 +130,8 @@ def _solve(gram: Float64, moment: Float64, scale: float) -> Float64:
     moment = moment + scale * weight
     solution = np.linalg.solve(gram, moment)
     if solution.min() >= 0:
-        np.maximum(solution, scale * FLOOR, out=solution)
-        return solution
+        learnt: Float64 = np.maximum(solution, scale * FLOOR)
+        return learnt
     kept = np.arange(len(gram))
     while (worst := int(solution.argmin())) >= 0 and solution[worst] < 0:
         kept = np.delete(kept, worst)
