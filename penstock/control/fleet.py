@@ -103,6 +103,8 @@ class Fleet:
         self.has_pairs = False
         self.kv_free_least = CLOSED
         self.spare_until_ns = 0.0
+        self.capacity_least: float = CLOSED
+        """Tokens whose KV the smallest pool holds."""
         self.work_ns = 0.0
         """Predicted time of all prefills ever assigned."""
         self.output_tokens = 0
@@ -151,6 +153,7 @@ class Fleet:
         staying = [w for w in self if not w.is_leaving]
         heard = [w for w in staying if not w.is_suspected] or staying
         self.leaving = [w for w in self if w.is_leaving]
+        self.capacity_least = min((w.capacity_tokens for w in self), default=CLOSED)
         roles = {worker.role for worker in heard}
         self.has_pairs = Role.PREFILL in roles and Role.DECODE in roles
         self._open = [False] * len(self._by_slot)
