@@ -103,7 +103,7 @@ def bounds_error(spans: SpanArray, *, source_blocks: int, destination_blocks: in
 def _suspects(spans: SpanArray, source_blocks: int, destination_blocks: int) -> list[list[int]]:
     """Return the first span that is not inside, if any; in an order in which nothing overflows."""
     source, destination, count = spans.T
-    is_bad = (spans < 0).any(axis=1) | (count == 0)
+    is_bad = (source < 0) | (destination < 0) | (count <= 0)
     is_bad |= (source > source_blocks - count) | (destination > destination_blocks - count)
     found: list[list[int]] = spans[np.flatnonzero(is_bad)[:1]].tolist()
     return found

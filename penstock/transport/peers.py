@@ -62,6 +62,9 @@ class Peers:
         Raises: `PeerLost` with what each way says when none leads there.
         """
         peer = self._find(name, epoch)
+        source = peer.sources.get(index)
+        if source is not None:
+            return source
         with peer.lock:
             if index not in peer.sources:
                 peer.sources[index] = self._open(peer.memory, index)

@@ -14,10 +14,10 @@ from typing import Final
 
 from penstock.core.errors import DeadlineExceeded, PeerLost
 from penstock.transfer.plan import SpanArray
-from penstock.transfer.region import PeerMemory, Region, address_of, described_blocks
+from penstock.transfer.region import PeerMemory, Region, described_blocks
 from penstock.transport import tcp_python, wire
 from penstock.transport.handshake import prove
-from penstock.transport.native.library import Reading, load_library, read
+from penstock.transport.native.library import Reading, address_of_own, load_library, read
 
 TCP: Final = "tcp"
 STREAMS_MAX: Final = 4
@@ -174,7 +174,7 @@ class Connection:
         reading.region = index
         reading.destination = destination.address
         reading.block_bytes = destination.block_bytes
-        reading.spans = address_of(spans)
+        reading.spans = address_of_own(spans)
         reading.num_spans = len(spans)
         return read(library, reading)
 

@@ -21,6 +21,7 @@ from penstock.transport.shm import (
     FILE,
     HOST_KIND,
     MEMFD,
+    SMALL_BYTES,
     SharedMemory,
     SharedPool,
     copy_spans,
@@ -236,10 +237,17 @@ def test_spans_are_copied_and_nothing_else(spans):
     assert (destination == expected).all()
 
 
-@pytest.mark.parametrize("block_bytes", [1, 63, 64, 300, 4096, 65537])
-def test_a_big_move_goes_around_the_cache_and_copies_the_same(block_bytes):
+@pytest.mark.parametrize(
+    ("num_bytes", "block_bytes"),
+    [
+        *((6_000_000, block_bytes) for block_bytes in (1, 63, 64, 300, 4096, 65537)),
+        # So much that two threads share it, down to a single block.
+        *((20_000_000, block_bytes) for block_bytes in (300, 4096, 65537, 9_999_999, 20_000_000)),
+    ],
+)
+def test_a_big_move_goes_around_the_cache_and_copies_the_same(num_bytes, block_bytes):
     rng = np.random.default_rng(block_bytes)
-    count = 6_000_000 // block_bytes
+    count = num_bytes // block_bytes
     source = rng.integers(0, 256, (count + 3, block_bytes), np.uint8)
     # An odd start: streamed stores want whole lines, and spans begin anywhere.
     destination = np.zeros((count + 5) * block_bytes + 1, np.uint8)[1:].reshape(-1, block_bytes)
@@ -250,6 +258,17 @@ def test_a_big_move_goes_around_the_cache_and_copies_the_same(block_bytes):
     copy_spans(Region(source), Region(destination), cut(source_ids, destination_ids))
 
     assert (destination == expected).all()
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, SMALL_BYTES, SMALL_BYTES + 1])
+def test_a_single_block_is_copied_and_nothing_else(num_bytes):
+    source = np.random.default_rng(num_bytes).integers(1, 256, (3, num_bytes), np.uint8)
+    destination = np.zeros((3, num_bytes), np.uint8)
+
+    copy_spans(Region(source), Region(destination), np.array([(2, 1, 1)], np.int64))
+
+    assert (destination[1] == source[2]).all()
+    assert not destination[[0, 2]].any()
 
 
 def test_without_a_compiler_numpy_copies_and_says_so_once(monkeypatch, caplog):

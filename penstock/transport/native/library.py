@@ -10,12 +10,12 @@ from ctypes import (
     POINTER,
     Structure,
     addressof,
+    byref,
     c_char,
     c_int32,
     c_int64,
     c_uint64,
     c_void_p,
-    pointer,
 )
 from functools import cache
 from pathlib import Path
@@ -118,4 +118,4 @@ def address_of_own(array: npt.NDArray[np.int64]) -> int:
 
 def read(library: CDLL, reading: Reading) -> int:
     """Return the bytes that landed, or the negative outcome."""
-    return int(library.penstock_read(pointer(reading)))
+    return int(library.penstock_read(byref(reading)))

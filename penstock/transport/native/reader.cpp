@@ -5,6 +5,7 @@
 // of the receive, each on its own: a scattered copy of a contiguous source asks for one run. Streams
 // share the bytes and not the blocks: one big block is read over all of them.
 #include <algorithm>
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -18,6 +19,15 @@ namespace {
 // A thread costs some ten microseconds, and so does a second stream's wake-up.
 constexpr int64_t kBytesPerStreamMin = 1 << 20;
 constexpr int64_t kLineBytes = 64;
+
+// Reads of this process that are under way. Those at once share the streams that pay for one: they
+// keep the cores busy by themselves, and more threads would only take turns.
+std::atomic<int64_t> num_under_way{0};
+
+struct UnderWay {
+    const int64_t number = ++num_under_way;
+    ~UnderWay() { --num_under_way; }
+};
 
 struct Part {
     std::vector<Run> runs;
@@ -106,8 +116,11 @@ int64_t read(const penstock_reading& reading) {
     for (int64_t i = 0; i < reading.num_spans; ++i)
         num_bytes += reading.spans[3 * i + 2] * reading.block_bytes;
     if (!num_bytes) return 0;
+    const UnderWay under_way;
     const int64_t num_streams =
-        std::clamp<int64_t>(num_bytes / kBytesPerStreamMin, 1, reading.num_streams);
+        std::clamp<int64_t>(std::min(num_bytes / kBytesPerStreamMin,
+                                     reading.num_streams / under_way.number),
+                            1, reading.num_streams);
     const auto deadline = Clock::now() + std::chrono::milliseconds(
                                                reading.patience_ms +
                                                num_bytes / reading.bytes_per_ms_min);
