@@ -119,7 +119,7 @@ def _choose_codecs(settings: ClusterSettings, plan: ModelPlan) -> Chosen:
     found = msgspec.json.decode(answer, type=_Answer)
     if found.refusal:
         raise StartupFailed(found.refusal)
-    return Chosen(found.codecs, found.notes)
+    return Chosen(found.codecs, notes=found.notes)
 
 
 def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:

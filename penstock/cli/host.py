@@ -115,6 +115,7 @@ def _work(
         handoff=settings.handoff,
         max_rounds=MAX_ROUNDS if engine.rounds is not None else 1,
         tiers=memory.tier_configs,
+        wire=memory.wire,
         host=place.host,
     )
     core = Worker(config, memory.generations)
@@ -188,6 +189,7 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
         vocab_size=model.vocab_size,
         description=model.description,
         tier_codecs=chosen.codecs,
+        wire=chosen.wire,
         codec_notes=chosen.notes,
     )
     path = settings.kv_access_log

@@ -168,7 +168,9 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
 
     def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:
         """Count a part of the pull that has landed, and the time that copying it took."""
-        self.transport = transport if num_spans else self.transport
+        if num_spans:
+            parts = [*self.transport.split("+"), *transport.split("+")]
+            self.transport = "+".join(dict.fromkeys(filter(None, parts)))
         self.pull_bytes += num_bytes
         self.pull_spans += num_spans
         self.pull_moves += 1
