@@ -59,6 +59,7 @@ def cluster_settings(options: Namespace) -> ClusterSettings:
         network=_network(options),
         pulse=pulse_settings(options),
         handoff=Handoff(options.handoff),
+        handoff_codec=options.handoff_codec,
         control=controller_config(options, num_workers),
         tiers=tuple(options.kv_tier),
         kv_quality=options.kv_quality,

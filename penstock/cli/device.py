@@ -8,6 +8,7 @@ codecs are measured on the model by a child, too, which loads it for that and en
 `--device interpreter` goes the same way on a machine without a GPU, for tests and development.
 """
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -34,6 +35,7 @@ from penstock.engine.device_executor import DeviceExecutor
 from penstock.engine.graphs import EagerReplay, choose_capture
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel, num_blocks
+from penstock.engine.observe import Observer
 from penstock.engine.plan import ModelPlan, plan_model
 from penstock.engine.pools import make_pools
 from penstock.kv.tiers import RAW
@@ -61,6 +63,9 @@ def load_on_device(
 
     Raises: `StartupFailed` saying what to change.
     """
+    # What libraries ask torch in this process must not begin CUDA, or workers could not after the
+    # fork: torch answers by the driver's management library then.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     gpus = _find_gpus(settings)
     engine = settings.engine
     plan = plan_model(engine, Device(CUDA if gpus else INTERPRETER))
@@ -115,7 +120,7 @@ def _choose_codecs(settings: ClusterSettings, plan: ModelPlan) -> Chosen:
     found = msgspec.json.decode(answer, type=_Answer)
     if found.refusal:
         raise StartupFailed(found.refusal)
-    return Chosen(found.codecs, found.notes)
+    return Chosen(found.codecs, notes=found.notes)
 
 
 def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
@@ -191,6 +196,7 @@ def _make_worker(
         raise StartupFailed(f"the model has become {layout}, and was to be {facts.layout}")
     device = find_device(engine.device)
     if device.is_cuda:
+        torch.cuda.empty_cache()  # what loading and the check have given back is others' as well
         pools = make_pools(layout, facts.num_blocks, device)
         on_device = DevicePools(tuple(pools), device.index)
         memory = device_memory(settings, facts, spec, place, on_device)
@@ -217,5 +223,6 @@ def _bind(
         prepare=executor.prepare,
         description=model.description,
         rounds=Rounds(executor.rounds, settings.engine.block_size),
+        observe=Observer(model, tuple(memory.tensors())).observe,
     )
     return replace(memory, digest=executor.beside(memory.digest)), engine

@@ -4,6 +4,7 @@ Put together here for pools in shared memory of the host and for pools on a devi
 of a worker (`host.py`) takes one and does not ask which it is.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from penstock.cli.tiers import (
     tier_regions,
     with_tiers,
 )
+from penstock.codec.codec import make_codec
 from penstock.core.block import KVLayout
+from penstock.core.config import WireCodec
 from penstock.core.descriptors import Endpoint, RegionDescriptor, TierRegion
 from penstock.core.events import Move, MoveDone
 from penstock.core.step import Step
@@ -40,6 +43,7 @@ from penstock.runtime.worker import KnowsPeers, WorkerPlace
 from penstock.transfer.generation import COUNTER_BYTES, counters
 from penstock.transfer.region import Region
 from penstock.transport.cuda_driver import CudaDriver, Driver
+from penstock.transport.encoded import ROWS, EncodedReader, row_bytes
 from penstock.transport.key import cluster_key
 from penstock.transport.mover import BlockMover
 from penstock.transport.nixl import Nixl
@@ -54,6 +58,8 @@ from penstock.transport.way import Way
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 POPULATED_BYTES = 2 * GIB
 """Part of a KV cache whose pages are taken before a request touches them."""
@@ -76,6 +82,7 @@ class WorkerMemory:
     endpoints: tuple[Endpoint, ...] = ()
     tier_configs: tuple[TierConfig, ...] = ()
     tiers: tuple[TierRegion, ...] = ()
+    wire: WireCodec | None = None
     probe: Probe = lambda _info, _moved_bytes: ()
 
 
@@ -91,7 +98,9 @@ def host_memory(
     shared = (*pools, *shared_counters)
     Thread(target=_populate, args=(pools,), name="populate", daemon=True).start()
     ways, owners = _ways(settings, spec.epoch, tuple(pool.region for pool in shared))
-    mover = BlockMover(layout, regions, ways, place.time.now_ns)
+    wire, rows = _serve_rows(facts, layout, owners, facts.num_blocks[0])
+    readers = [EncodedReader(make_codec(wire.name, layout))] if wire is not None else []
+    mover = BlockMover(layout, regions, ways, place.time.now_ns, readers)
     stores = open_tiers(settings, spec, layout, facts.tier_codecs)
     siblings = sibling_tiers(spec, facts)
     move = with_tiers(
@@ -105,10 +114,11 @@ def host_memory(
         move=move,
         generations=tuple(counters(pool.region.blocks) for pool in shared_counters),
         peers=(mover, siblings),
-        regions=tuple(pool.descriptor for pool in shared),
+        regions=(*(pool.descriptor for pool in shared), *rows),
         endpoints=tuple(owner.endpoint for owner in owners),
         tier_configs=tier_configs(stores, settings.kv_eviction),
         tiers=tier_regions(stores),
+        wire=wire,
         probe=_prober(settings, ways).probe,
     )
 
@@ -213,6 +223,30 @@ def _ways(
         for region in regions:
             owner.add(region)
     return ways, owners
+
+
+def _serve_rows(
+    facts: ModelFacts,
+    layout: KVLayout,
+    owners: Sequence[NixlOwner | TcpOwner],
+    num_blocks: int,
+) -> tuple[WireCodec | None, tuple[RegionDescriptor, ...]]:
+    """Let peers read the pool encoded as well; return in what, and what they are to know of it."""
+    if facts.wire is None:
+        return None, ()
+    codec = make_codec(facts.wire.name, layout)
+    width = row_bytes(codec)
+    wire = WireCodec(
+        name=codec.name,
+        row_bytes=width,
+        encode_ns=facts.wire.encode_ns,
+        decode_ns=facts.wire.decode_ns,
+    )
+    (owner,) = (owner for owner in owners if isinstance(owner, TcpOwner))
+    if owner.add_encoded(0, codec) is None:
+        log.warning("without a C++ compiler KV leaves this worker raw, not in %s", codec.name)
+        return wire, ()
+    return wire, (RegionDescriptor(ROWS, codec.name, num_blocks * width, width),)
 
 
 def _prober(settings: ClusterSettings, used: list[Way]) -> Prober:

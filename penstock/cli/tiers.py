@@ -49,7 +49,11 @@ def check_tiers(
     """Refuse what cannot be, before a worker is forked. `codecs` are those that were decided, None
     while they have not been. Raises: `StartupFailed`.
     """
-    if not settings.tiers or layout is None:
+    if layout is None:
+        return
+    if settings.handoff_codec != RAW and (len(layout.groups) > 1 or layout.groups[0].window):
+        raise StartupFailed("--handoff-codec: not for models with sliding windows yet")
+    if not settings.tiers:
         return
     if len(layout.groups) > 1 or layout.groups[0].window:
         raise StartupFailed("--kv-tier: models with sliding windows cannot use tiers yet")
@@ -89,6 +93,7 @@ def choose_codecs(
         settings.kv_quality,
         probe,
         block_size=settings.engine.block_size,
+        wire=settings.handoff_codec,
     )
 
 

@@ -113,6 +113,7 @@ class _Joining:
             max_num_batched_tokens=options.max_num_batched_tokens,
             is_prefix_caching=not options.no_prefix_caching,
             handoff=Handoff(options.handoff),
+            handoff_codec=options.handoff_codec,
             executor=admitted.executor,
             transport=options.transport,
             tcp_streams=options.tcp_streams,

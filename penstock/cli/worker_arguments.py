@@ -158,6 +158,19 @@ def add_limits(group: "Group") -> None:
         "what was used once and what was used again; cost, what was used least, with age "
         "(default: lru)",
     )
+    _add_crossing(group)
+    add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
+    add(
+        "--shutdown-timeout",
+        type=seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
+    )
+
+
+def _add_crossing(group: "Group") -> None:
+    add = group.add_argument
     add(
         "--transport",
         choices=("auto", "shm", "nixl", "tcp"),
@@ -178,13 +191,13 @@ def add_limits(group: "Group") -> None:
         help="how the KV of a prompt crosses: pulled as its blocks are finished, pulled when all "
         "are, or written by the prefill worker as it computes, on one host (default: stream)",
     )
-    add("--no-prefix-caching", action="store_true", help="never reuse the KV of equal prefixes")
     add(
-        "--shutdown-timeout",
-        type=seconds,
-        default=10.0,
-        metavar="S",
-        help="seconds that requests under way have to finish after Ctrl-C (default: 10)",
+        "--handoff-codec",
+        choices=("raw", "fp8", "int8", "int4", "sparse"),
+        default="raw",
+        help="between hosts, KV may cross in this codec where that is sooner, by what the link and "
+        "the codec were measured to do; measured on the model and held against --kv-quality "
+        "(default: raw)",
     )
 
 
@@ -205,11 +218,11 @@ def _add_tiers(group: "Group") -> None:
         type=kv_quality,
         default=KvQuality(),
         metavar="BUDGET",
-        help="how much the loss of the model may rise by codecs of tiers: exact (default: blocks "
-        "come back bit for bit), or such as 0.1%%, or 0.1%%,99%% with the least share of greedy "
-        "tokens that stay the same. Codecs are measured on the model as it is loaded, and those "
-        "above the budget refused. Tiers without a codec are then auto; a request whose body says "
-        '"kv_quality": "exact" never gets what has been through a lossy codec',
+        help="how much the loss of the model may rise by codecs of tiers and hand-offs: exact "
+        "(default: blocks come back bit for bit), or such as 0.1%%, or 0.1%%,99%% with the least "
+        "share of greedy tokens that stay the same. Codecs are measured on the model as it is "
+        "loaded, and those above the budget refused. Tiers without a codec are then auto; a "
+        'request whose body says "kv_quality": "exact" never gets what went through a lossy one',
     )
 
 

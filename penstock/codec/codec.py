@@ -10,7 +10,7 @@ jobs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import CDLL, pointer
+from ctypes import CDLL, c_void_p, cast, pointer
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from penstock.codec.native.library import DTYPES, METHODS, Shape, load_library
 from penstock.codec.sparse import SPARSE
 from penstock.core.block import KVLayout
 from penstock.core.errors import BlocksCorrupt
+from penstock.native.encoder import NativeEncoder
 
 Bytes2D = npt.NDArray[np.uint8]
 CODECS: Final = {method.name: method for method in (LOSSLESS, FP8, INT8, INT4, SPARSE)}
@@ -70,6 +71,15 @@ class Codec:
     def encoded_bytes(self) -> int:
         """Bytes of an encoded block; of a lossless codec the most that it may have."""
         return self.method.encoded_bytes(self.shape)
+
+    @property
+    def native_encoder(self) -> NativeEncoder | None:
+        """How threads that hold no interpreter lock encode; None where nothing was compiled."""
+        if self.library is None:
+            return None
+        function = cast(self.library.penstock_encode, c_void_p).value
+        assert function is not None
+        return NativeEncoder(function, METHODS.index(self.name), bytes(self._native_shape()))
 
     def encode(
         self, pool: Bytes2D, block_ids: Sequence[int], encoded: Bytes2D

@@ -47,11 +47,11 @@ class Admission:
         """Say why `request` would not be taken now, or None. Changes nothing."""
         if self.is_draining:
             return WorkersUnavailable("the server is shutting down")
-        limits = [w.info.capacity_tokens for w in self._fleet]
-        if limits and request.num_tokens + 1 > min(limits):
+        holds_tokens = self._fleet.capacity_least
+        if request.num_tokens + 1 > holds_tokens:
             return PromptTooLong(
                 f"the prompt has {request.num_tokens} tokens, a worker's KV cache holds "
-                f"{min(limits)}: serve with more --kv-cache-memory",
+                f"{holds_tokens}: serve with more --kv-cache-memory",
                 field="messages",
             )
         if num_live >= self._config.max_queued and not self._victim(request):

@@ -125,10 +125,14 @@ def _solve(gram: Float64, moment: Float64, scale: float) -> Float64:
     # The prior weighs little beside parts of the size that `scale` makes them, and never so little
     # that there is no solution.
     weight = max(PRIOR_WEIGHT / scale**2, SOLVABLE * float(gram.max()))
-    gram = gram + np.eye(len(gram)) * weight
+    gram = gram.copy()
+    gram.ravel()[:: len(gram) + 1] += weight
     moment = moment + scale * weight
-    kept = np.arange(len(gram))
     solution = np.linalg.solve(gram, moment)
+    if solution.min() >= 0:
+        learnt: Float64 = np.maximum(solution, scale * FLOOR)
+        return learnt
+    kept = np.arange(len(gram))
     while (worst := int(solution.argmin())) >= 0 and solution[worst] < 0:
         kept = np.delete(kept, worst)
         solution = np.linalg.solve(gram[np.ix_(kept, kept)], moment[kept])

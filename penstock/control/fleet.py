@@ -103,12 +103,17 @@ class Fleet:
         self.has_pairs = False
         self.kv_free_least = CLOSED
         self.spare_until_ns = 0.0
+        self.capacity_least: float = CLOSED
+        """Tokens whose KV the smallest pool holds."""
         self.work_ns = 0.0
         """Predicted time of all prefills ever assigned."""
         self.output_tokens = 0
         """Expected of all requests ever assigned."""
         self.num_booked = 0
         """How many those are."""
+        self.pull_ns = 0
+        """Time of all pulls ever reported, waiting for links included."""
+        self.num_pulls = 0
         self.leaving: list[WorkerRecord] = []
         self._by_slot: list[WorkerRecord | None] = []
         self._open: list[bool] = []
@@ -151,6 +156,7 @@ class Fleet:
         staying = [w for w in self if not w.is_leaving]
         heard = [w for w in staying if not w.is_suspected] or staying
         self.leaving = [w for w in self if w.is_leaving]
+        self.capacity_least = min((w.capacity_tokens for w in self), default=CLOSED)
         roles = {worker.role for worker in heard}
         self.has_pairs = Role.PREFILL in roles and Role.DECODE in roles
         self._open = [False] * len(self._by_slot)
@@ -260,6 +266,8 @@ class Fleet:
             self.refresh(worker)
         if load.pull_samples:
             self.transfers.learn(load.worker_id, load.pull_samples)
+            self.pull_ns += sum(sample.duration_ns for sample in load.pull_samples)
+            self.num_pulls += len(load.pull_samples)
 
     def _learn(self, worker: WorkerRecord, samples: tuple[StepSample, ...]) -> None:
         coefficients = worker.cost.learn(samples)

@@ -5,7 +5,8 @@ Both loads are ratios to what the SLOs allow, 1 is full:
     prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
     decode    all sequences there are, over those that the decode workers could run within the TPOT;
               or the tokens a second that those which come are expected to want, over those that
-              could be made so; or the tokens of KV to be held, over what can
+              could be made so; or the tokens of KV to be held, over what can; or the time of a
+              pull, over TTFT: few decode workers have few links
 
 What waits at the controller counts on the side that it waits for: where a prefill worker would take
 the next one, all of them wait for seats or room to decode.
@@ -127,6 +128,8 @@ class Roles:
         self._use = 0.0
         self._wanted_per_ns = 0.0
         self._wants_decode = 0.0
+        self._pull_ns = 0.0
+        self._pulls = (0, 0)
         self._context_tokens = USUAL_TOKENS
         self._favours: Role | None = None
         self._num_looks = 0
@@ -212,6 +215,7 @@ class Roles:
         self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
         wanted_per_ns = (self._fleet.output_tokens - self._output_tokens) / elapsed_ns
         self._wanted_per_ns += (wanted_per_ns - self._wanted_per_ns) * weight
+        self._pull_ns += (self._mean_pull_ns() - self._pull_ns) * weight
         self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
         self._output_tokens = self._fleet.output_tokens
         num_decodes = sum(w.num_decodes for w in decode)
@@ -223,6 +227,12 @@ class Roles:
             len(prefill),
             len(decode),
         )
+
+    def _mean_pull_ns(self) -> float:
+        """Return how long those pulls took that were reported since the last look."""
+        before_ns, num_before = self._pulls
+        self._pulls = self._fleet.pull_ns, self._fleet.num_pulls
+        return (self._pulls[0] - before_ns) / max(self._pulls[1] - num_before, 1)
 
     def _waits_for_decode(self, prefill: list[WorkerRecord]) -> float:
         """Return 1 if requests wait although a prefill worker has a turn, else 0."""
@@ -237,11 +247,10 @@ class Roles:
         num_tokens = self._queue.num_tokens * (1 - self._wants_decode)
         queued_ns = num_tokens * sum(per_token_ns) / len(workers)
         waiting_ns = sum(w.backlog_ns for w in workers) + queued_ns
-        slo_ms = self._config.slo_ttft_ms or self._config.usual_ttft_ms
-        return waiting_ns / len(workers) / (slo_ms * NS_PER_MS)
+        return waiting_ns / len(workers) / self._slo_ttft_ns
 
     def _fullness(self, workers: list[WorkerRecord]) -> float:
-        """Return the largest of the decode side's three loads."""
+        """Return the largest of the decode side's four loads."""
         if not workers:
             return 0.0
         seats = sum(map(self._seats, workers))
@@ -253,7 +262,12 @@ class Roles:
         num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
         held = sum(w.kv_tokens for w in everybody) / max(room, 1)
-        return max(num_decodes / seats, self._wanted_per_ns / most_per_ns, held)
+        late = self._pull_ns / self._slo_ttft_ns
+        return max(num_decodes / seats, self._wanted_per_ns / most_per_ns, held, late)
+
+    @property
+    def _slo_ttft_ns(self) -> float:
+        return (self._config.slo_ttft_ms or self._config.usual_ttft_ms) * NS_PER_MS
 
     def _seats(self, worker: WorkerRecord) -> float:
         """Return how many sequences of the usual length a worker could decode within the TPOT."""

@@ -175,8 +175,10 @@ def extend_hashes(
     """
     root = root_hash(salt, accepts_loss=accepts_loss, kv_window=kv_window)
     parent = hashes[-1] if hashes else root
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = block_hash(parent, token_ids[start : start + block_size])
+    named = token_ids[len(hashes) * block_size : len(token_ids) // block_size * block_size]
+    data = pack(f"<{len(named)}I", *named)
+    for start in range(0, len(data), 4 * block_size):
+        parent = name_block(parent, data[start : start + 4 * block_size])
         hashes.append(parent)
 
 

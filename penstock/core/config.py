@@ -66,6 +66,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         )
 
 
+class WireCodec(Struct, frozen=True, kw_only=True):
+    """A lossy codec in which blocks may cross between hosts: the bytes of one as a row, digests
+    included, and what encoding and decoding it take.
+    """
+
+    name: str
+    row_bytes: int
+    encode_ns: int = 0
+    decode_ns: int = 0
+
+
 class WorkerConfig(Struct, frozen=True, kw_only=True):
     """What a worker core needs to know of itself. `num_blocks` is per KV group."""
 
@@ -89,6 +100,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """How often the controller is told, at most, which blocks came and went; None: never."""
     tiers: tuple[TierConfig, ...] = ()
     """What is below the pool, nearest first; only where there is one KV group without a window."""
+    wire: WireCodec | None = None
+    """In what blocks may be pulled over TCP; only where there is one KV group without a window."""
     host: str = ""
     """Workers of one host read each other's tiers."""
     max_rounds: int = 1

@@ -61,7 +61,8 @@ class Drain(Struct, frozen=True, tag=True):
 
 class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     """The executor finished a step; `sampled[i]` belongs to `samples[i]`, `digests` to `digests_of`
-    (empty when this executor takes none). `error` is set when it failed as a whole.
+    (empty when this executor takes none), and `scores[i]`, one for each block, to
+    `observations[i]`. `error` is set when it failed as a whole.
 
     Of a step that was run several times at one go, `sampled` has as many rounds of samples. With
     `goes_on` this is one round, and the next one is under way already (`next_round`).
@@ -72,6 +73,7 @@ class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     started_ns: int
     finished_ns: int
     digests: tuple[tuple[Digest, ...], ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
     error: str | None = None
     goes_on: bool = False
 
@@ -82,8 +84,9 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     `is_corrupt`: it landed, but a digest is not that of the offer. `is_stale`: a block had been
     handed out anew at the source before it was read to the end; then there is an error as well.
     `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`), or
-    of those that came from a tier, or what encoded slots of a tier are known by; `NO_DIGEST` for
-    what was wrong, or did not fit. `codec_ns` of the time went into encoding or decoding.
+    of those that came encoded or from a tier, or what encoded slots of a tier are known by;
+    `NO_DIGEST` for what was wrong, or did not fit. `codec_ns` of the time went into encoding or
+    decoding.
     """
 
     move_id: int
@@ -165,7 +168,9 @@ class Move(Struct, frozen=True, kw_only=True):
     From a peer whose blocks have another shape than ours there are no spans, but `reshapes[g]` for
     every group. A move to a `destination` writes blocks of our own into that peer's; one of class
     VERIFY copies nothing and compares what is there with the digests. Between the pool and tiers
-    below it (`tiers`), spans count in slots there; `source` is whose tier it is that is read.
+    below it (`tiers`), spans count in slots there; `source` is whose tier it is that is read. With
+    a `codec` whole blocks cross in that, where the way there has it; they then have other bytes
+    here, and digests of their own (`MoveDone.digests`).
     """
 
     move_id: int
@@ -179,6 +184,7 @@ class Move(Struct, frozen=True, kw_only=True):
     reshapes: tuple[Reshape, ...] = ()
     destination: WorkerId | None = None
     tiers: TierEnds | None = None
+    codec: str = "raw"
 
 
 class Send(Struct, frozen=True, tag=True):

@@ -88,10 +88,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
     `threads` is per worker, None shares the cores out. `executor` "instant" runs no model (see
     `instant.py`). `transport` is one of `TRANSPORTS`; auto is shared memory: all workers are on
-    one host; `tcp_streams` connections share a pull over TCP, None is as many as pay here.
-    `network` lets other hosts take part; without it nothing listens to them. `host` is what this
-    one is called, "" for that of the controller. `decision_log` is a file for the decisions of the
-    controller; each worker's go to that name with its own behind it.
+    one host; `tcp_streams` connections share a pull over TCP, None is as many as pay here. Between
+    hosts blocks may cross in `handoff_codec`. `network` lets other hosts take part; without it
+    nothing listens to them. `host` is what this one is called, "" for that of the controller.
+    `decision_log` is a file for the decisions of the controller; each worker's go to that name with
+    its own behind it.
     `control` is for the controller, which decides for all hosts. `tiers` are nearest first,
     and give blocks up in the order that `kv_eviction` names (`kv/eviction.py`); `kv_quality` is
     what their codecs may cost the model. What decode steps attend to goes to `kv_access_log` with
@@ -119,6 +120,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     pulse: PulseSettings = PulseSettings()
     host: str = ""
     handoff: Handoff = Handoff.STREAM
+    handoff_codec: str = RAW
     control: ControllerConfig = ControllerConfig()
     tiers: tuple[TierSettings, ...] = ()
     kv_quality: KvQuality = KvQuality()
@@ -151,17 +153,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             raise StartupFailed(f"--kv-tier: each tier once, not {', '.join(names)}")
         if "disk" in names[:-1]:
             raise StartupFailed("--kv-tier: disk comes last, nothing sinks out of it")
-        lossy = {tier.codec for tier in self.tiers} - {"", AUTO, *EXACT_CODECS}
-        if lossy and self.kv_quality.is_exact:
-            raise StartupFailed(
-                f"--kv-tier: {', '.join(sorted(lossy))} is lossy, and --kv-quality is exact: say "
-                "what the model's loss may rise by, such as --kv-quality 0.1%"
-            )
-        if len(lossy) > 1:
-            raise StartupFailed(
-                f"--kv-tier: one lossy codec for all tiers, not {', '.join(sorted(lossy))}: what a "
-                "block loses by one after the other is not measured"
-            )
+        self._check_codecs()
         if self.transport not in TRANSPORTS:
             raise StartupFailed(f"--transport: {self.transport!r} is none of {TRANSPORTS}")
         if self.handoff is Handoff.PUSH and self.transport not in (AUTO, "shm"):
@@ -171,6 +163,33 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
             )
 
         self._check_limits()
+
+    def _check_codecs(self) -> None:
+        """Check in what blocks may lie and cross. Raises: `StartupFailed` naming the flags."""
+        lossy = {tier.codec for tier in self.tiers} - {"", AUTO, *EXACT_CODECS}
+        flag = "--kv-tier" if lossy else "--handoff-codec"
+        lossy |= {self.handoff_codec} - {RAW}
+        if lossy and self.kv_quality.is_exact:
+            raise StartupFailed(
+                f"{flag}: {', '.join(sorted(lossy))} is lossy, and --kv-quality is exact: say "
+                "what the model's loss may rise by, such as --kv-quality 0.1%"
+            )
+        if len(lossy) > 1:
+            raise StartupFailed(
+                f"{flag}: one lossy codec for all tiers and hand-offs, not "
+                f"{', '.join(sorted(lossy))}: what a block loses by one after the other is not "
+                "measured"
+            )
+        if self.handoff_codec == RAW:
+            return
+        is_wired = self.transport == "tcp" or (self.transport == AUTO and self.network is not None)
+        if not is_wired or self.handoff is Handoff.PUSH:
+            raise StartupFailed(
+                "--handoff-codec: only what is pulled over TCP crosses encoded: it goes with "
+                "--listen or --transport tcp, and not with --handoff push"
+            )
+        if self.engine.device != "cpu":
+            raise StartupFailed("--handoff-codec: KV in a GPU's memory does not cross TCP")
 
     def _check_limits(self) -> None:
         """Check how many workers there may be. Raises: `StartupFailed` naming the flags."""
@@ -238,6 +257,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     tiers: str = ""
     tier_codecs: tuple[TierCodec, ...] = ()
     """Of each tier of the settings; empty when all are raw."""
+    wire: TierCodec | None = None
+    """Of blocks that cross between hosts."""
     codec_notes: tuple[str, ...] = ()
     """What was measured, admitted and refused, a line each, for people."""
 

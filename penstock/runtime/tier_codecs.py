@@ -38,15 +38,18 @@ PAGE_BYTES: Final = 4096
 SMALL_BYTES: Final = 64 * 1024
 """Slots of this size on are whole pages on disk, to be read past the cache."""
 DISK_RATE: Final = GIB // 2
+WIRE: Final = "wire"
+"""The name of what is no tier: the way between hosts."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What was decided, per tier, and lines for people about what was found."""
+    """What was decided, per tier and for the wire, and lines for people about what was found."""
 
     codecs: tuple[TierCodec, ...] = ()
+    wire: TierCodec | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -70,12 +73,18 @@ def tier_codecs(
     probe: Callable[[], Sequence[int]],
     *,
     block_size: int,
+    wire: str = RAW,
 ) -> Chosen:
-    """Measure what may be used, and choose. `probe` gives the token ids of a text.
+    """Measure what may be used, and choose. `probe` gives the token ids of a text; `wire` is what
+    is asked for between hosts, and is treated as one more place for blocks.
 
     Raises: `StartupFailed` when what was asked for is not to be had on this model: too lossy, with
     what was measured, or blocks that codecs are not made for.
     """
+    if wire != RAW:
+        places = (*tiers, TierSettings(name=WIRE, num_bytes=0, codec=wire))
+        found = tier_codecs(model, places, quality, probe, block_size=block_size)
+        return Chosen(found.codecs[:-1], found.codecs[-1], found.notes)
     wanted = wanted_codecs(tiers, quality)
     if all(name == RAW for name in wanted):
         return Chosen()
@@ -101,13 +110,14 @@ def tier_codecs(
         asked = [raw if n == RAW else specs[n] if n != AUTO else None for n in wanted]
         chosen = choose_tier_codecs(ways, asked, [raw, *specs.values()])
     except ValueError as error:
-        raise StartupFailed(f"--kv-tier: {error}") from error
+        flag = "--handoff-codec" if tiers[0].name == WIRE else "--kv-tier"
+        raise StartupFailed(f"{flag}: {error}") from error
     return Chosen(
         tuple(
             _tier_codec(tier, spec, rate, codecs.get(spec.name), sample)
             for tier, spec, rate in zip(tiers, chosen, rates, strict=True)
         ),
-        tuple(_notes(admission, specs, raw.block_bytes)),
+        notes=tuple(_notes(admission, specs, raw.block_bytes)),
     )
 
 
@@ -142,6 +152,8 @@ def _priced(codec: Codec, sample: _Sample, admission: Admission) -> CodecSpec:
 
 
 def _rate(tier: TierSettings) -> int:
+    if tier.name == WIRE:
+        return DISK_RATE  # nothing is chosen by it: a worker measures its links as it goes
     try:
         return tier_bytes_per_s(tier)
     except OSError as error:  # it is said again, with what to do, when the tier is opened

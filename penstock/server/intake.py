@@ -224,17 +224,19 @@ class Intake:
         return room if max_tokens is None else max_tokens
 
     def _check_window(self, body: GenerationBody) -> None:
-        if not body.kv_window:
+        asked = [name for name in ("kv_window", "kv_select") if getattr(body, name)]
+        if not asked:
             return
+        field = asked[-1]
         if body.kv_quality is not None:
-            raise BadRequest(
-                "a window of the KV is not exact: leave one of the two out", "kv_window"
-            )
+            raise BadRequest("a part of the KV is not exact: leave one of the two out", field)
+        if len(asked) > 1:
+            raise BadRequest("ask for `kv_window` or for `kv_select`, not for both", field)
         if not self.settings.accepts_window:
             raise BadRequest(
                 "this server lets no request go on without all its KV: that takes --kv-quality and "
                 "a model without sliding windows",
-                "kv_window",
+                field,
             )
 
     def _params(
@@ -299,6 +301,7 @@ class Intake:
                 prompt_token_ids=tuple(token_ids),
                 params=_with_seed(params, i),
                 cache_salt=body.cache_salt or "",
+                kv_select=body.kv_select or 0,
                 accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
                 kv_window=body.kv_window or 0,
                 retention_ns=int((ttl_s or 0.0) * NS_PER_S),

@@ -20,22 +20,26 @@ from penstock.core.descriptors import WorkerInfo
 from penstock.core.errors import BadRequest, BlocksCorrupt, DeadlineExceeded, PeerLost
 from penstock.core.events import Move, MoveClass, MoveDone, Reshape
 from penstock.core.types import BlockId, Digest, WorkerId
+from penstock.kv.tiers import RAW
 from penstock.transfer.digest import take_digests
 from penstock.transfer.generation import COUNTER_BYTES, counter_spans, counters, is_stale
 from penstock.transfer.plan import SpanArray, cut, span_array
 from penstock.transfer.region import PeerMemory, Region, bounds_error
 from penstock.transfer.reshape import plan_reshape, whole_blocks
 from penstock.transport.cuda_ipc import CudaIpc, CudaRegion, MappedCudaPool, OwnCudaPool
+from penstock.transport.encoded import ROWS, EncodedReader
 from penstock.transport.nixl import NixlRegion
 from penstock.transport.peers import Peers
 from penstock.transport.reshape import Carried, Reshaper, check
 from penstock.transport.shm import MappedPool, SharedMemory
+from penstock.transport.tcp import ServedRegion
 from penstock.transport.way import Source, Way
 
 Pool = Region | CudaRegion
 """Memory of a group's blocks: the host's, or a GPU's."""
 _Pull = tuple[Source, Pool, SpanArray]
-_Landed = tuple[Source, Carried]
+_Landed = tuple[str, Carried]
+"""By what it came, and what came."""
 
 
 class BlockMover:
@@ -43,7 +47,8 @@ class BlockMover:
 
     A peer has a region of counters for each of its own (`transfer/generation.py`), read last.
     `ways` are tried in their order; what was used stands in `MoveDone.transport`. Pools of a GPU
-    are filled from pools of GPUs, by `CudaIpc` or NIXL; counters are the host's in any case.
+    are filled from pools of GPUs, by `CudaIpc` or NIXL; counters are the host's in any case. With
+    `readers`, one for each group, blocks may cross encoded.
     Source: KVDirect (arXiv 2501.14743), one-sided reads without a communicator.
     """
 
@@ -53,12 +58,14 @@ class BlockMover:
         regions: Sequence[Pool],
         ways: Sequence[Way] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        readers: Sequence[EncodedReader] = (),
     ) -> None:
         sizes = tuple(region.block_bytes for region in regions)
         assert sizes == layout.block_bytes, f"regions of {sizes} bytes a block for {layout}"
         self._layout = layout
         self._regions = tuple(regions)
         self._clock = clock
+        self._readers = tuple(readers)
         self._reshaper = Reshaper()
         ways = [SharedMemory()] if ways is None else ways
         self._on_device = next((way for way in ways if isinstance(way, CudaIpc)), None)
@@ -92,6 +99,7 @@ class BlockMover:
             landed = self._carry_out(move)
             is_too_late = self._is_stale(move)
             digests = tuple(map(self._digests_of, self._regions, move.reshapes))
+            digests = digests or _digests_of_encoded(move, landed)
         except BlocksCorrupt:
             is_corrupt = True
         except (PeerLost, DeadlineExceeded, BadRequest, OverflowError) as failure:
@@ -102,13 +110,14 @@ class BlockMover:
             move_id=move.move_id,
             num_bytes=sum(part.num_bytes for _, part in landed),
             num_spans=sum(part.num_spans for _, part in landed),
-            transport="+".join(dict.fromkeys(source.name for source, _ in landed)) or "none",
+            transport="+".join(dict.fromkeys(name for name, _ in landed)) or "none",
             started_ns=started_ns,
             finished_ns=self._clock(),
             error=error,
             is_corrupt=is_corrupt,
             is_stale=is_too_late,
             digests=digests,
+            codec_ns=sum(part.codec_ns for _, part in landed),
         )
 
     def _digests_of(self, region: Pool, wanted: Reshape) -> tuple[Digest, ...]:
@@ -143,6 +152,8 @@ class BlockMover:
             return self._within(move)
         if move.destination is not None:
             return self._push(move, move.destination)
+        if move.codec != RAW and (rows := self._rows(move)):
+            return self._copy_encoded(move, rows)
         return self._reshape(move) if move.reshapes else self._copy(move)
 
     def _push(self, move: Move, to: WorkerId) -> list[_Landed]:
@@ -155,7 +166,7 @@ class BlockMover:
                 raise PeerLost("blocks of a GPU are pulled, not pushed")
             source.push(own, spans)
             num_bytes = int(spans[:, 2].sum()) * own.block_bytes
-            landed.append((source, Carried(num_bytes, len(spans))))
+            landed.append((source.name, Carried(num_bytes, len(spans))))
         return landed
 
     def _copy(self, move: Move) -> list[_Landed]:
@@ -164,7 +175,38 @@ class BlockMover:
         for source, destination, spans in self._pulls(move):
             _pull(source, destination, spans)
             num_bytes = int(spans[:, 2].sum()) * destination.block_bytes
-            landed.append((source, Carried(num_bytes, len(spans))))
+            landed.append((source.name, Carried(num_bytes, len(spans))))
+        return landed
+
+    def _rows(self, move: Move) -> list[Source]:
+        """Return the peer's pools as rows of the move's codec, one for each group; none where the
+        way there has them not: then blocks cross as they are.
+        """
+        memory = self._peers.memory(move.source, move.epoch)
+        first, count = 2 * len(self._regions), len(self._regions)  # behind pools and counters
+        described = memory.regions[first : first + count]
+        is_served = len(described) == len(self._readers) == count and all(
+            region.kind == ROWS
+            and region.location == move.codec == reader.codec.name
+            and region.block_bytes == reader.row_bytes
+            for region, reader in zip(described, self._readers, strict=True)
+        )
+        plain = self._peers.source(move.source, move.epoch, 0) if is_served else None
+        if not isinstance(plain, ServedRegion):
+            return []
+        return [self._peers.source(move.source, move.epoch, first + i) for i in range(count)]
+
+    def _copy_encoded(self, move: Move, rows: Sequence[Source]) -> list[_Landed]:
+        """Copy as `_copy` does, but rows, which are decoded. Raises: also `BlocksCorrupt`."""
+        landed = []
+        indices = [index for index, spans in enumerate(move.spans) if spans]
+        for index, (source, destination, spans) in zip(indices, self._pulls(move), strict=True):
+            offered = move.digests[index]
+            if rows[index].num_blocks != source.num_blocks or len(offered) != spans[:, 2].sum():
+                raise PeerLost(f"{move.source} has offered something else than it describes")
+            assert isinstance(destination, Region), "a GPU's blocks do not cross encoded"
+            carried = self._readers[index].pull(rows[index], destination, spans, offered)
+            landed.append((f"{source.name} {move.codec}", carried))
         return landed
 
     def _within(self, move: Move) -> list[_Landed]:
@@ -182,7 +224,9 @@ class BlockMover:
             own = self._own(region)
             if move.kind is MoveClass.RELOCATE:
                 _pull(own, region, array)
-            landed.append((own, Carried(int(array[:, 2].sum()) * region.block_bytes, len(array))))
+            landed.append(
+                (own.name, Carried(int(array[:, 2].sum()) * region.block_bytes, len(array)))
+            )
         return landed
 
     def _own(self, region: Pool) -> Source:
@@ -214,7 +258,7 @@ class BlockMover:
                 check(plan, source, region)
                 ready.append((plan, source, region))
         carry_out = self._reshaper.carry_out
-        return [(source, carry_out(plan, source, region)) for plan, source, region in ready]
+        return [(source.name, carry_out(plan, source, region)) for plan, source, region in ready]
 
     def _pulls(self, move: Move) -> list[_Pull]:
         """Return what to pull from where for each group that the move touches, opened and checked.
@@ -250,6 +294,13 @@ class BlockMover:
         if memory.layout is None or len(memory.regions) < len(self._regions):
             raise PeerLost(f"{move.source} describes {len(memory.regions)} regions")
         return memory.layout
+
+
+def _digests_of_encoded(move: Move, landed: Sequence[_Landed]) -> tuple[tuple[Digest, ...], ...]:
+    """Return the digests of what came encoded, per group; () when it came as it was."""
+    parts = iter(landed)
+    digests = tuple(next(parts)[1].digests if spans else () for spans in move.spans)
+    return digests if any(digests) else ()
 
 
 def _pull(source: Source, destination: Pool, spans: SpanArray) -> None:

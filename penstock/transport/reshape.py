@@ -31,10 +31,14 @@ STAGING_BYTES: Final = 2 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What was read of a peer: whole blocks, in how many spans."""
+    """What was read of a peer: whole blocks, in how many spans. Of what came encoded, the digests
+    of our blocks in the order of the spans, and how long decoding took.
+    """
 
     num_bytes: int
     num_spans: int
+    digests: tuple[Digest, ...] = ()
+    codec_ns: int = 0
 
 
 class Reshaper:

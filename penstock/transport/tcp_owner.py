@@ -22,6 +22,7 @@ from penstock.core.descriptors import Endpoint
 from penstock.core.errors import DeadlineExceeded, PeerLost, StartupFailed
 from penstock.transfer.region import Region
 from penstock.transport import wire
+from penstock.transport.encoded import BLOCK_BYTES_MIN, WireCodec, row_bytes
 from penstock.transport.handshake import admit
 from penstock.transport.native.library import load_library
 from penstock.transport.tcp import SILENCE_S, TCP, tune
@@ -40,6 +41,11 @@ class Server(Protocol):
     def add(self, region: Region) -> int:
         """Let a region be read; return its index."""
 
+    def add_encoded(self, index: int, codec: WireCodec) -> int | None:
+        """Let a region that was added be read encoded as well; return the index of its rows, None
+        where that is not possible.
+        """
+
     def serve(self, stream: socket.socket) -> bool:
         """Take a connection over, or return False and leave it alone."""
 
@@ -56,6 +62,7 @@ class NativeServer:
     def __init__(self, library: CDLL, epoch: int, silence_s: float, connections_max: int) -> None:
         self._library = library
         self._regions: list[Region] = []
+        self._codecs: list[WireCodec] = []
         self._text = create_string_buffer(wire.TEXT_MAX)
         silence_ms = round(silence_s * 1000)
         self._server = library.penstock_server_new(epoch, silence_ms, connections_max)
@@ -66,6 +73,28 @@ class NativeServer:
         return int(
             self._library.penstock_server_add(
                 self._server, region.address, region.num_blocks, region.block_bytes
+            )
+        )
+
+    def add_encoded(self, index: int, codec: WireCodec) -> int | None:
+        """Let a region be read encoded as well; return the index of its rows, None without native
+        codecs: these threads call no Python.
+        """
+        encoder = codec.native_encoder
+        if encoder is None or codec.block_bytes < BLOCK_BYTES_MIN:
+            return None
+        assert self._regions[index].block_bytes == codec.block_bytes, codec.block_bytes
+        self._codecs.append(codec)
+        return int(
+            self._library.penstock_server_add_encoded(
+                self._server,
+                index,
+                encoder.function,
+                encoder.method,
+                encoder.shape,
+                len(encoder.shape),
+                codec.block_bytes,
+                row_bytes(codec),
             )
         )
 
@@ -145,6 +174,12 @@ class TcpOwner:
     def add(self, region: Region) -> int:
         """Let a region be read; return its index. Its memory stays until `close`."""
         return self.server.add(region)
+
+    def add_encoded(self, index: int, codec: WireCodec) -> int | None:
+        """Let a region that was added be read encoded as well (`encoded.py`); return the index of
+        its rows, None where that is not possible.
+        """
+        return self.server.add_encoded(index, codec)
 
     def heard(self) -> bytes | None:
         """Take one notification out, or return None."""

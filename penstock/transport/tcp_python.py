@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from penstock.transfer.plan import SpanArray
 from penstock.transfer.region import Bytes2D, Region
 from penstock.transport import wire
+from penstock.transport.encoded import WireCodec, encode_rows, row_bytes
 from penstock.transport.wire import Status
 
 Question = Callable[[], int]
@@ -117,6 +118,23 @@ class _Served:
     thread: threading.Thread
 
 
+class _Encoded:
+    """A region as rows that are made when they are read."""
+
+    def __init__(self, region: Region, codec: WireCodec) -> None:
+        self.row_bytes = row_bytes(codec)
+        self.capacity_bytes = region.num_blocks * self.row_bytes
+        self._region, self._codec = region, codec
+
+    def send(self, stream: socket.socket, first: int, count: int) -> None:
+        """Send bytes of the rows: streams share bytes, so they may begin and end in a row."""
+        end = first + count
+        for row in range(first // self.row_bytes, -(-end // self.row_bytes)):
+            begin = row * self.row_bytes
+            made = encode_rows(self._codec, self._region, [row]).data.cast("B")
+            _send(stream, made[max(0, first - begin) : end - begin])
+
+
 class PythonServer:
     """Serves reads from threads that need the interpreter: while the owner computes, readers wait.
 
@@ -128,7 +146,7 @@ class PythonServer:
         self._epoch = epoch
         self._silence_s = silence_s
         self._connections_max = connections_max
-        self._regions: list[Region] = []
+        self._regions: list[Region | _Encoded] = []
         self._served: list[_Served] = []
         self._heard: deque[bytes] = deque()
         self._lock = threading.Lock()
@@ -136,6 +154,13 @@ class PythonServer:
     def add(self, region: Region) -> int:
         """Let a region be read; return its index."""
         self._regions.append(region)
+        return len(self._regions) - 1
+
+    def add_encoded(self, index: int, codec: WireCodec) -> int | None:
+        """Let a region be read encoded as well; return the index of its rows."""
+        region = self._regions[index]
+        assert isinstance(region, Region), index
+        self._regions.append(_Encoded(region, codec))
         return len(self._regions) - 1
 
     def serve(self, stream: socket.socket) -> bool:
@@ -212,9 +237,11 @@ class PythonServer:
         if not is_inside or num_bytes > wire.READ_BYTES_MAX:
             return self._reply(stream, Status.OUT_OF_BOUNDS, request_id)
         _send(stream, wire.REPLY.pack(wire.MAGIC, Status.OK, request_id, num_bytes))
-        memory = region.blocks.data.cast("B")
         for first, count in runs:
-            _send(stream, memory[first : first + count])
+            if isinstance(region, _Encoded):
+                region.send(stream, first, count)
+            else:
+                _send(stream, region.blocks.data.cast("B")[first : first + count])
         self.counts[0] += 1
         self.counts[1] += num_bytes
         return True

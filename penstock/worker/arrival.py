@@ -1,12 +1,15 @@
-"""`Arrival`: a request on its way to this worker, and what it was given here.
+"""`Arrival`: a request on its way to this worker, and what it was given here; its copies under way.
 
 `worker/decode.py`, its only user, says what becomes of it.
 """
 
 from dataclasses import dataclass
 
+from penstock.core.events import Move, MoveClass, Reshape
 from penstock.core.messages import GrantedBlocks, GroupBlocks, Offer
-from penstock.kv.cache import Adoption
+from penstock.kv.group import Adoption, Pull
+from penstock.kv.tiers import RAW
+from penstock.transfer.plan import align
 from penstock.transfer.session import Session
 from penstock.worker.reshaping import Reshaping
 from penstock.worker.sequence import Sequence, SequenceState
@@ -56,3 +59,36 @@ class Arrival:
         assert self.adoption is not None
         blocks = (adopted.destination_of for adopted in self.adoption.groups)
         return tuple(GrantedBlocks(tuple(of), tuple(of.values())) for of in blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A move under way: for whom, what (pulls or reshapes), how, and the how many-th try."""
+
+    arrival: Arrival
+    pulls: tuple[Pull, ...]
+    codec: str = RAW
+    reshapes: tuple[Reshape, ...] = ()
+    tries: int = 1
+
+    def move(self, move_id: int) -> Move:
+        """Return it as the mover is told."""
+        offer = self.arrival.offer
+        # What was pushed is here already: there is nothing left but to compare digests.
+        kind = MoveClass.VERIFY if offer.is_push else MoveClass.HANDOFF
+        spans = (
+            align(p.destination_ids if offer.is_push else p.source_ids, p.destination_ids)
+            for p in self.pulls
+        )
+        return Move(
+            move_id=move_id,
+            kind=kind,
+            request_id=self.arrival.session.request_id,
+            source=offer.source,
+            epoch=offer.epoch,
+            spans=tuple(map(tuple, spans)),
+            digests=tuple(p.digests for p in self.pulls),
+            generations=() if offer.is_push else tuple(p.generations for p in self.pulls),
+            reshapes=self.reshapes,
+            codec=self.codec,
+        )

@@ -16,10 +16,7 @@ from penstock.core.block import KVLayout
 from penstock.core.config import WorkerConfig
 from penstock.core.events import (
     Command,
-    Move,
-    MoveClass,
     MoveDone,
-    Reshape,
     Send,
     SubmitMove,
     WakeAt,
@@ -28,28 +25,19 @@ from penstock.core.messages import UNKNOWN, Grant, Offer, Progress, Release, Ren
 from penstock.core.types import RequestId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.group import Pull
-from penstock.transfer.plan import align
+from penstock.kv.tiers import RAW
 from penstock.transfer.reshape import whole_blocks
 from penstock.transfer.session import SINK, Session, SessionState
-from penstock.worker.arrival import Arrival
+from penstock.worker.arrival import Arrival, Copy
 from penstock.worker.numbers import Numbers
 from penstock.worker.reshaping import Reshaping
 from penstock.worker.sequence import Sequence, SequenceState
+from penstock.worker.wires import Wires
 
 RENEW_KEY = "renew"
 RENEWALS_PER_LEASE = 3
 ENDED_MAX = 4096
 PULLS_MAX = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """A move under way: for whom, what (one of the two), and the how many-th try."""
-
-    arrival: Arrival
-    pulls: tuple[Pull, ...]
-    reshapes: tuple[Reshape, ...]
-    tries: int
 
 
 @dataclass(slots=True)
@@ -64,10 +52,15 @@ class PullDesk:
     num_corrupt: int = 0
     num_stale: int = 0
     num_recomputed: int = 0
+    wires: Wires = field(init=False)
     _layouts: dict[WorkerId, KVLayout] = field(default_factory=dict)
-    _copies: dict[int, _Copy] = field(default_factory=dict)
+    _copies: dict[int, Copy] = field(default_factory=dict)
     _ended: dict[RequestId, None] = field(default_factory=dict)
     _is_wake_due: bool = False
+
+    def __post_init__(self) -> None:
+        """Know of no link yet."""
+        self.wires = Wires(self.config)
 
     @property
     def num_admitted(self) -> int:
@@ -145,15 +138,15 @@ class PullDesk:
 
         The first that is complete goes before those that are still being computed, which would
         let their blocks wait. `headroom_blocks` are to stay free for those who run already: an
-        offer that comes in only to preempt somebody, or to be preempted itself, would have been
-        pulled for nothing.
+        offer that comes in only to preempt, or be preempted, would have been pulled for nothing.
         """
         if not self.pending:
             return None
         complete = (a for a in self.pending if a.num_ready == a.offer.num_tokens)
         arrival = next(complete, self.pending[0])
         offer = arrival.offer
-        needed = self.config.layout.num_blocks(offer.num_tokens)
+        gaps = tuple(range(first, first + count) for first, count in offer.gaps or ())
+        needed = self.config.layout.num_blocks(offer.num_tokens) - sum(map(len, gaps))
         available = map(int.__add__, self.kv.free_blocks, self.kv.cached_blocks)
         if headroom_blocks and min(available) < needed + headroom_blocks:
             return None
@@ -169,7 +162,8 @@ class PullDesk:
         theirs, ours = self._layouts.get(offer.source), self.config.layout
         is_reshaped = theirs is not None and theirs != ours
         runs = None if is_reshaped else offer.runs
-        adoption = self.kv.adopt(sequence.request_id, sequence.hashes, offer.num_tokens, runs)
+        hashes, num_tokens = sequence.hashes, offer.num_tokens
+        adoption = self.kv.adopt(sequence.request_id, hashes, num_tokens, runs, gaps=gaps)
         if adoption is None:
             return None
         if theirs is not None and is_reshaped:
@@ -178,7 +172,7 @@ class PullDesk:
         arrival.session.move_to(SessionState.RESERVED)
         arrival.sequence, arrival.adoption = sequence, adoption
         arrival.reserved_ns = now_ns
-        sequence.num_computed = adoption.cached_tokens
+        sequence.num_computed, sequence.is_selected = adoption.cached_tokens, offer.gaps is not None
         sequence.capacity_tokens = self.kv.capacity(sequence.request_id)
         return sequence, [self._grant(arrival)] if offer.is_push else self._pull(arrival)
 
@@ -191,12 +185,13 @@ class PullDesk:
         copy = self._copies.pop(done.move_id)
         arrival = copy.arrival
         arrival.num_moves -= 1
+        self.wires.note(arrival.offer.source, done)
         self.num_corrupt += done.is_corrupt
         self.num_stale += done.is_stale
         is_wanted = arrival.outcome is SequenceState.RUNNING
         tries_max = 1 if arrival.offer.is_push else PULLS_MAX
         if is_wanted and done.is_corrupt and copy.tries < tries_max:
-            return None, [self._submit(replace(copy, tries=copy.tries + 1))]
+            return None, [self._submit(replace(copy, codec=RAW, tries=copy.tries + 1))]
         arrival.is_spoiled |= is_wanted and done.is_corrupt
         if is_wanted and (done.is_corrupt or done.error is not None):
             self._abort(arrival, SequenceState.WAITING)
@@ -232,6 +227,7 @@ class PullDesk:
         Copies of what was complete are left alone: memory that is mapped stays, and what was
         offered does not change. Returns the sequences that are over.
         """
+        self.wires.forget(worker_id)
         lost = [
             a.session.request_id
             for a in self.arrivals.values()
@@ -255,44 +251,29 @@ class PullDesk:
         """
         assert arrival.adoption is not None
         offered, arrival.unpulled = arrival.unpulled, []
-        pulls: tuple[Pull, ...] = ()
-        reshapes: tuple[Reshape, ...] = ()
         if arrival.reshaping is not None:
             reshapes = arrival.reshaping.ask(offered)
+            is_empty = not any(r.end for r in reshapes)
+            copies = [Copy(arrival, (), reshapes=reshapes)]
         else:
             parts = map(arrival.adoption.pulls, offered)
             pulls = tuple(map(Pull.joined, zip(*parts, strict=True)))
-        is_empty = not any(p.source_ids for p in pulls) and not any(r.end for r in reshapes)
+            is_empty = not any(p.source_ids for p in pulls)
+            copies = [Copy(arrival, *p) for p in self.wires.parts(arrival, pulls)]
         if is_empty and not arrival.is_complete:
             return []
-        return [self._submit(_Copy(arrival, pulls, reshapes, tries=1))]
+        return [self._submit(copy) for copy in copies]
 
-    def _submit(self, copy: _Copy) -> Command:
-        arrival, pulls = copy.arrival, copy.pulls
-        is_push = arrival.offer.is_push
+    def _submit(self, copy: Copy) -> Command:
+        arrival = copy.arrival
         if arrival.session.state is not SessionState.IN_FLIGHT:
             arrival.session.move_to(SessionState.IN_FLIGHT)
         arrival.num_moves += 1
         move_id = self.move_ids.next()
         self._copies[move_id] = copy
-        spans = (
-            align(p.destination_ids if is_push else p.source_ids, p.destination_ids) for p in pulls
-        )
-        move = Move(
-            move_id=move_id,
-            # What was pushed is here already: there is nothing left but to compare digests.
-            kind=MoveClass.VERIFY if is_push else MoveClass.HANDOFF,
-            request_id=arrival.session.request_id,
-            source=arrival.offer.source,
-            epoch=arrival.offer.epoch,
-            spans=tuple(map(tuple, spans)),
-            digests=tuple(p.digests for p in pulls),
-            generations=() if is_push else tuple(p.generations for p in pulls),
-            reshapes=copy.reshapes,
-        )
-        return SubmitMove(move)
+        return SubmitMove(copy.move(move_id))
 
-    def _keep(self, copy: _Copy, done: MoveDone) -> None:
+    def _keep(self, copy: Copy, done: MoveDone) -> None:
         """Count what has landed, and keep the digests of full blocks."""
         arrival = copy.arrival
         assert arrival.adoption is not None
@@ -303,7 +284,9 @@ class PullDesk:
             arrival.is_verified &= pull.is_verified
             # The last block may not be full: its digest is over what it holds now; it will grow.
             partial_id = adopted.destination_of.get(num_full)
-            rows = zip(pull.destination_ids, pull.digests, strict=False)
+            # What came encoded has other bytes than were offered.
+            digests = done.digests[index] if pull.digests and done.digests else pull.digests
+            rows = zip(pull.destination_ids, digests, strict=False)
             self.kv.note_digests(index, [row for row in rows if row[0] != partial_id])
         for index, (wanted, digests) in enumerate(zip(copy.reshapes, done.digests, strict=False)):
             filled = whole_blocks(wanted, self.config.layout.block_size)
@@ -340,21 +323,17 @@ class PullDesk:
                 self._abort(arrival, SequenceState.WAITING)
         del self.arrivals[session.request_id]
         session.move_to(SessionState.RELEASED)
-        release = Release(
-            request_id=session.request_id,
-            worker_id=self.config.worker_id,
-            is_spoiled=arrival.is_spoiled,
-        )
+        release = self._release(session.peer, session.request_id, is_spoiled=arrival.is_spoiled)
         sequence = arrival.sequence
         if sequence is None:
             self.pending.remove(arrival)
             self.bury(session.request_id)
         elif arrival.outcome is not SequenceState.RUNNING:
             self.kv.close(session.request_id)
-            sequence.num_computed = sequence.capacity_tokens = 0
+            sequence.lose_blocks()
             sequence.is_preempted = True
             sequence.move_to(arrival.outcome)
-        return sequence, [Send(session.peer, release)]
+        return sequence, [release]
 
     def _is_whole(self, arrival: Arrival) -> bool:
         """Tell whether every block that was missing has come: a peer may have offered too few."""
@@ -389,8 +368,9 @@ class PullDesk:
         )
         return Send(arrival.session.peer, grant)
 
-    def _release(self, to: WorkerId, request_id: RequestId) -> Send:
-        return Send(to, Release(request_id=request_id, worker_id=self.config.worker_id))
+    def _release(self, to: WorkerId, of: RequestId, *, is_spoiled: bool = False) -> Send:
+        ours = self.config.worker_id
+        return Send(to, Release(request_id=of, worker_id=ours, is_spoiled=is_spoiled))
 
     def _wake(self, now_ns: int) -> list[Command]:
         if self._is_wake_due:

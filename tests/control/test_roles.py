@@ -4,7 +4,9 @@ import pytest
 
 from penstock.control.roles import LOOKS_MIN, Loads, Regime
 from penstock.core.events import SetRole
-from penstock.core.types import Role, WorkerId
+from penstock.core.messages import Load
+from penstock.core.step import PullSample
+from penstock.core.types import NS_PER_MS, Role, WorkerId
 from tests.control.story import Story
 
 LONG = 3000
@@ -17,6 +19,11 @@ def make(*names: str, max_num_seqs: int = 1024, **settings: object) -> Story:
         story.join(name, max_num_seqs=max_num_seqs)
     story.said.clear()
     return story
+
+
+def report(name: str, pull: PullSample) -> Load:
+    counts = {"waiting": 0, "running": 1, "handing_off": 0, "free_blocks": (1,)}
+    return Load(worker_id=WorkerId(name), cached_blocks=(1,), pull_samples=(pull,), **counts)
 
 
 def roles(story: Story) -> str:
@@ -164,3 +171,14 @@ def test_more_workers_are_wanted_when_both_sides_are_full() -> None:
     assert story.controller.status().wanted_workers == 2
     story.controller.roles.loads = Loads(2.0, 1.6, 2, 2)
     assert story.controller.roles.wanted_workers() >= 9
+
+
+def test_links_that_are_full_count_on_the_side_of_those_that_pull() -> None:
+    story = make("p0", "p1", "p2", "d0")
+    story.submit("r", LONG)
+    for took_ms in (50, 600):  # of the 500 that a first token may take
+        pull = PullSample(WorkerId("p0"), 1 << 30, 1, took_ms * NS_PER_MS)
+        for _ in range(12):
+            story.tell(report("d0", pull))
+            story.pass_time(1000, "roles")
+        assert (roles(story).count("d") > 1) is (took_ms > 500)

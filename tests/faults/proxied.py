@@ -101,11 +101,15 @@ class Site:
                 self._expected[length, params] = await stream.tokens()
         assert all(load.pulls_recomputed == 0 for load in self.loads().values())
 
+    def expected(self, prompt_tokens: int, params: SamplingParams) -> list[int]:
+        """Return the tokens that a prompt of that length gives undisturbed."""
+        return self._expected[prompt_tokens, params]
+
     async def finish(self, streams: list[Stream]) -> None:
         """Wait for the end of these requests; their tokens are the undisturbed ones."""
         for stream in streams:
             request = stream.request
-            expected = self._expected[len(request.prompt_token_ids), request.params]
+            expected = self.expected(len(request.prompt_token_ids), request.params)
             assert await stream.tokens() == expected, request.request_id
             assert len(expected) == NUM_TOKENS
 

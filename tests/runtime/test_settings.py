@@ -4,12 +4,17 @@ import pytest
 
 from penstock.core.config import ControllerConfig, EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
+from penstock.kv.quality import KvQuality
 from penstock.runtime.settings import (
     ClusterSettings,
     NetworkSettings,
     PulseSettings,
+    TierSettings,
     split_address,
 )
+
+LOSSY = KvQuality(loss_max=0.01)
+HERE = NetworkSettings(host="127.0.0.1")
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:", ":7777", "host:port", "host:70000"])
@@ -39,6 +44,31 @@ def test_what_only_reads_cannot_push(transport: str):
     with pytest.raises(StartupFailed, match=f"--handoff push: over {transport}"):
         ClusterSettings(engine=EngineConfig(model="m"), transport=transport, handoff=Handoff.PUSH)
     ClusterSettings(engine=EngineConfig(model="m"), transport="shm", handoff=Handoff.PUSH)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "--kv-quality is exact"),
+        ({"kv_quality": LOSSY, "transport": "shm"}, "only what is pulled over TCP"),
+        ({"kv_quality": LOSSY, "transport": "auto"}, "--listen or --transport tcp"),
+        (
+            {"kv_quality": LOSSY, "transport": "auto", "network": HERE, "handoff": Handoff.PUSH},
+            "push",
+        ),
+        (
+            {"kv_quality": LOSSY, "tiers": (TierSettings(name="dram", num_bytes=1, codec="int4"),)},
+            "one lossy codec for all tiers and hand-offs, not int4, int8",
+        ),
+        ({"kv_quality": LOSSY, "engine": EngineConfig(model="m", device="cuda")}, "GPU"),
+    ],
+)
+def test_blocks_that_cannot_cross_encoded_are_not_asked_to(options: dict, match: str):
+    defaults = {"engine": EngineConfig(model="m"), "transport": "tcp", "handoff_codec": "int8"}
+    with pytest.raises(StartupFailed, match=match):
+        ClusterSettings(**{**defaults, **options})
+    ClusterSettings(**defaults, kv_quality=LOSSY)
+    ClusterSettings(**{**defaults, "transport": "auto"}, kv_quality=LOSSY, network=HERE)
 
 
 def test_a_pull_needs_a_connection():

@@ -81,6 +81,24 @@ def test_a_codec_above_the_budget_is_refused_with_what_was_measured(model):
         choose(model, "50%,99.9%", dram="int4")
 
 
+def test_the_way_between_hosts_is_judged_as_a_tier_is_and_has_the_same_codec(model):
+    def on_wire(quality: str, wire: str, *tiers: TierSettings) -> Chosen:
+        quality = parse_quality(quality)
+        return tier_codecs(model, tiers, quality, probe, block_size=BLOCK_SIZE, wire=wire)
+
+    alone = on_wire("0.1%", "int8")
+    assert (alone.codecs, alone.wire.name, alone.wire.is_lossy) == ((), "int8", True)
+    assert alone.wire.decode_ns > 0 < alone.wire.encode_ns
+    assert len(alone.notes) == 1
+    with pytest.raises(StartupFailed, match=r"--handoff-codec: codec=int4 is refused"):
+        on_wire("0.01%", "int4")
+    # fp8 would be the quickest on this disk; a second lossy codec would lose more than measured.
+    disk = TierSettings(name="disk", num_bytes=MIB, path="/x")
+    both = on_wire("0.1%", "int8", disk)
+    assert [codec.name for codec in both.codecs] == ["int8"]
+    assert both.wire.name == "int8"
+
+
 def test_blocks_too_large_for_the_probe_are_said(model):
     tiers = [TierSettings(name="dram", num_bytes=MIB, codec="lossless")]
     with pytest.raises(StartupFailed, match="--block-size"):

@@ -1,10 +1,13 @@
 """A worker core, told events and asked for what it did: what the tests beside this are made of."""
 
+from msgspec.structs import replace
+
 from penstock.core.config import WorkerConfig
 from penstock.core.descriptors import WorkerInfo
 from penstock.core.events import (
     Command,
     Event,
+    Move,
     MoveDone,
     RunStep,
     Send,
@@ -71,20 +74,23 @@ class Story:
         )
         return step
 
-    def land(self, error: str | None = None, *, is_corrupt: bool = False) -> None:
+    def land(
+        self, error: str | None = None, *, is_corrupt: bool = False, **changes: object
+    ) -> Move:
+        """Finish the oldest move under way."""
         move = self.moves.pop(0).move
-        self.tell(
-            MoveDone(
-                move_id=move.move_id,
-                num_bytes=1,
-                num_spans=1,
-                transport="test",
-                started_ns=0,
-                finished_ns=COPY_NS,
-                error=error,
-                is_corrupt=is_corrupt,
-            )
+        done = MoveDone(
+            move_id=move.move_id,
+            num_bytes=1,
+            num_spans=1,
+            transport="test",
+            started_ns=0,
+            finished_ns=COPY_NS,
+            error=error,
+            is_corrupt=is_corrupt,
         )
+        self.tell(replace(done, **changes))
+        return move
 
     def heard(self, kind: type[Message]) -> list[Message]:
         """Return and forget the messages of one kind."""
@@ -126,10 +132,11 @@ def assign(request: Request, decode_worker: WorkerId) -> Assign:
     return Assign(request=request, decode_worker=decode_worker, timeline=Timeline(arrived_ns=1))
 
 
-def offer_of(name: str, num_prompt: int, **params: int) -> Offer:
+def offer_of(name: str, num_prompt: int, *, accepts_loss: bool = False, **params: int) -> Offer:
     """Have a prefill worker make a real offer."""
     prefill = Story(P0)
-    prefill.tell(assign(request(name, num_prompt, **params), D0))
+    asked = replace(request(name, num_prompt, **params), accepts_loss=accepts_loss)
+    prefill.tell(assign(asked, D0))
     while prefill.steps:
         prefill.step()
     (offer,) = prefill.heard(Offer)

@@ -61,6 +61,13 @@ int64_t penstock_notify(int32_t stream, uint64_t epoch, const uint8_t* text, int
 void* penstock_server_new(uint64_t epoch, int64_t silence_ms, int64_t connections_max);
 int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blocks,
                             int64_t block_bytes);
+// Lets a region that was added be read encoded as well, as a region of its own with rows instead of
+// blocks; returns its index. `encode` is the codecs' `penstock_encode`, which is given `method`, the
+// `shape_bytes` bytes at `shape`, and rows of `row_bytes`: the encoded block, and in the last 16
+// bytes digests (xxh3) of the block as it is in the region and of the row before them.
+int64_t penstock_server_add_encoded(void* server, int64_t region, const void* encode,
+                                    int64_t method, const uint8_t* shape, int64_t shape_bytes,
+                                    int64_t block_bytes, int64_t row_bytes);
 // Takes the socket over; returns 0, or -1 and leaves it alone when there are too many.
 int64_t penstock_server_serve(void* server, int32_t socket);
 // Takes one notification out: its bytes, or -1 when there is none. `text` has room for the longest.

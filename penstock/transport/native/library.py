@@ -84,6 +84,10 @@ _FUNCTIONS: Final = {
     "penstock_notify": (c_int64, (c_int32, c_uint64, c_void_p, c_int64, c_int64)),
     "penstock_server_new": (c_void_p, (c_uint64, c_int64, c_int64)),
     "penstock_server_add": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
+    "penstock_server_add_encoded": (
+        c_int64,
+        (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
+    ),
     "penstock_server_serve": (c_int64, (c_void_p, c_int32)),
     "penstock_server_heard": (c_int64, (c_void_p, c_void_p)),
     "penstock_server_counts": (None, (c_void_p, c_void_p)),

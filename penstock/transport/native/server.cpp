@@ -5,10 +5,14 @@
 // stack alone, and a blocking send of many vectors is what the kernel does best. Python has accepted
 // and authenticated a socket before it comes here. Nothing of a request is believed: its size, its
 // epoch and every run are checked before the first byte leaves.
+//
+// A region may be read encoded, too: its rows are made here while they are sent, with digests that
+// let the reader tell what was wrong in memory from what went wrong on the way.
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -23,6 +27,7 @@
 
 #include "api.h"
 #include "wire.h"
+#include "xxh3.h"
 
 namespace penstock {
 namespace {
@@ -30,10 +35,23 @@ namespace {
 constexpr size_t kHeardMax = 4096;
 constexpr auto kRequestLimit = std::chrono::seconds(60);  // from header to last byte, per MAX bytes
 constexpr uint64_t kBytesPerReadMax = uint64_t{1} << 36;
+constexpr uint64_t kEncodedAtOnce = 1 << 18;  // bytes: still in the cache when they are sent
+
+using Encode = void (*)(int64_t method, const void* shape, const uint8_t* pool, const int64_t* ids,
+                        int64_t num_blocks, uint8_t* encoded, int64_t stride, int64_t* lengths);
+
+struct Encoder {
+    Encode encode;
+    int64_t method;
+    std::vector<uint8_t> shape;
+    uint64_t block_bytes;  // in the pool
+    uint64_t row_bytes;
+};
 
 struct Region {
-    const uint8_t* bytes;
-    uint64_t num_bytes;
+    const uint8_t* bytes;              // of the pool
+    uint64_t num_bytes;                // as they are sent
+    const Encoder* encoder = nullptr;  // of rows that are made when they are read
 };
 
 struct Connection {
@@ -49,6 +67,8 @@ struct Exchange {
     size_t num_received = 0;
     std::vector<Run> runs;
     std::vector<iovec> vectors;
+    std::vector<uint8_t> rows;
+    std::vector<int64_t> ids, lengths;
 };
 
 class Server {
@@ -57,6 +77,7 @@ class Server {
         : epoch_(epoch), silence_ms_(silence_ms), connections_max_(connections_max) {}
     ~Server();
     int64_t add(Region region);
+    int64_t add_encoded(int64_t region, Encoder encoder);
     int64_t serve(int socket);
     int64_t heard(uint8_t* text);
     void counts(int64_t* counts) const;
@@ -66,6 +87,8 @@ class Server {
     bool answer(Exchange& exchange);
     bool answer_read(Exchange& exchange, const RequestHeader& request);
     bool answer_notify(Exchange& exchange, const RequestHeader& request);
+    static bool send_encoded(Exchange& exchange, const Region& region, Clock::time_point limit);
+    static void make_rows(Exchange& exchange, const Region& region, uint64_t first, uint64_t count);
     static int64_t receive_body(const Exchange& exchange, void* body, size_t size);
     Status check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
                  uint64_t& num_bytes) const;
@@ -78,6 +101,7 @@ class Server {
     const int64_t connections_max_;
     mutable std::shared_mutex regions_lock_;
     std::vector<Region> regions_;
+    std::list<Encoder> encoders_;
     std::mutex connections_lock_;
     std::list<Connection> connections_;
     std::mutex heard_lock_;
@@ -101,6 +125,16 @@ Server::~Server() {
 int64_t Server::add(Region region) {
     std::unique_lock lock(regions_lock_);
     regions_.push_back(region);
+    return static_cast<int64_t>(regions_.size()) - 1;
+}
+
+int64_t Server::add_encoded(int64_t region, Encoder encoder) {
+    std::unique_lock lock(regions_lock_);
+    const Region& plain = regions_.at(region);
+    const uint64_t num_rows = plain.num_bytes / encoder.block_bytes;
+    encoders_.push_back(std::move(encoder));
+    const Encoder& kept = encoders_.back();
+    regions_.push_back({plain.bytes, num_rows * kept.row_bytes, &kept});
     return static_cast<int64_t>(regions_.size()) - 1;
 }
 
@@ -188,14 +222,57 @@ bool Server::answer_read(Exchange& exchange, const RequestHeader& request) {
     auto& vectors = exchange.vectors;
     vectors.clear();
     vectors.push_back({&header, sizeof header});
-    for (const Run& run : exchange.runs)
-        vectors.push_back({const_cast<uint8_t*>(region.bytes + run.first_byte), run.num_bytes});
     // A slow link may take long for much: 1 s more for each 4 MiB.
     const auto limit = Clock::now() + kRequestLimit + std::chrono::seconds(num_bytes >> 22);
-    if (send_all(socket, vectors.data(), vectors.size(), limit) != 0) return false;
+    if (region.encoder) {
+        if (!send_encoded(exchange, region, limit)) return false;
+    } else {
+        for (const Run& run : exchange.runs)
+            vectors.push_back({const_cast<uint8_t*>(region.bytes + run.first_byte), run.num_bytes});
+        if (send_all(socket, vectors.data(), vectors.size(), limit) != 0) return false;
+    }
     ++reads_;
     bytes_ += static_cast<int64_t>(num_bytes);
     return true;
+}
+
+// Sends what `exchange.vectors` has, then the runs' part of the rows, some rows at a time: while the
+// kernel sends some, the next are made. Streams share bytes, so a run may begin and end in a row.
+bool Server::send_encoded(Exchange& exchange, const Region& region, Clock::time_point limit) {
+    const uint64_t row_bytes = region.encoder->row_bytes;
+    const uint64_t at_once = std::max<uint64_t>(1, kEncodedAtOnce / row_bytes);
+    exchange.rows.resize(at_once * row_bytes);
+    for (const Run& run : exchange.runs) {
+        const uint64_t end = run.first_byte + run.num_bytes;
+        for (uint64_t at = run.first_byte; at < end;) {
+            const uint64_t row = at / row_bytes, base = row * row_bytes;
+            const uint64_t count = std::min(at_once, (end - base + row_bytes - 1) / row_bytes);
+            make_rows(exchange, region, row, count);
+            const uint64_t stop = std::min(end - base, count * row_bytes);
+            exchange.vectors.push_back({exchange.rows.data() + (at - base), stop - (at - base)});
+            if (send_all(exchange.socket, exchange.vectors.data(), exchange.vectors.size(), limit))
+                return false;
+            exchange.vectors.clear();
+            at = base + stop;
+        }
+    }
+    return true;
+}
+
+void Server::make_rows(Exchange& exchange, const Region& region, uint64_t first, uint64_t count) {
+    const Encoder& encoder = *region.encoder;
+    const uint64_t content = encoder.row_bytes - 2 * sizeof(uint64_t);
+    exchange.ids.resize(count), exchange.lengths.resize(count);
+    for (uint64_t i = 0; i < count; ++i) exchange.ids[i] = static_cast<int64_t>(first + i);
+    uint8_t* rows = exchange.rows.data();
+    encoder.encode(encoder.method, encoder.shape.data(), region.bytes, exchange.ids.data(), count,
+                   rows, encoder.row_bytes, exchange.lengths.data());
+    for (uint64_t i = 0; i < count; ++i) {
+        uint8_t* row = rows + i * encoder.row_bytes;
+        const uint8_t* block = region.bytes + exchange.ids[i] * encoder.block_bytes;
+        const uint64_t digests[2] = {xxh3(block, encoder.block_bytes), xxh3(row, content)};
+        std::memcpy(row + content, digests, sizeof digests);
+    }
 }
 
 Status Server::check(const RequestHeader& request, const std::vector<Run>& runs, Region& region,
@@ -277,6 +354,14 @@ int64_t penstock_server_add(void* server, const uint8_t* blocks, int64_t num_blo
                             int64_t block_bytes) {
     return static_cast<Server*>(server)->add(
         {blocks, static_cast<uint64_t>(num_blocks * block_bytes)});
+}
+int64_t penstock_server_add_encoded(void* server, int64_t region, const void* encode,
+                                    int64_t method, const uint8_t* shape, int64_t shape_bytes,
+                                    int64_t block_bytes, int64_t row_bytes) {
+    return static_cast<Server*>(server)->add_encoded(
+        region, {reinterpret_cast<penstock::Encode>(const_cast<void*>(encode)), method,
+                 std::vector<uint8_t>(shape, shape + shape_bytes),
+                 static_cast<uint64_t>(block_bytes), static_cast<uint64_t>(row_bytes)});
 }
 int64_t penstock_server_serve(void* server, int32_t socket) {
     return static_cast<Server*>(server)->serve(socket);
