@@ -11,7 +11,9 @@ Size and error: real KV, which the built-in model computed of held-out text, fp3
 Quality: the built-in model reads held-out files (those of the interpreter's library that its
 training never saw), each block of KV going through the codec as soon as it is full: the relative
 increase of the loss, and at how many positions the most likely token stays the same. The same with
-all KV as it is and a window of it alone, as with `kv_window` in a request.
+all KV as it is and a window of it alone, as with `kv_window` in a request. Then of the files that
+are long enough what comes after a prompt of 1,024 tokens, once behind a window and once with as
+many tokens of the prompt, chosen by what its end looks at, as with `kv_select`.
 
     python bench/codec.py [--quick] [--only speed|quality] [--output FILE]
 """
@@ -19,6 +21,7 @@ all KV as it is and a window of it alone, as with `kv_window` in a request.
 import argparse
 import ctypes
 import hashlib
+import mmap
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +43,7 @@ from penstock.codec.codec import CODECS, Codec, make_codec
 from penstock.codec.native.library import load_library
 from penstock.core.block import KVGroup, KVLayout
 from penstock.core.config import EngineConfig
-from penstock.engine.kv_quality import Bytes2D, compare, read_texts
+from penstock.engine.kv_quality import Bytes2D, Part, compare, read_texts
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel
 from penstock.runtime.codecs import round_trip_of
@@ -66,6 +69,10 @@ LOSS_TARGETS = {"int8": 0.1, "int4": 1.0}
 """Percent."""
 WINDOWS = (256, 512, 1024)
 """Tokens of the KV that are seen, beside the first block."""
+PROMPT_TOKENS = 1024
+"""What comes after them is judged where a part of a prompt is kept."""
+PARTS = (128, 256, 512)
+"""Tokens of the prompt that are kept, as a window and as a selection."""
 
 
 def load(dtype: str) -> LoadedModel:
@@ -111,6 +118,15 @@ class Work:
         self.codec.decode(self.encoded, self.landed, range(len(self.pool)))
 
 
+def pages(shape: tuple[int, int]) -> Bytes2D:
+    """Return memory that begins with a page, all of it touched, as a worker's pool does: what is
+    decoded into more than the cache holds is stored past it, by whole lines.
+    """
+    blocks = np.frombuffer(mmap.mmap(-1, shape[0] * shape[1]), np.uint8).reshape(shape)
+    blocks[:] = 1
+    return blocks
+
+
 def copy(to: Bytes2D, blocks: Bytes2D) -> None:
     """Copy blocks with the C library's memcpy."""
     ctypes.memmove(to.ctypes.data, blocks.ctypes.data, blocks.nbytes)
@@ -120,7 +136,7 @@ def make_work(name: str, layout: KVLayout, pool: Bytes2D) -> Work:
     """Return work that has been done once."""
     codec = make_codec(name, layout)
     encoded = np.ones((len(pool), codec.encoded_bytes), np.uint8)
-    work = Work(codec, pool, np.ones_like(pool), encoded)
+    work = Work(codec, pool, pages(pool.shape), encoded)
     work.encode()
     work.decode()
     return work
@@ -154,7 +170,7 @@ def measure_speed(report: Report, kv: Bytes2D, layout: KVLayout, runs: int) -> N
 
 def acts_on(layout: KVLayout, blocks: Bytes2D) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name."""
-    landed = np.ones_like(blocks)
+    landed = pages(blocks.shape)
     acts: dict[str, Callable[[], object]] = {"memcpy": lambda: copy(landed, blocks)}
     for name in CODECS:
         work = make_work(name, layout, blocks)
@@ -224,10 +240,28 @@ def measure_quality(report: Report, dtype: str, model: LoadedModel, texts: list[
         found = compare(exact, read_texts(model, texts, round_trip, block_size=BLOCK_SIZE))
         report.add(f"{name}_{dtype}_loss_increase_percent", [100 * found.loss_increase], "%")
         report.add(f"{name}_{dtype}_greedy_agreement", [found.greedy_agreement], "of positions")
-    for window in WINDOWS if dtype == "bfloat16" else ():
-        found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, window=window))
+    if dtype != "bfloat16":
+        return
+    for window in WINDOWS:
+        part = Part(window=window)
+        found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, part=part))
         report.add(f"window{window}_loss_increase_percent", [100 * found.loss_increase], "%")
         report.add(f"window{window}_greedy_agreement", [found.greedy_agreement], "of positions")
+    measure_parts(report, model, [text for text in texts if len(text) > PROMPT_TOKENS + 256])
+
+
+def measure_parts(report: Report, model: LoadedModel, texts: list[list[int]]) -> None:
+    """Let the model go on after a prompt of which a part is kept."""
+    exact = read_texts(model, texts, block_size=BLOCK_SIZE, part=Part(prompt_tokens=PROMPT_TOKENS))
+    note = f"{len(exact.nats)} tokens of {len(texts)} files behind {PROMPT_TOKENS} tokens"
+    report.add("after_prompt_loss", [exact.loss], "nats a token", note=note)
+    for size in PARTS:
+        for kind in ("window", "select"):
+            part = Part(prompt_tokens=PROMPT_TOKENS, **{kind: size})
+            found = compare(exact, read_texts(model, texts, block_size=BLOCK_SIZE, part=part))
+            key = f"after_prompt_{kind}{size}"
+            report.add(f"{key}_loss_increase_percent", [100 * found.loss_increase], "%")
+            report.add(f"{key}_greedy_agreement", [found.greedy_agreement], "of positions")
 
 
 def report_targets(report: Report) -> None:

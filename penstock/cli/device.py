@@ -35,6 +35,7 @@ from penstock.engine.device_executor import DeviceExecutor
 from penstock.engine.graphs import EagerReplay, choose_capture
 from penstock.engine.loading import load_model
 from penstock.engine.model import LoadedModel, num_blocks
+from penstock.engine.observe import Observer
 from penstock.engine.plan import ModelPlan, plan_model
 from penstock.engine.pools import make_pools
 from penstock.kv.tiers import RAW
@@ -222,5 +223,6 @@ def _bind(
         prepare=executor.prepare,
         description=model.description,
         rounds=Rounds(executor.rounds, settings.engine.block_size),
+        observe=Observer(model, tuple(memory.tensors())).observe,
     )
     return replace(memory, digest=executor.beside(memory.digest)), engine

@@ -125,6 +125,7 @@ def _work(
         digest=memory.digest,
         prepare=engine.prepare,
         rounds=engine.rounds,
+        observe=engine.observe,
         move=memory.move,
         peers=memory.peers,
         regions=memory.regions,
@@ -194,8 +195,8 @@ def _load_model(settings: ClusterSettings, progress: Progress) -> tuple[ModelFac
     )
     path = settings.kv_access_log
     if path is not None:
-        return facts, partial(_bind_model, partial(recorded_executor, model, path))
-    return facts, partial(_bind_model, partial(ModelExecutor, model))
+        return facts, partial(_bind_model, model, partial(recorded_executor, model, path))
+    return facts, partial(_bind_model, model, partial(ModelExecutor, model))
 
 
 def _with_device(settings: ClusterSettings) -> ClusterSettings:
@@ -269,6 +270,7 @@ def _num_blocks(model: "LoadedModel", settings: ClusterSettings) -> tuple[int, .
 
 
 def _bind_model(
+    model: "LoadedModel",
     make_executor: "Callable[[tuple[Tensor, ...]], ModelExecutor | RecordedExecutor]",
     settings: ClusterSettings,
     facts: ModelFacts,
@@ -276,6 +278,8 @@ def _bind_model(
     place: WorkerPlace,
 ) -> tuple[WorkerMemory, WorkerEngine]:
     import torch
+
+    from penstock.engine.observe import Observer
 
     memory = host_memory(settings, facts, spec, place)
     executor = make_executor(tuple(memory.tensors()))
@@ -285,7 +289,8 @@ def _bind_model(
         torch.set_num_threads(_threads(settings))
 
     execute = torch.inference_mode()(executor.execute)
-    return memory, WorkerEngine(execute, prepare, facts.description)
+    observe = Observer(model, tuple(memory.tensors())).observe
+    return memory, WorkerEngine(execute, prepare, facts.description, observe=observe)
 
 
 # ---------------------------------------------------------------------------- the instant executor

@@ -61,7 +61,8 @@ class Drain(Struct, frozen=True, tag=True):
 
 class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     """The executor finished a step; `sampled[i]` belongs to `samples[i]`, `digests` to `digests_of`
-    (empty when this executor takes none). `error` is set when it failed as a whole.
+    (empty when this executor takes none), and `scores[i]`, one for each block, to
+    `observations[i]`. `error` is set when it failed as a whole.
 
     Of a step that was run several times at one go, `sampled` has as many rounds of samples. With
     `goes_on` this is one round, and the next one is under way already (`next_round`).
@@ -72,6 +73,7 @@ class StepDone(Struct, frozen=True, tag=True, kw_only=True):
     started_ns: int
     finished_ns: int
     digests: tuple[tuple[Digest, ...], ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
     error: str | None = None
     goes_on: bool = False
 

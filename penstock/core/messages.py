@@ -240,7 +240,9 @@ class Offer(Tagged, frozen=True):
     is being computed and follows by `Progress`. `runs` are the lengths of the runs in which all of
     them lie, per group, as far as known. The blocks are kept for `lease_ns` from when this is sent,
     and from every `Renew` on. With `is_push` they are not to be read: they will be written to those
-    that the decode worker grants.
+    that the decode worker grants. `gaps` are entries of the block table that have been let go of,
+    the first and how many, where the prompt's blocks have been chosen: what is offered in their
+    place means nothing.
     """
 
     request: Request
@@ -253,6 +255,7 @@ class Offer(Tagged, frozen=True):
     timeline: Timeline
     lease_ns: int
     is_push: bool = False
+    gaps: tuple[tuple[int, int], ...] | None = None
 
 
 class Progress(Tagged, frozen=True):

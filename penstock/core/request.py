@@ -60,8 +60,9 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     `output_token_ids` is not empty when the request is continued after a preemption, a migration or
     a lost worker; `params.max_tokens` counts them. `cache_salt` separates tenants in the prefix
     cache, and so does `accepts_loss`: KV may come back from a tier by way of a lossy codec. With a
-    `kv_window` decoding looks at the first block and the last so many tokens alone. Its KV
-    is to be kept for `retention_ns` after its end, before all others' if it is a `pin`. A lower
+    `kv_window` decoding looks at the first block and the last so many tokens alone; with a
+    `kv_select` at about so many tokens of the prompt, those that its end looks at most. Its KV is
+    to be kept for `retention_ns` after its end, before all others' if it is a `pin`. A lower
     `priority` is more urgent; requests of one `fairness_key` share what keys are given in turn. The
     SLOs, in ms, are those of the cluster where there are none.
     """
@@ -73,6 +74,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: str = ""
     accepts_loss: bool = False
     kv_window: int = 0
+    kv_select: int = 0
     retention_ns: int = 0
     pin: str = ""
     priority: int = 0
@@ -129,8 +131,9 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     travels. `held_ns` is when the decode worker gave it blocks, which may be long before there is
     anything to put into them (`reserved_ns` counts from the offer on). `exposed_ns` is how long it
     waited for blocks out of tiers although it was its turn: a part of what is called queue;
-    `exposed_decode_ns` of it for a codec.
-    `pull_copy_ns` is how long bytes were copied, in all parts of a pull together.
+    `exposed_decode_ns` of it for a codec. `pull_copy_ns` is how long bytes were copied, in all
+    parts of a pull together. `selected_tokens` are those of the prompt whose KV was kept where a
+    request wanted no more than a part of it.
 
     Consecutive differences are the parts of TTFT (`ledger`), so they add up by construction; what
     the client saw beyond them is the residual.
@@ -156,6 +159,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
     exposed_ns: int = 0
     exposed_decode_ns: int = 0
+    selected_tokens: int = 0
 
     def take_prefill(self, other: "Timeline") -> None:
         """Take over what the prefill worker has stamped since this was sent."""
@@ -164,6 +168,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
         self.cached_tokens = other.cached_tokens
         self.exposed_ns = other.exposed_ns
         self.exposed_decode_ns = other.exposed_decode_ns
+        self.selected_tokens = other.selected_tokens
         self.pull_copy_ns = max(self.pull_copy_ns, other.pull_copy_ns)  # one side of the two copies
 
     def take_pull(self, transport: str, num_bytes: int, num_spans: int, *, copied_ns: int) -> None:

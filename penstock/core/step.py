@@ -32,6 +32,16 @@ class SampleRow(Struct, frozen=True):
     token_ids: list[int]
 
 
+class Observation(Struct, frozen=True):
+    """Whose blocks are to be chosen from: sequence `row` of the step, whose tokens at positions
+    `[position, position + len(token_ids))` vote on the blocks before them.
+    """
+
+    row: int
+    position: int
+    token_ids: tuple[int, ...]
+
+
 class Step(Struct, frozen=True):
     """A batch of S sequences with T new tokens in all.
 
@@ -44,9 +54,11 @@ class Step(Struct, frozen=True):
     samples      the sequences whose last new token is their last known one
     digests_of   per group, the blocks whose content is complete with this step: a digest is
                  taken of each when the step is over
-    gaps         [S, 2] int32 or None: entries of the tables of a sequence that were let go of in
-                 the middle, the first of them and how many; attention goes on behind them, and
-                 positions stay what they were. For models of one group
+    gaps         [G, 3] int32 or None: entries of tables that were let go of in the middle: the
+                 sequence, the first of them and how many, ascending; attention goes on behind
+                 them, and positions stay what they were. For models of one group
+    observations sequences of whose blocks it is to be said, when the step is over, how much the
+                 last tokens of a prompt look at each
     repeats      how often in a row it may be run, each time on the tokens just sampled; more than
                  once only when every sequence has one new token, is sampled and has blocks for
                  all. The executor may stop early. Where it does not report each round by itself,
@@ -62,6 +74,7 @@ class Step(Struct, frozen=True):
     digests_of: tuple[tuple[BlockId, ...], ...] = ()
     repeats: int = 1
     gaps: Int32 | None = None
+    observations: tuple[Observation, ...] = ()
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

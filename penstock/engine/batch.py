@@ -94,7 +94,9 @@ def make_batch(step: Step, block_size: int) -> Batch:
     offset = positions - block_index * block_size
     kv_len, tables = num_computed + num_new, step.block_tables
     if step.gaps is not None:
-        kv_len = kv_len - step.gaps[:, 1] * np.int32(block_size)
+        let_go = np.zeros(num_seqs, np.int32)
+        np.add.at(let_go, step.gaps[:, 0], step.gaps[:, 2] * np.int32(block_size))
+        kv_len = kv_len - let_go
         tables = tuple(_closed(table, step.gaps) for table in tables)
     return Batch(
         token_ids=from_numpy(step.token_ids),
@@ -118,9 +120,9 @@ def make_batch(step: Step, block_size: int) -> Batch:
 def _closed(table: Int32, gaps: Int32) -> Int32:
     """Return block tables without the entries that were let go of: what is behind moves up."""
     closed = table.copy()
-    for row in np.flatnonzero(gaps[:, 1]).tolist():
-        first, count = gaps[row].tolist()
-        closed[row, first : table.shape[1] - count] = table[row, first + count :]
+    # The last gap of a row first: closing it moves nothing that is before it.
+    for row, first, count in reversed(gaps.tolist()):
+        closed[row, first : table.shape[1] - count] = closed[row, first + count :].copy()
     return closed
 
 

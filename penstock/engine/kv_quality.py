@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from penstock.core.step import Observation
 from penstock.engine.batch import Batch
-from penstock.kv.selection import streaming_blocks
+from penstock.engine.observe import Observer
+from penstock.kv.selection import OBSERVED_TOKENS, snap_blocks, streaming_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +30,21 @@ if TYPE_CHECKING:
 Bytes2D = npt.NDArray[np.uint8]
 RoundTrip = Callable[[int, Bytes2D], None]
 """Replaces blocks `[num_blocks, block_bytes]` of a group by what a codec makes of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What is left of the KV of each text, as requests ask for it. The first `prompt_tokens`, whole
+    blocks, are read with all there is and not judged; what comes after them sees the first block
+    and the last `window` tokens alone, or with `select` about so many tokens of the prompt. 0: all.
+    """
+
+    prompt_tokens: int = 0
+    window: int = 0
+    select: int = 0
+
+
+ALL: Final = Part()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,15 +97,14 @@ def read_texts(
     round_trip: RoundTrip | None = None,
     *,
     block_size: int,
-    window: int = 0,
+    part: Part = ALL,
 ) -> Reading:
     """Let a model read texts, each for itself; without `round_trip` the KV stays as it is.
 
     A text is token ids of which all but the first are predicted; it has two at least, and no more
-    than the model's context. With a `window` a token sees the first block and the last so many
-    tokens alone, and what shares its blocks, as a request with a `kv_window` does.
+    than the model's context, and more than the `part` has prompt tokens.
     """
-    readings = [_read(model, text, round_trip, block_size, window) for text in texts]
+    readings = [_read(model, text, round_trip, block_size, part) for text in texts]
     return Reading(
         np.concatenate([reading.nats for reading in readings]),
         np.concatenate([reading.greedy for reading in readings]),
@@ -100,23 +116,31 @@ def _read(
     text: Sequence[int],
     round_trip: RoundTrip | None,
     block_size: int,
-    window: int,
+    part: Part,
 ) -> Reading:
     num_tokens = len(text) - 1
     assert 0 < num_tokens <= model.max_model_len, (num_tokens, model.max_model_len)
+    assert part.prompt_tokens < num_tokens, (part, num_tokens)
+    assert part.prompt_tokens % block_size == 0, (part, block_size)
     pools, device = _pools(model, num_tokens, block_size), model.device.torch_device
     run = model.forward.bind(model.kernels, pools)
     ids = torch.tensor(text, dtype=torch.int64)
     nats, greedy = [], []
+    gaps: tuple[range, ...] = ()
     with torch.inference_mode():
         for start in range(0, num_tokens, block_size):
             end = min(start + block_size, num_tokens)
-            logits = run(_batch(ids, start, end, pools, window).to(device)).cpu()
+            if part.window and start >= part.prompt_tokens:
+                gaps = _outside_window(start, block_size, part.window)
+            elif part.select and start == part.prompt_tokens:
+                gaps = _not_selected(model, pools, text[:start], part.select)
+            logits = run(_batch(ids, start, end, pools, gaps).to(device)).cpu()
             costs = torch.nn.functional.cross_entropy(
                 logits.double(), ids[start + 1 : end + 1], reduction="none"
             )
-            nats.append(costs.numpy())
-            greedy.append(logits.argmax(-1).numpy())
+            if start >= part.prompt_tokens:
+                nats.append(costs.numpy())
+                greedy.append(logits.argmax(-1).numpy())
             if round_trip is not None and end - start == block_size:
                 for group, pool in enumerate(pools):
                     block = pool[start // block_size].view(torch.uint8).view(1, -1)
@@ -139,26 +163,44 @@ def _pools(model: LoadedModel, num_tokens: int, block_size: int) -> tuple[Tensor
     )
 
 
-def _batch(ids: Tensor, start: int, end: int, pools: Sequence[Tensor], window: int) -> Batch:
+def _outside_window(start: int, block_size: int, window: int) -> tuple[range, ...]:
+    """Return the blocks that tokens from `start` on do not see: the first one of them sees as far
+    back as any.
+    """
+    front, recent = streaming_blocks(
+        -(-(start + 1) // block_size), block_size=block_size, num_sinks=1, window=window
+    )
+    return (range(front.stop, recent.start),)
+
+
+def _not_selected(
+    model: LoadedModel, pools: tuple[Tensor, ...], prompt: Sequence[int], capacity_tokens: int
+) -> tuple[range, ...]:
+    """Return the blocks that the end of a prompt, which has been read, looks at least."""
+    num_tokens, block_size = len(prompt), pools[0].shape[3]
+    table = np.arange(-(-num_tokens // block_size), dtype=np.int32)
+    first = num_tokens - OBSERVED_TOKENS
+    seen = Observation(0, first, tuple(prompt[first:]))
+    scores = Observer(model, pools).look(seen, table)
+    return snap_blocks(scores, num_tokens, block_size=block_size, capacity_tokens=capacity_tokens)
+
+
+def _batch(
+    ids: Tensor, start: int, end: int, pools: Sequence[Tensor], gaps: tuple[range, ...]
+) -> Batch:
     """Return the step that computes tokens `[start, end)` of one sequence and all their logits."""
     positions = torch.arange(start, end)
     block_size = pools[0].shape[3]
-    num_blocks, num_hidden = -(-end // block_size), 0
-    if window:
-        # The first of the tokens sees as far back as any of them.
-        front, recent = streaming_blocks(
-            -(-(start + 1) // block_size), block_size=block_size, num_sinks=1, window=window
-        )
-        num_hidden = recent.start - front.stop
-    table = torch.arange(num_hidden, num_blocks, dtype=torch.int32)[None]
-    table[0, 0] = 0
+    hidden = {entry for gap in gaps for entry in gap}
+    seen = [entry for entry in range(-(-end // block_size)) if entry not in hidden]
+    table = torch.tensor([seen], dtype=torch.int32)
     return Batch(
         token_ids=ids[start:end].contiguous(),
         positions=positions,
         # Block i of the pool holds block i of the text, so a slot's number is its position.
         slots=tuple(positions for _ in pools),
         query_start=torch.tensor([0, end - start], dtype=torch.int32),
-        kv_len=torch.tensor([end - num_hidden * block_size], dtype=torch.int32),
+        kv_len=torch.tensor([end - len(hidden) * block_size], dtype=torch.int32),
         block_tables=tuple(table for _ in pools),
         logits_rows=torch.arange(end - start),
         max_query_len=end - start,

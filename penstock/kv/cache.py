@@ -14,14 +14,13 @@ What may find no room (`grow`, `reserve`, `adopt`) changes nothing when it does 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Final
 
 from penstock.core.block import KVLayout
 from penstock.core.messages import GroupBlocks
 from penstock.core.step import Int32
 from penstock.core.types import BlockHash, BlockId, Digest, RequestId
-from penstock.kv.group import Adopted, GroupCache, Held, Pull
+from penstock.kv.group import Adoption, GroupCache, Held
 from penstock.kv.pool import Generations
 from penstock.kv.retention import Retention
 from penstock.kv.selection import streaming_blocks
@@ -30,18 +29,6 @@ from penstock.kv.table import BlockTables
 NEVER: Final = 1 << 62
 SINK_TOKENS: Final = 4
 """On which attention rests, whatever they say. Source: see `kv/selection.py`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adoption:
-    """What `KVCache.adopt` reserved: the first `cached_tokens` tokens need no pull in any group."""
-
-    cached_tokens: int
-    groups: tuple[Adopted, ...]
-
-    def pulls(self, offered: Sequence[GroupBlocks]) -> tuple[Pull, ...]:
-        """Return what to copy of blocks that are offered, per group."""
-        return tuple(adopted.pull(o) for adopted, o in zip(self.groups, offered, strict=True))
 
 
 @dataclass(slots=True)
@@ -157,7 +144,7 @@ class KVCache:
         """
         holding = self._holdings[request_id]
         if window:
-            self._keep_window(holding, num_computed, window)
+            self._keep_window(request_id, num_computed, window)
         if num_computed < holding.due:
             return
         assert num_computed <= holding.capacity, (request_id, num_computed, holding.capacity)
@@ -214,9 +201,7 @@ class KVCache:
         """
         end = self.layout.num_blocks(num_tokens)
         groups = zip(self.groups, self._holdings[request_id].groups, strict=True)
-        return tuple(
-            group.runs(held, group.first_needed(num_tokens), end) for group, held in groups
-        )
+        return tuple(g.runs(held, g.first_needed(num_tokens), end) for g, held in groups)
 
     def is_reserved(self, request_id: RequestId, num_tokens: int) -> bool:
         """Tell whether every full-attention group has slots for tokens `[0, num_tokens)`."""
@@ -229,6 +214,8 @@ class KVCache:
         hashes: Sequence[BlockHash],
         num_tokens: int,
         runs: Sequence[Sequence[int]] | None,
+        *,
+        gaps: tuple[range, ...] = (),
     ) -> Adoption | None:
         """Start a request whose first `num_tokens` tokens lie in a peer's `runs`; None: no room.
 
@@ -239,26 +226,25 @@ class KVCache:
         Where the peer's blocks have another shape, `runs` is None. Then what is missing is one
         range of tokens for each group: a hit is held only if all before it are hits. The peer may
         have nothing of a sliding group before the first token that the next one looks at.
+
+        The peer has let go of entries in `gaps` (`let_go`): they are gaps here as well.
         """
         named = hashes[: num_tokens // self._block_size] if self._is_prefix_caching else ()
         end = self.layout.num_blocks(num_tokens)
         plan = []
         for index, group in enumerate(self.groups):
             entries = range(group.first_needed(num_tokens), end)
-            hits = group.find(named, entries.start)
-            if runs is None:
-                hits = {e: hits[e] for e in takewhile(hits.__contains__, entries)}
-            plan.append((group, entries, hits, () if runs is None else runs[index]))
-        if not all(group.can_adopt(len(entries), hits) for group, entries, hits, _ in plan):
+            wanted = group.want(named, entries, gaps, is_prefix=runs is None)
+            plan.append((group, wanted, () if runs is None else runs[index]))
+        if not all(group.can_adopt(wanted) for group, wanted, _ in plan):
             return None
-        held, adopted = zip(
-            *(g.adopt(e, hits, lengths) for g, e, hits, lengths in plan), strict=True
-        )
+        held, adopted = zip(*(g.adopt(wanted, lengths) for g, wanted, lengths in plan), strict=True)
         if runs is None:
-            for (group, entries, hits, _), group_held in zip(plan, held, strict=True):
-                is_whole = entries.start * self._block_size >= group.first_seen(num_tokens)
-                if entries.start not in hits and not is_whole:
-                    group_held.whole_from = entries.start + 1
+            for (group, wanted, _), group_held in zip(plan, held, strict=True):
+                first = wanted.entries.start
+                is_whole = first * self._block_size >= group.first_seen(num_tokens)
+                if first not in wanted.hits and not is_whole:
+                    group_held.whole_from = first + 1
         self._admit(request_id, held, num_named=0)
         cached = min((e for group in adopted for e in group.destination_of), default=end)
         return Adoption(min(cached * self._block_size, num_tokens), adopted)
@@ -291,10 +277,23 @@ class KVCache:
         rows = [holdings[request_id].row for request_id in request_ids]
         return self._tables.gather(rows, self.layout.num_blocks(max_tokens))
 
-    def gaps(self, request_ids: Iterable[RequestId]) -> Int32 | None:
-        """Return where each table lacks entries behind its first block, and how many, [S, 2]; None
-        where none does.
+    def let_go(self, request_id: RequestId, gaps: tuple[range, ...]) -> None:
+        """Let go of these entries of a table, of all that were let go of before among them. For
+        layouts of one group without a window of its own.
         """
+        holding = self._holdings[request_id]
+        (group,), (held,) = self.groups, holding.groups
+        if gaps != held.gaps:
+            group.let_go_in(held, gaps)
+            self._tables.open_gaps(holding.row, gaps)
+
+    def gaps_of(self, request_id: RequestId) -> tuple[tuple[int, int], ...]:
+        """Return what a request has let go of: the first entry of each gap and how many."""
+        gaps = self._holdings[request_id].groups[0].gaps
+        return tuple((gap.start, len(gap)) for gap in gaps)
+
+    def gaps(self, request_ids: Iterable[RequestId]) -> Int32 | None:
+        """Return which tables have gaps, the first entry and how many, [G, 3]; None: none has."""
         return self._tables.gaps(self._holdings[request_id].row for request_id in request_ids)
 
     @property
@@ -355,18 +354,19 @@ class KVCache:
         assert request_id not in self._holdings, f"{request_id} is open already"
         holding = _Holding(self._tables.take_row(), held, num_named)
         for index, group_held in enumerate(held):
-            self._tables.write(index, holding.row, group_held.start, group_held.held_ids)
+            entries = group_held.block_ids[group_held.start :]
+            self._tables.write(index, holding.row, group_held.start, entries)
+            self._tables.open_gaps(holding.row, group_held.gaps)
         self._derive(holding)
         self._holdings[request_id] = holding
 
-    def _keep_window(self, holding: _Holding, num_tokens: int, window: int) -> None:
+    def _keep_window(self, request_id: RequestId, num_tokens: int, window: int) -> None:
         num_blocks = self.layout.num_blocks(num_tokens)
         front, recent = streaming_blocks(
             num_blocks, block_size=self._block_size, num_sinks=SINK_TOKENS, window=window
         )
-        (group,), (held,) = self.groups, holding.groups
-        let_go = group.let_go_between(held, front.stop, recent.start)
-        self._tables.open_gap(holding.row, front.stop, let_go)
+        if front.stop < recent.start:
+            self.let_go(request_id, (range(front.stop, recent.start),))
 
     def _missing(self, holding: _Holding, num_tokens: int) -> list[int]:
         wanted = self.layout.num_blocks(num_tokens)

@@ -12,7 +12,7 @@ waits here and not in hardware; of several queues, one is kept free of prefetche
 
 Busy time (somebody used the link) and exposed time (computation waited for it) are booked apart:
 the first is free as long as the second is zero. It knows no block beyond its key and moves nothing:
-`kv/orchestrator.py` submits, and asks for descriptors.
+`kv/orchestrator.py` and `worker/traffic.py` submit, and ask for descriptors.
 """
 
 from collections.abc import Iterable, Mapping

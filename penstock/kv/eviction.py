@@ -1,7 +1,7 @@
 """In which order a tier gives blocks up: LRU, ARC-like, or by cost.
 
 An order knows the blocks of one tier and nothing else: recency, frequency, ghosts of what it gave
-up lately, worth. `kv/orchestrator.py` keeps one per tier; `penstock/sim/reuse.py` compares them on
+up lately, worth. Orchestrator and workers keep one a tier; `penstock/sim/reuse.py` compares them on
 traces. `victim` names a block and changes nothing; `remove(evicted=True)` says that it went.
 """
 

@@ -8,7 +8,7 @@ of it. It knows what one request holds when told (`Held`), not which requests th
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Final
 
 from penstock.core.block import KVGroup
@@ -74,24 +74,58 @@ class Adopted:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What `KVCache.adopt` reserved: the first `cached_tokens` tokens need no pull in any group."""
+
+    cached_tokens: int
+    groups: tuple[Adopted, ...]
+
+    def pulls(self, offered: Sequence[GroupBlocks]) -> tuple[Pull, ...]:
+        """Return what to copy of blocks that are offered, per group."""
+        return tuple(adopted.pull(o) for adopted, o in zip(self.groups, offered, strict=True))
+
+
 @dataclass(slots=True)
 class Held:
     """What one request holds in one group: `block_ids[i]` is entry i of its block table.
 
-    Entries before `start` have been let go, or were never needed, and are `NO_BLOCK`, save the
-    first `sinks`. Blocks before entry `whole_from` lack tokens that nobody looks at any more, and
-    get no name.
+    Entries before `start`, and those in `gaps` (ascending, apart from each other), have been let
+    go, or were never needed, and are `NO_BLOCK`. Blocks before entry `whole_from` lack tokens that
+    nobody looks at any more, and get no name.
     """
 
     start: int
     block_ids: list[BlockId]
     whole_from: int = 0
-    sinks: int = 0
+    gaps: tuple[range, ...] = ()
 
     @property
     def held_ids(self) -> list[BlockId]:
         """The blocks really held, in order."""
-        return self.block_ids[: self.sinks] + self.block_ids[self.start :]
+        if not self.gaps:
+            return self.block_ids[self.start :]
+        return [self.block_ids[entry] for entry in self.held_in(self.start, len(self.block_ids))]
+
+    def held_in(self, begin: int, end: int) -> list[int]:
+        """Return the entries of `[begin, end)` that no gap has."""
+        absent = {entry for gap in self.gaps for entry in gap}
+        return [entry for entry in range(begin, end) if entry not in absent]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Entries that are to be adopted, without those in `gaps`, and which of them are here."""
+
+    entries: range
+    gaps: tuple[range, ...]
+    hits: Mapping[int, BlockId]
+
+    @property
+    def held(self) -> list[int]:
+        """The entries that get a block, in order."""
+        absent = {entry for gap in self.gaps for entry in gap}
+        return [entry for entry in self.entries if entry not in absent]
 
 
 class GroupCache:
@@ -149,26 +183,43 @@ class GroupCache:
         found = ((i, find(hashes[i])) for i in range(first, len(hashes)))
         return {i: block_id for i, block_id in found if block_id is not None}
 
-    def can_adopt(self, num_entries: int, hits: Mapping[int, BlockId]) -> bool:
-        """Tell whether there is room for what is wanted and not hit, without evicting a hit."""
-        num_idle_hits = sum(map(self.pool.prefix_cache.is_idle, hits.values()))
-        return num_entries - len(hits) <= self.pool.num_available - num_idle_hits
+    def want(
+        self,
+        hashes: Sequence[BlockHash],
+        entries: range,
+        gaps: tuple[range, ...],
+        *,
+        is_prefix: bool,
+    ) -> Wanted:
+        """Return what to adopt of `entries`: a block that is here is a hit, or where `is_prefix`
+        only if all before it are.
+        """
+        hits = self.find(hashes, entries.start)
+        if is_prefix:
+            hits = {e: hits[e] for e in takewhile(hits.__contains__, entries)}
+        absent = {entry for gap in gaps for entry in gap}
+        return Wanted(entries, gaps, {e: hits[e] for e in hits if e not in absent})
 
-    def adopt(
-        self, entries: range, hits: Mapping[int, BlockId], runs: Sequence[int]
-    ) -> tuple[Held, Adopted]:
+    def can_adopt(self, wanted: Wanted) -> bool:
+        """Tell whether there is room for what is wanted and not hit, without evicting a hit."""
+        hits = wanted.hits
+        num_idle_hits = sum(map(self.pool.prefix_cache.is_idle, hits.values()))
+        return len(wanted.held) - len(hits) <= self.pool.num_available - num_idle_hits
+
+    def adopt(self, wanted: Wanted, runs: Sequence[int]) -> tuple[Held, Adopted]:
         """Hold the hits, and for the other entries new blocks in runs like the peer's.
 
-        `runs` are the lengths of the peer's runs over `entries`; none means one.
+        `runs` are the lengths of the peer's runs over all entries; none means one.
         """
+        entries, hits = wanted.entries, wanted.hits
         self.pool.hold(hits.values())
-        missing = [entry for entry in entries if entry not in hits]
+        missing = [entry for entry in wanted.held if entry not in hits]
         block_ids = self.pool.allocate_like(_runs_over(missing, entries.start, runs))
         assert block_ids is not None, f"room for {len(missing)} blocks vanished"
         destination_of = dict(zip(missing, block_ids, strict=True))
         block_of = {**hits, **destination_of}
-        held = [NO_BLOCK] * entries.start + [block_of[entry] for entry in entries]
-        return Held(entries.start, held), Adopted(destination_of)
+        held = [NO_BLOCK] * entries.start + [block_of.get(entry, NO_BLOCK) for entry in entries]
+        return Held(entries.start, held, gaps=wanted.gaps), Adopted(destination_of)
 
     def offer(self, held: Held, first: int, end: int) -> GroupBlocks:
         """Return entries `[first, end)` as they are offered.
@@ -209,7 +260,7 @@ class GroupCache:
 
     def name(self, held: Held, hashes: Sequence[BlockHash], begin: int, end: int) -> None:
         """Name the full blocks at entries `[begin, end)` as far as they are held."""
-        for i in range(max(begin, held.start, held.whole_from), end):
+        for i in held.held_in(max(begin, held.start, held.whole_from), end):
             self.pool.insert(held.block_ids[i], hashes[i])
 
     def let_go_behind(self, held: Held, num_tokens: int) -> range:
@@ -221,17 +272,14 @@ class GroupCache:
             held.start = let_go.stop
         return let_go
 
-    def let_go_between(self, held: Held, num_sinks: int, first: int) -> range:
-        """Release what lies between the first `num_sinks` entries and entry `first`; return the
-        entries. Those at the front stay for good.
-        """
-        begin = max(held.start, num_sinks)
-        let_go = range(begin, max(begin, first))
-        if let_go:
-            self.pool.release(held.block_ids[let_go.start : let_go.stop])
-            held.block_ids[let_go.start : let_go.stop] = [NO_BLOCK] * len(let_go)
-            held.start, held.sinks = let_go.stop, num_sinks
-        return let_go
+    def let_go_in(self, held: Held, gaps: tuple[range, ...]) -> None:
+        """Release what is held in `gaps`, which have all that was let go of like this before."""
+        before = set(held.held_in(0, len(held.block_ids)))
+        let_go = [entry for gap in gaps for entry in gap if entry in before]
+        self.pool.release([held.block_ids[entry] for entry in let_go])
+        for entry in let_go:
+            held.block_ids[entry] = NO_BLOCK
+        held.gaps = gaps
 
 
 def _runs_over(missing: Sequence[int], first: int, runs: Sequence[int]) -> list[int]:

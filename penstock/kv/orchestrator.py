@@ -1,8 +1,9 @@
 """The KV orchestrator: what computation needs and will need goes in, transfers and jobs come out.
 
-The facade over residency, DMA scheduler, prefetch queue, compression engine and policy. A worker
-calls it with real tiers behind it, `penstock/sim/memory.py` with simulated ones; it copies no byte
-and reads no clock.
+The facade over residency, DMA scheduler, prefetch queue, compression engine and policy for one that
+reads block by block, as `penstock/sim/memory.py` does. A worker brings whole prefixes into a pool
+with an allocator and a cache of its own: its desks (`worker/tiers.py`, `worker/onboard.py`) use the
+same parts themselves. It copies no byte and reads no clock.
 
 Computation reads blocks in one tier, the *target*, where they are raw. The cycle of its caller:
 
@@ -20,7 +21,6 @@ and is likely to be used again gets a copy in a nearer tier on the way.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from enum import Enum
 from typing import Final
 
@@ -30,11 +30,12 @@ from penstock.core.events import MoveClass
 from penstock.core.types import NS_PER_S
 from penstock.kv.compression import CompressionEngine, Job
 from penstock.kv.dma import DESCRIPTOR_BYTES_MAX, Descriptor, DmaScheduler, Transfer
-from penstock.kv.eviction import last_of_retained, make_order
+from penstock.kv.eviction import make_order
 from penstock.kv.flights import Flight, Flights, Places
-from penstock.kv.policy import Option, WriteMode, choose_tier, write_mode
+from penstock.kv.policy import Option, Temperature, choose_tier, temperature_of
 from penstock.kv.prefetch import PrefetchQueue
 from penstock.kv.residency import Copy, Residency
+from penstock.kv.reuse import ReuseHistory
 from penstock.kv.tiers import RAW, BlockKey, CodecSpec, LinkSpec, Tier, TierSpec
 
 TIERS: Final = tuple(Tier)
@@ -74,6 +75,8 @@ class Orchestrator:
     def __init__(self, config: OrchestratorConfig, places: Places) -> None:
         self.config = config
         self.residency = Residency(config.tiers)
+        least_bytes = min(codec.block_bytes for codec in config.codecs)
+        self.history = ReuseHistory(sum(t.capacity_bytes for t in config.tiers) // least_bytes)
         self.dma = DmaScheduler(config.links, descriptor_bytes_max=config.descriptor_bytes_max)
         self.compression = CompressionEngine(config.num_lanes)
         self.prefetch = PrefetchQueue(
@@ -97,12 +100,12 @@ class Orchestrator:
         self._stalled: dict[BlockKey, int] = {}
         self._came: dict[BlockKey, Flight] = {}
         """By which flight each block in the target came."""
-        self._retained_ns: dict[BlockKey, int] = {}
 
     # ------------------------------------------------------------------------------ computation
 
     def store(self, key: BlockKey, tier: Tier, codec: str) -> bool:
         """Note a block that was written to a tier; False when there is no room for it."""
+        self.history.meet(key)
         return self._flights.store(key, tier, codec, self._worth(key, tier))
 
     def need(self, key: BlockKey, deadline_ns: int, now_ns: int) -> Outcome:
@@ -154,6 +157,7 @@ class Orchestrator:
         if not self._needed[key]:
             del self._needed[key]
         self.residency.touch(key, now_ns)
+        self.history.use(key)
         for tier, order in self._orders.items():
             if self.residency.is_present(key, tier):
                 order.touch(key)
@@ -167,27 +171,6 @@ class Orchestrator:
             crossing_ns = min(crossing_ns, max(0, flight.landed_ns - begin_ns))
         self.dma.expose(flight.transfer.link, crossing_ns)
         self.compression.books.expose(end_ns - begin_ns - crossing_ns)
-
-    # ------------------------------------------------------------------------------ from outside
-
-    def retain(self, key: BlockKey, until_ns: int) -> None:
-        """Ask that a block be evicted only after everything that nobody asked this for."""
-        self._retained_ns[key] = max(until_ns, self._retained_ns.get(key, 0))
-
-    def offload(self, key: BlockKey, now_ns: int) -> bool:
-        """Write a block of the target below if it is nowhere else and that pays.
-
-        For a target whose own allocator decides what it gives up. True: a copy is on its way, and
-        the block must stay as it is until it has landed.
-        """
-        target = self.config.target
-        assert self.is_ready(key), f"{key!r} is not in {target}"
-        return self.residency.num_copies(key) == 1 and self._sink(key, target, now_ns)
-
-    def forget(self, key: BlockKey, tier: Tier) -> None:
-        """Note that a tier does not have a block any more: overwritten, deleted, or lost."""
-        self._flights.drop(key, tier, is_evicted=True)
-        self._left(key, tier)
 
     # ------------------------------------------------------------------------------ movement
 
@@ -270,29 +253,18 @@ class Orchestrator:
         """Evict until `num_bytes` fit; False while what must be written below has not been."""
         order = self._orders[tier]
         while self.residency.free_bytes(tier) < num_bytes:
-            victim = last_of_retained(
-                order,
-                lambda key: self._can_evict(key, tier),
-                lambda key: self._retained_ns.get(key, now_ns) > now_ns,
-            )
-            if victim is not None and not may_sink and len(self.residency.present(victim)) == 1:
-                return False
+            victim = order.victim(lambda key: self._can_evict(key, tier))
             if victim is None:
                 return False
             is_only = len(self.residency.present(victim)) == 1
-            if is_only and self._sink(victim, tier, now_ns):
+            if is_only and (not may_sink or self._sink(victim, tier, now_ns)):
                 return False
             self._flights.drop(victim, tier, is_evicted=True)
             self.num_evicted[tier] += 1
-            self._left(victim, tier)
+            if tier is self.config.target:
+                self._came.pop(victim, None)
+                self.prefetch.lose(victim)
         return True
-
-    def _left(self, key: BlockKey, tier: Tier) -> None:
-        if tier is self.config.target:
-            self._came.pop(key, None)
-            self.prefetch.lose(key)
-        if key not in self.residency:
-            self._retained_ns.pop(key, None)
 
     def _can_evict(self, key: BlockKey, tier: Tier) -> bool:
         # What waits for room in the target still has to be read from where it is.
@@ -318,7 +290,7 @@ class Orchestrator:
         place = choose_tier(
             options,
             recompute_ns=self.config.recompute_ns,
-            expected_uses=self.residency.reuse_chance(key),
+            expected_uses=self.history.chance(key),
             num_bytes=copy.num_bytes,
         )
         if place is None:
@@ -337,10 +309,10 @@ class Orchestrator:
             far = self._links[flight.source, target].duration_ns(codec.block_bytes)
             near = self._links[tier, target].duration_ns(codec.block_bytes)
             write_ns = self._links[target, tier].duration_ns(codec.block_bytes) + codec.encode_ns
-            chance = self.residency.reuse_chance(key)
-            mode = write_mode(chance, save_ns=far - near, write_ns=write_ns)
+            chance = self.history.chance(key)
+            warmth = temperature_of(chance, save_ns=far - near, write_ns=write_ns)
             copy = self.residency.copy(key, target)
-            if mode is not WriteMode.THROUGH or copy is None:
+            if warmth is not Temperature.HOT or copy is None:
                 return
             # Not at the price of writing another block's only copy elsewhere first.
             if self._make_room(tier, codec.block_bytes, now_ns, may_sink=False):
@@ -348,26 +320,6 @@ class Orchestrator:
                 self._flights.send_as(key, copy, tier, codec, MoveClass.OFFLOAD, deadline_ns)
 
     # ------------------------------------------------------------------------------ costs
-
-    def fetch_ns(self, keys: Sequence[BlockKey]) -> float:
-        """Predict how long these blocks take into the target if they were needed now.
-
-        What is there counts nothing, links work side by side. O(keys).
-        """
-        per_link: Counter[tuple[Tier, Tier]] = Counter()
-        for key in keys:
-            copies = [] if self.is_ready(key) else self.residency.present(key)
-            predicted = [
-                (self._fetch_ns(key, c, MoveClass.ONBOARD), i) for i, c in enumerate(copies)
-            ]
-            if predicted:
-                copy = copies[min(predicted)[1]]
-                per_link[copy.tier, self.config.target] += copy.num_bytes
-        times = (
-            self.dma.ahead_ns(link, MoveClass.ONBOARD) + self._links[link].duration_ns(num_bytes)
-            for link, num_bytes in per_link.items()
-        )
-        return max(times, default=0.0)
 
     def _fetch_ns(self, key: BlockKey, copy: Copy, kind: MoveClass) -> float:
         """Predict how long a copy takes into the target, behind what is before it."""

@@ -1,7 +1,7 @@
 """Decisions about blocks as pure functions over costs: codec, fetch or recompute, where to keep.
 
 No state, no constants that stand for a machine: every cost comes in as predicted at this moment.
-Called by `kv/orchestrator.py`, and by whoever wants to know beforehand (a router, a study).
+Called by `kv/orchestrator.py`, a worker's desks, and who wants to know beforehand (a study).
 """
 
 from bisect import bisect_left
@@ -12,15 +12,19 @@ from typing import NamedTuple
 from penstock.kv.tiers import CodecSpec, LinkSpec, Tier
 
 
-class WriteMode(Enum):
-    """When a block that only a fast tier has is written to a slower one."""
+class Temperature(Enum):
+    """What keeping a block is worth, by its expected uses: the word that is shown and that decides
+    what is written where.
+    """
 
-    THROUGH = "through"
-    """At once: it will be wanted, and evicting it later costs nothing."""
-    BACK = "back"
-    """When it is evicted."""
-    NEVER = "never"
-    """It is dropped: computing it again is cheaper than carrying it."""
+    HOT = "hot"
+    """Written to the nearest tier at once: it will be wanted, and evicting it costs nothing."""
+    WARM = "warm"
+    """Written to the nearest tier when it has to go."""
+    COLD = "cold"
+    """It takes nobody's place: to the farthest tier where writing costs nobody anything, else it
+    is dropped, since computing it again is cheaper than carrying it.
+    """
 
 
 class Cut(NamedTuple):
@@ -114,15 +118,15 @@ def fetch_beside_computing(
     return min(cuts, key=lambda cut: cut.total_ns)
 
 
-def write_mode(expected_uses: float, *, save_ns: float, write_ns: float) -> WriteMode:
-    """Return when to write a block below: its expected uses save this, writing costs that.
+def temperature_of(expected_uses: float, *, save_ns: float, write_ns: float) -> Temperature:
+    """Return how warm a block is: each expected use saves this, writing it below costs that.
 
-    Twice the cost or more: at once, so that eviction is free. Less than the cost: never.
+    Hot from twice the cost on, so that eviction is free; cold where it does not pay.
     """
     gain_ns = expected_uses * save_ns
-    if gain_ns >= 2 * write_ns:
-        return WriteMode.THROUGH
-    return WriteMode.BACK if gain_ns > write_ns else WriteMode.NEVER
+    if gain_ns >= 2 * write_ns and gain_ns > 0:
+        return Temperature.HOT
+    return Temperature.WARM if gain_ns > write_ns else Temperature.COLD
 
 
 def choose_tier(

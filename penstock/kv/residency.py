@@ -1,4 +1,4 @@
-"""Residency tracker: where every block is, in which codec, at what temperature, what is on its way.
+"""Residency tracker: where every block is, in which codec, since when unused, what is on its way.
 
 A block has at most one copy per tier. A copy is *present*, or *arriving* while a transfer writes
 it; room is taken when it starts to arrive, so a tier never holds more than its capacity. A copy
@@ -6,44 +6,14 @@ that a transfer reads, or that somebody pinned, is *held* and cannot be dropped.
 
 It owns bytes and recency. It knows neither links nor when something should move: that is
 `kv/orchestrator.py`'s, its caller. Addresses are byte offsets within a tier, used to find
-neighbours; who hands them out is the tier's own affair.
-
-Temperature: a block is hot when it was used within `hot_ns`, or when the measured time between its
-uses says that the next is due within it; warm when that holds for `warm_ns`; else cold.
+neighbours; who hands them out is the tier's own affair. How likely a block is to be
+used again is `kv/reuse.py`'s, and what follows from it `kv/policy.py`'s.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final
 
-from penstock.core.types import NS_PER_S
 from penstock.kv.tiers import BlockKey, CodecSpec, Tier, TierSpec
-
-REUSE_WEIGHT: Final = 0.5
-"""Weight of the latest interval in the running mean of the time between uses."""
-LADDER_MAX: Final = 8
-"""Blocks used more often than this are taken to be reused alike."""
-
-
-HOT_NS: Final = 10 * NS_PER_S
-WARM_NS: Final = 120 * NS_PER_S
-
-
-class Temperature(Enum):
-    """How soon a block is likely to be used again."""
-
-    HOT = "hot"
-    WARM = "warm"
-    COLD = "cold"
-
-
-def temperature_of(idle_ns: float, *, hot_ns: int = HOT_NS, warm_ns: int = WARM_NS) -> Temperature:
-    """Return how warm a block is that was, or will be, used so long ago, or so soon."""
-    if idle_ns <= hot_ns:
-        return Temperature.HOT
-    return Temperature.WARM if idle_ns <= warm_ns else Temperature.COLD
 
 
 @dataclass(slots=True, eq=False)
@@ -64,28 +34,16 @@ class Copy:
 @dataclass(slots=True, eq=False)
 class _Entry:
     copies: dict[Tier, Copy] = field(default_factory=dict)
-    num_uses: int = 0
     last_use_ns: int | None = None
-    reuse_ns: float | None = None
 
 
 class Residency:
     """All copies of all blocks, and the bytes that they take per tier."""
 
-    def __init__(
-        self,
-        tiers: Iterable[TierSpec],
-        *,
-        hot_ns: int = HOT_NS,
-        warm_ns: int = WARM_NS,
-    ) -> None:
+    def __init__(self, tiers: Iterable[TierSpec]) -> None:
         self.capacity_bytes: Mapping[Tier, int] = {t.tier: t.capacity_bytes for t in tiers}
         self._used_bytes = dict.fromkeys(self.capacity_bytes, 0)
         self._entries: dict[BlockKey, _Entry] = {}
-        # num_reached[n]: how many blocks have been used n times, up to LADDER_MAX.
-        self._num_reached = [0] * (LADDER_MAX + 2)
-        self._hot_ns = hot_ns
-        self._warm_ns = warm_ns
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._entries
@@ -183,56 +141,11 @@ class Residency:
         if not entry.copies:
             del self._entries[key]
 
-    # ------------------------------------------------------------------------------ temperature
+    # ------------------------------------------------------------------------------ recency
 
     def touch(self, key: BlockKey, now_ns: int) -> None:
-        """Note a use: recency, number, and the running mean of the time between uses."""
-        entry = self._entries[key]
-        entry.num_uses += 1
-        self._num_reached[min(entry.num_uses, LADDER_MAX + 1)] += 1
-        if entry.last_use_ns is not None:
-            interval_ns = now_ns - entry.last_use_ns
-            assert interval_ns >= 0, f"time went back by {-interval_ns} ns"
-            old_ns = interval_ns if entry.reuse_ns is None else entry.reuse_ns
-            entry.reuse_ns = old_ns + REUSE_WEIGHT * (interval_ns - old_ns)
-        entry.last_use_ns = now_ns
-
-    def num_uses(self, key: BlockKey) -> int:
-        """Return how often the block was used since it was first known."""
-        return self._entries[key].num_uses
-
-    def reuse_chance(self, key: BlockKey) -> float:
-        """Return the share of blocks used as often as this one that were used once more, so far.
-
-        Without experience it is one half.
-        """
-        uses = min(self._entries[key].num_uses, LADDER_MAX)
-        if uses == 0:
-            return 0.5
-        reached, further = self._num_reached[uses], self._num_reached[uses + 1]
-        return min(1.0, (further + 1) / (reached + 2))
-
-    def expected_use_ns(self, key: BlockKey, now_ns: int) -> float | None:
-        """Return in how many ns the next use is due; None without a second use to tell from.
-
-        A block that is overdue is expected in as long as it has been idle.
-        """
-        entry = self._entries[key]
-        if entry.reuse_ns is None or entry.last_use_ns is None:
-            return None
-        idle_ns = now_ns - entry.last_use_ns
-        return entry.reuse_ns - idle_ns if idle_ns < entry.reuse_ns else float(idle_ns)
-
-    def temperature(self, key: BlockKey, now_ns: int) -> Temperature:
-        """Return how soon the block is likely to be used again."""
-        entry = self._entries[key]
-        if entry.last_use_ns is None:
-            return Temperature.COLD
-        nearest_ns: float = now_ns - entry.last_use_ns
-        due_ns = self.expected_use_ns(key, now_ns)
-        if due_ns is not None:
-            nearest_ns = min(nearest_ns, due_ns)
-        return temperature_of(nearest_ns, hot_ns=self._hot_ns, warm_ns=self._warm_ns)
+        """Note a use."""
+        self._entries[key].last_use_ns = now_ns
 
     def idle_ns(self, key: BlockKey, now_ns: int) -> int | None:
         """Return the time since the block was used; None if it never was."""
@@ -240,31 +153,6 @@ class Residency:
         return None if last_use_ns is None else now_ns - last_use_ns
 
     # ------------------------------------------------------------------------------ the books
-
-    def snapshot(self, now_ns: int) -> dict[str, dict[str, dict[str, int] | int]]:
-        """Return, per tier, bytes and the number of copies by codec, by temperature and arriving.
-
-        O(blocks): for people and metrics, not for decisions.
-        """
-        codecs: dict[Tier, Counter[str]] = {tier: Counter() for tier in self.capacity_bytes}
-        warmth: dict[Tier, Counter[str]] = {tier: Counter() for tier in self.capacity_bytes}
-        arriving = dict.fromkeys(self.capacity_bytes, 0)
-        for key, entry in self._entries.items():
-            name = self.temperature(key, now_ns).value
-            for tier, copy in entry.copies.items():
-                codecs[tier][copy.codec] += 1
-                warmth[tier][name] += 1
-                arriving[tier] += not copy.is_present
-        return {
-            tier.value: {
-                "capacity_bytes": capacity_bytes,
-                "used_bytes": self._used_bytes[tier],
-                "num_arriving": arriving[tier],
-                "codecs": dict(codecs[tier]),
-                "temperatures": dict(warmth[tier]),
-            }
-            for tier, capacity_bytes in self.capacity_bytes.items()
-        }
 
     def check(self) -> None:
         """Assert that bytes are conserved: those of all copies are in use, within capacity."""

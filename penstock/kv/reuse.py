@@ -12,7 +12,6 @@ used is experience as well. `worker/tiers.py` asks whether a block is worth keep
 Source: Kaplan and Meier, Nonparametric estimation from incomplete observations, JASA 1958.
 """
 
-from collections import deque
 from typing import Final
 
 from penstock.kv.tiers import BlockKey
@@ -38,11 +37,13 @@ class ReuseHistory:
         self._prior_used = PRIOR_WEIGHT * prior
         self._observed = [[0.0] * self._num_ages for _ in (0, AGAIN)]
         self._used = [[0.0] * self._num_ages for _ in (0, AGAIN)]
+        self._chances: dict[tuple[int, int], float] = {}
+        """Of each kind and age, until something is learnt."""
         self._tick = 0
         self._last: dict[BlockKey, tuple[int, int]] = {}
         """When each block was last used, and which kind it is."""
-        self._order: deque[BlockKey] = deque()
-        """The block of each tick, from `_tick - len(_order)` on."""
+        self._ring: list[BlockKey] = []
+        """The block of each of the last `size` ticks, at the tick modulo the size."""
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._last
@@ -58,23 +59,36 @@ class ReuseHistory:
             self._observe(before_kind, self._age(last), is_used=True)
             kind = AGAIN
         self._last[key] = self._tick, kind
-        self._order.append(key)
+        if self._tick < self._size:
+            self._ring.append(key)
+        else:
+            place = self._tick % self._size
+            self._forget(self._ring[place])
+            self._ring[place] = key
         self._tick += 1
         self._grow_older()
 
+    def meet(self, key: BlockKey) -> None:
+        """Note that a block is there whose first use is not known: now, if it is new."""
+        if key not in self._last:
+            self.use(key)
+
     def chance(self, key: BlockKey) -> float:
         """Return how likely a block is used again within the history, given its age; 0 of a block
-        that is too old to be remembered. O(log size).
+        that is too old to be remembered. O(log size), O(1) until something is learnt.
         """
         found = self._last.get(key)
         if found is None:
             return 0.0
         last, kind = found
-        unused = 1.0
-        for age in range(self._age(last), self._num_ages):
-            used = self._used[kind][age] + self._prior_used
-            unused *= 1 - used / (self._observed[kind][age] + PRIOR_WEIGHT)
-        return 1 - unused
+        of = kind, self._age(last)
+        if of not in self._chances:
+            unused = 1.0
+            for age in range(of[1], self._num_ages):
+                used = self._used[kind][age] + self._prior_used
+                unused *= 1 - used / (self._observed[kind][age] + PRIOR_WEIGHT)
+            self._chances[of] = 1 - unused
+        return self._chances[of]
 
     def _age(self, last: int) -> int:
         """Return in which doubling a block is that was used at that tick."""
@@ -82,23 +96,23 @@ class ReuseHistory:
 
     def _grow_older(self) -> None:
         """Count the blocks that have just lived through a doubling of age unused."""
-        end = len(self._order)
-        for age in range(self._num_ages):
-            back = 2 << age
-            if back > end:
-                break
-            key = self._order[end - back]
-            last, kind = self._last.get(key, (-1, 0))
-            if last == self._tick - back:
+        back, age, most = 2, 0, min(self._tick, self._size)
+        while back <= most and age < self._num_ages:
+            tick = self._tick - back
+            last, kind = self._last.get(self._ring[tick % self._size], (-1, 0))
+            if last == tick:
                 self._observe(kind, age, is_used=False)
-        if end > self._size:
-            key = self._order.popleft()
-            last, kind = self._last.get(key, (-1, 0))
-            if last == self._tick - end:
-                self._observe(kind, self._age(last), is_used=False)
-                del self._last[key]
+            back, age = 2 * back, age + 1
+
+    def _forget(self, key: BlockKey) -> None:
+        """Give up a block whose tick is over, if it has not been used since."""
+        last, kind = self._last.get(key, (-1, 0))
+        if last == self._tick - self._size:
+            self._observe(kind, self._age(last), is_used=False)
+            del self._last[key]
 
     def _observe(self, kind: int, age: int, *, is_used: bool) -> None:
+        self._chances.clear()
         observed, used = self._observed[kind], self._used[kind]
         observed[age] += 1
         used[age] += is_used

@@ -1,32 +1,22 @@
-"""Which slots of a long context to keep: StreamingLLM's window, and SnapKV at the end of prefill.
+"""Which blocks of a long context to keep: StreamingLLM's window, and SnapKV at the end of prefill.
 
-Pure functions from lengths and attention statistics to slot numbers. They know no block and no
-pool; the prefill worker would gather what they keep into fresh blocks before it offers them. Opt-in
-and lossy: KV that was selected is no function of its tokens any more, so it must never be named in
-a prefix cache. Slots are those of full-attention layers; a sliding window selects for itself.
+Pure functions from lengths and attention statistics to entries of a block table. They know no block
+and no pool: `kv/cache.py` lets go of what they leave out, `engine/observe.py` measures attention.
+Opt-in and lossy: what is computed after a selection is no function of its tokens alone any more, so
+it is never named as if it were. For models without sliding windows, which select for themselves.
 Rotary positions stay what they were: after a selection a sequence's `kv_len` is smaller than its
 next position.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-Slots = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
-
-
-def streaming_slots(num_tokens: int, *, num_sinks: int, window: int) -> Slots:
-    """Return the slots of the first tokens, on which attention rests, and of the latest, ascending.
-
-    Source: Xiao et al., Efficient streaming language models with attention sinks, arXiv 2309.17453.
-    """
-    _require(num_sinks >= 0 and window > 0, f"{num_sinks} sinks and a window of {window}")
-    first_recent = max(num_tokens - window, min(num_sinks, num_tokens))
-    return np.concatenate(
-        [np.arange(min(num_sinks, num_tokens)), np.arange(first_recent, num_tokens)]
-    )
+OBSERVED_TOKENS: Final = 16
+"""So many last tokens of a prompt vote on which of its blocks are kept."""
 
 
 def streaming_blocks(
@@ -34,8 +24,9 @@ def streaming_blocks(
 ) -> tuple[range, range]:
     """Return the blocks at the front and at the end that a window keeps whole.
 
-    Dropping blocks from a table needs no copy: every slot that `streaming_slots` keeps is in one of
-    these, beside some that it would not. The ranges do not overlap.
+    Letting go of blocks needs no copy; the window is kept with what else is in its first block.
+    The ranges do not overlap.
+    Source: Xiao et al., Efficient streaming language models with attention sinks, arXiv 2309.17453.
     """
     _require(num_sinks >= 0 and window > 0, f"{num_sinks} sinks and a window of {window}")
     front = min(-(-num_sinks // block_size), num_blocks)
@@ -70,31 +61,28 @@ def snap_scores(
     return pooled
 
 
-def snap_slots(scores: Scores, num_tokens: int, *, capacity: int) -> Slots:
-    """Return the slots that each KV head keeps, [num_kv_heads, capacity], ascending.
+def snap_blocks(
+    scores: Sequence[float], num_tokens: int, *, block_size: int, capacity_tokens: int
+) -> tuple[range, ...]:
+    """Return the blocks to let go of after `num_tokens` tokens, as ranges of entries, ascending.
 
-    `scores` is what `snap_scores` returns; the slots behind it, of the queries that voted, are all
-    kept. Of equal scores the earliest wins, so that every process selects the same. Heads keep
-    different tokens, but equally many: they share slots in the gathered blocks. A prompt that fits
-    is kept whole, `capacity` or fewer slots. O(num_tokens log num_tokens) per head.
+    `scores[i]` says how much the last `OBSERVED_TOKENS` look at block i. The first block, on which
+    attention rests, and those that hold the tokens that voted stay whatever they got; of the
+    others those with the best scores, until the blocks together hold `capacity_tokens`. Of equal
+    scores the earliest wins, so that every worker selects the same. O(blocks * log blocks).
+
+    Whole blocks, the same for every layer and head: a block is one span over all of them
+    (`core/block.py`), so letting go of it needs no copy and leaves nothing half empty. What is
+    chosen token by token and head by head would have to be gathered into blocks of its own.
     """
-    num_kv_heads, num_past = scores.shape
-    num_recent = num_tokens - num_past
-    _require(0 <= num_recent < capacity, f"{num_recent} recent slots in a capacity of {capacity}")
-    num_kept = min(capacity - num_recent, num_past)
-    # A stable sort of what is negated: largest first, earliest first among equals.
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :num_kept]
-    recent = np.broadcast_to(np.arange(num_past, num_tokens), (num_kv_heads, num_recent))
-    return np.concatenate([np.sort(best, axis=1), recent], axis=1).astype(np.int64)
-
-
-def runs_of(slots: Slots) -> list[range]:
-    """Return ascending slots as runs of neighbours, which are what a gather copies."""
-    if not len(slots):
-        return []
-    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
-    ends = [0, *breaks.tolist(), len(slots)]
-    return [range(int(slots[a]), int(slots[b - 1]) + 1) for a, b in pairwise(ends)]
+    first_recent = max(1, (num_tokens - OBSERVED_TOKENS) // block_size)
+    num_blocks = -(-num_tokens // block_size)
+    num_kept = -(-capacity_tokens // block_size) - 1 - (num_blocks - first_recent)
+    ranked = sorted(range(1, first_recent), key=lambda entry: -scores[entry])
+    let_go = sorted(ranked[max(0, num_kept) :])
+    starts = [i for i, entry in enumerate(let_go) if not i or entry != let_go[i - 1] + 1]
+    ends = [*starts[1:], len(let_go)]
+    return tuple(range(let_go[a], let_go[b - 1] + 1) for a, b in zip(starts, ends, strict=False))
 
 
 def _require(is_so: bool, what: str) -> None:

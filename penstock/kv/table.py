@@ -23,7 +23,7 @@ class BlockTables:
             np.zeros((ROWS_AT_START, COLUMNS_AT_START), np.int32) for _ in range(num_groups)
         ]
         self._free_rows = list(reversed(range(ROWS_AT_START)))
-        self._gaps: dict[int, tuple[int, int]] = {}
+        self._gaps: dict[int, tuple[range, ...]] = {}
 
     def take_row(self) -> int:
         """Return an unused row, all zero."""
@@ -52,18 +52,22 @@ class BlockTables:
         """Zero consecutive entries."""
         self._arrays[group][row, entries.start : entries.stop] = 0
 
-    def open_gap(self, row: int, first: int, entries: range) -> None:
-        """Zero consecutive entries of the one group, the last of a gap that begins at `first`."""
-        if entries:
-            self.clear(0, row, entries)
-            self._gaps[row] = first, entries.stop - first
+    def open_gaps(self, row: int, gaps: tuple[range, ...]) -> None:
+        """Zero entries of the one group, and know these gaps, which lie behind each other."""
+        for gap in gaps:
+            self.clear(0, row, gap)
+        if gaps:
+            self._gaps[row] = gaps
 
     def gaps(self, rows: Iterable[int]) -> Int32 | None:
-        """Return where each row's gap begins and its length, [S, 2]; None where no row has one."""
+        """Return the gaps of the rows given, [G, 3]: the how many-th row it is, the first entry of
+        the gap, and how many; None where no row has one.
+        """
         if not self._gaps:
             return None
-        found = [self._gaps.get(row, (0, 0)) for row in rows]
-        return np.array(found, np.int32) if any(count for _, count in found) else None
+        gaps = [(at, gap) for at, row in enumerate(rows) for gap in self._gaps.get(row, ())]
+        found = [(at, gap.start, len(gap)) for at, gap in gaps]
+        return np.array(found, np.int32) if found else None
 
     def gather(self, rows: Sequence[int], width: int) -> tuple[Int32, ...]:
         """Return a copy of the first `width` entries of rows, [len(rows), width] per group."""

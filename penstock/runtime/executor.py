@@ -18,6 +18,9 @@ from penstock.runtime.lane import Lane
 HEARD_TIMEOUT_S: Final = 10.0
 """How long a step thread waits for a loop that has stopped, before it goes on without."""
 
+Observe = Callable[[Step], tuple[tuple[float, ...], ...]]
+"""From a step that is over to the scores of its observations."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
@@ -30,7 +33,8 @@ class Rounds:
 
 
 class ThreadExecutor:
-    """Runs `execute` for one step at a time, and then `digest` of the blocks that it completed.
+    """Runs `execute` for one step at a time, then `digest` of the blocks that it completed, and
+    `observe` where it has observations.
 
     A step that raises is answered with `error` set, and its traceback is on stderr; what then
     becomes of the worker is for its core and its process to say.
@@ -41,6 +45,7 @@ class ThreadExecutor:
         execute: Callable[[Step], tuple[Sampled, ...]],
         *,
         digest: Callable[[Step], tuple[tuple[Digest, ...], ...]] = lambda _step: (),
+        observe: Observe = lambda _step: (),
         prepare: Callable[[], None] = lambda: None,
         now: Callable[[], int] = time.monotonic_ns,
         rounds: Rounds | None = None,
@@ -49,6 +54,7 @@ class ThreadExecutor:
         self._given_ns = 0
         self._execute = execute
         self._digest = digest
+        self._observe = observe
         self._rounds = rounds
         self._ended_step = 0
         self._heard = Event()
@@ -106,6 +112,7 @@ class ThreadExecutor:
             step_id=step.step_id,
             sampled=sampled,
             digests=self._digest(step),
+            scores=self._observe(step) if step.observations else (),
             started_ns=started_ns,
             finished_ns=self._now(),
             goes_on=goes_on,

@@ -27,7 +27,7 @@ from penstock.core.ports import Core
 from penstock.core.step import Sampled, Step
 from penstock.core.types import CONTROLLER, Digest, RequestId, WorkerId
 from penstock.runtime.clock import HostTime, LoopClock
-from penstock.runtime.executor import Rounds, ThreadExecutor
+from penstock.runtime.executor import Observe, Rounds, ThreadExecutor
 from penstock.runtime.heart import Heart, Return
 from penstock.runtime.journal import open_journal
 from penstock.runtime.links import LinkTester, Probe
@@ -57,6 +57,7 @@ class WorkerEngine:
     prepare: Callable[[], None]
     description: str
     rounds: Rounds | None = None
+    observe: Observe = lambda _step: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class WorkerParts:
     requests: Callable[[], Iterable[RequestId]] = tuple
     tiers: tuple[TierRegion, ...] = ()
     rounds: Rounds | None = None
+    observe: Observe = lambda _step: ()
     probe: Probe = lambda _info, _moved_bytes: ()
 
 
@@ -132,6 +134,7 @@ class _WorkerProcess:
         executor = ThreadExecutor(
             self._parts.execute,
             digest=self._parts.digest,
+            observe=self._parts.observe,
             prepare=self._parts.prepare,
             now=place.time.now_ns,
             rounds=self._parts.rounds,

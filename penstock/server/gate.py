@@ -15,6 +15,7 @@ from penstock.core.errors import BadRequest, PenstockError, Unauthorized
 from penstock.server.asgi import header, respond
 from penstock.server.errors import Headers, error_body, error_headers, error_kind
 from penstock.server.intake import Caller
+from penstock.server.schema import RETENTION_MAX_S
 
 # Probes, scrapers and readers of the documentation hold no key, and learn nothing of anybody.
 OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/docs", "/openapi.json"})
@@ -23,6 +24,7 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _FAIRNESS = b"x-llm-d-inference-fairness-id"
 _SLO_TTFT, _SLO_TPOT = b"x-slo-ttft-ms", b"x-slo-tpot-ms"
 _SLO_MAX_MS = 1e9
+_RETENTION_TTL, _KV_PIN = b"x-penstock-retention-ttl", b"x-penstock-kv-pin"
 
 
 class Gate:
@@ -69,6 +71,12 @@ class Gate:
         for name in (_SLO_TTFT, _SLO_TPOT):
             if header(scope, name) is not None and _milliseconds(scope, name) is None:
                 return BadRequest("it must be a number of milliseconds above 0", name.decode())
+        if header(scope, _RETENTION_TTL) is not None and _retention_s(scope) is None:
+            wanted = f"it must be a number of seconds, at most {RETENTION_MAX_S:g}"
+            return BadRequest(wanted, _RETENTION_TTL.decode())
+        pin = header(scope, _KV_PIN)
+        if pin is not None and not _REQUEST_ID.fullmatch(pin):
+            return BadRequest("it must be 1 to 128 printable ASCII characters", _KV_PIN.decode())
         return None
 
 
@@ -86,6 +94,8 @@ def _caller(scope: Scope, key_name: str) -> Caller:
         fairness_key=_tenant(scope, key_name),
         slo_ttft_ms=_milliseconds(scope, _SLO_TTFT),
         slo_tpot_ms=_milliseconds(scope, _SLO_TPOT),
+        retention_s=_retention_s(scope),
+        kv_pin=(header(scope, _KV_PIN) or b"").decode("latin-1"),
     )
 
 
@@ -98,11 +108,22 @@ def _tenant(scope: Scope, key_name: str) -> str:
 
 def _milliseconds(scope: Scope, name: bytes) -> float | None:
     """Return the time that a header gives; None without one, or if it is none."""
+    value = _number(scope, name)
+    return value if 0 < value < _SLO_MAX_MS else None
+
+
+def _retention_s(scope: Scope) -> float | None:
+    """Return for how long KV is to be kept; None where no header says so."""
+    value = _number(scope, _RETENTION_TTL)
+    return value if 0 <= value <= RETENTION_MAX_S else None
+
+
+def _number(scope: Scope, name: bytes) -> float:
+    """Return the number that a header gives; NaN, which is within no bounds, if it gives none."""
     try:
-        value = float(header(scope, name) or b"nan")
+        return float(header(scope, name) or math.nan)
     except ValueError:
-        return None
-    return value if math.isfinite(value) and 0 < value < _SLO_MAX_MS else None
+        return math.nan
 
 
 def id_header(caller: Caller) -> Headers:

@@ -36,6 +36,7 @@ _COMPLETION_TOKENS = 16  # the default of the OpenAI API; a chat fills the windo
 class Caller:
     """Who asks, as the headers say. `is_own_id`: the client chose the id, perhaps not for the first
     time. Requests of one `fairness_key` share what keys are given in turn; SLOs are its own, in ms.
+    What a body says of `retention_ttl` and `kv_pin` goes before what headers do.
     """
 
     arrived_ns: int
@@ -45,6 +46,8 @@ class Caller:
     fairness_key: str = ""
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
+    retention_s: float | None = None
+    kv_pin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,17 +224,19 @@ class Intake:
         return room if max_tokens is None else max_tokens
 
     def _check_window(self, body: GenerationBody) -> None:
-        if not body.kv_window:
+        asked = [name for name in ("kv_window", "kv_select") if getattr(body, name)]
+        if not asked:
             return
+        field = asked[-1]
         if body.kv_quality is not None:
-            raise BadRequest(
-                "a window of the KV is not exact: leave one of the two out", "kv_window"
-            )
+            raise BadRequest("a part of the KV is not exact: leave one of the two out", field)
+        if len(asked) > 1:
+            raise BadRequest("ask for `kv_window` or for `kv_select`, not for both", field)
         if not self.settings.accepts_window:
             raise BadRequest(
                 "this server lets no request go on without all its KV: that takes --kv-quality and "
                 "a model without sliding windows",
-                "kv_window",
+                field,
             )
 
     def _params(
@@ -282,7 +287,9 @@ class Intake:
                 f"{count} choices in one request, {self.settings.max_choices} at most", "n"
             )
         self._check_window(body)
-        if body.kv_pin is not None and body.retention_ttl is None:
+        ttl_s = caller.retention_s if body.retention_ttl is None else body.retention_ttl
+        pin = body.kv_pin or caller.kv_pin
+        if pin and ttl_s is None:
             raise BadRequest("`kv_pin` needs a `retention_ttl`: 0 lets go of the pin", "kv_pin")
         query_id = f"{kind}-{caller.request_id}"
         if caller.is_own_id:
@@ -294,10 +301,11 @@ class Intake:
                 prompt_token_ids=tuple(token_ids),
                 params=_with_seed(params, i),
                 cache_salt=body.cache_salt or "",
+                kv_select=body.kv_select or 0,
                 accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
                 kv_window=body.kv_window or 0,
-                retention_ns=int((body.retention_ttl or 0.0) * NS_PER_S),
-                pin=body.kv_pin or "",
+                retention_ns=int((ttl_s or 0.0) * NS_PER_S),
+                pin=pin,
                 priority=body.priority or 0,
                 arrived_ns=caller.arrived_ns,
                 fairness_key=caller.fairness_key,

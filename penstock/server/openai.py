@@ -114,7 +114,7 @@ def _ledger_of(choice: Choice) -> Ledger:
 
 _PROVEN = (
     "prefill_worker", "decode_worker", "transport", "pull_bytes", "pull_bytes_per_s", "pull_spans",
-    "pull_moves", "pull_verified", "cached_tokens",
+    "pull_moves", "pull_verified", "cached_tokens", "selected_tokens",
 )  # fmt: skip
 """Fields of a timeline that prove what was done, beside those that say how long it took."""
 

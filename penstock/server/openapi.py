@@ -101,6 +101,8 @@ _HEADERS = {
     "x-penstock-ledger": "`1` adds `penstock_ledger`: what the time to first token went into.",
     "x-slo-ttft-ms": "Refuse the request if its first token would take longer, in ms (429).",
     "x-slo-tpot-ms": "Longest time per token after the first, in ms: no fuller worker takes it.",
+    "x-penstock-retention-ttl": "What `retention_ttl` says, where the body does not.",
+    "x-penstock-kv-pin": "What `kv_pin` says, where the body does not.",
     "x-llm-d-inference-fairness-id": "Tenant, where API keys do not tell: they wait in turns.",
 }
 

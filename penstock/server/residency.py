@@ -105,8 +105,10 @@ class BlockView(Struct, kw_only=True, omit_defaults=True):
     """A block in one place: `device` is the worker's pool, the others are its tiers.
 
     `state`: active (held), cached (kept for hits), spare (may be overwritten), and in a tier
-    present, arriving or condemned. `name` is None until the block is full. `idle_s` is the time
-    since its last use, `decode_us` what its codec is expected to take to give it back.
+    present, arriving or condemned. `temperature`: hot (worth writing to a tier at once, or held),
+    warm (worth it before it is lost) or cold (not worth it). `name` is None until the block is
+    full. `idle_s` is the time since its last use, `decode_us` what its codec is expected to take to
+    give it back.
     """
 
     worker: str

@@ -29,6 +29,11 @@ KV_WINDOW: Final = (
     "give back what lies between once the prompt has been read. Lossy: only where the server was "
     "started with a `--kv-quality` other than exact."
 )
+KV_SELECT: Final = (
+    "Keep the KV of about so many tokens of the prompt, as SnapKV chooses them: what its last "
+    "tokens look at most, by whole blocks, with the first and the last ones. All of it is read "
+    "first; the rest is given back, and not handed off. Lossy: as `kv_window`."
+)
 RETENTION_MAX_S: Final = 86_400.0
 RETENTION_TTL: Final = (
     "Seconds, from the end of this request, for which the KV of prompt and answer is given up only "
@@ -80,6 +85,7 @@ class GenerationBody(Struct, kw_only=True, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     kv_quality: Annotated[Literal["exact"], Meta(description=KV_QUALITY)] | None = None
     kv_window: Annotated[int, Meta(ge=16, le=2**31 - 1, description=KV_WINDOW)] | None = None
+    kv_select: Annotated[int, Meta(ge=64, le=2**31 - 1, description=KV_SELECT)] | None = None
     retention_ttl: (
         Annotated[float, Meta(ge=0.0, le=RETENTION_MAX_S, description=RETENTION_TTL)] | None
     ) = None

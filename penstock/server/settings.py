@@ -34,7 +34,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     `encode_inline_chars` is tokenised in a thread. A reader that is `stream_buffer_bytes` behind,
     or has taken nothing for `stall_timeout_s`, is given up. With `accepts_loss` KV may come back
     from a lossy tier, unless a body says that it must be exact. With `accepts_window` a body may
-    ask for decoding that looks at a window.
+    ask for decoding that looks at a window, or at the part of the prompt that its end looks at.
     """
 
     api_keys: tuple[str, ...] = ()

@@ -18,13 +18,17 @@ from penstock.core.block import KVGroup, KVLayout
 from penstock.core.events import StepDone
 from penstock.core.request import Request
 from penstock.core.step import Sampled, Step, next_round
+from penstock.kv.selection import snap_blocks
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import take_digests
 from penstock.transfer.region import Bytes2D
 
 VOCAB_SIZE = 1000
+SCORES = 64
+"""So many different scores a block may get: few, so that equal ones happen."""
 _MASK = (1 << 64) - 1
 Execute = Callable[[Step], tuple[Sampled, ...]]
+Observe = Callable[[Step], tuple[tuple[float, ...], ...]]
 MakeModel = Callable[[KVLayout, tuple[Bytes2D, ...]], Execute]
 """From a layout and a worker's pools, [num_blocks, block_bytes] each, to what runs its steps."""
 
@@ -58,12 +62,14 @@ class SimExecutor:
         pools: tuple[Bytes2D, ...],
         *,
         block_size: int = 1,
+        observe: Observe = lambda _step: (),
     ) -> None:
         self._clock = clock
         self._pools = pools
         self._cost = cost
         self._model = model
         self._block_size = block_size
+        self._observe = observe
         self._ended_step = 0
 
     def run(self, step: Step, done: Callable[[StepDone], None]) -> None:
@@ -84,6 +90,7 @@ class SimExecutor:
                     step_id=step.step_id,
                     sampled=sampled,
                     digests=tuple(take_digests(pool, ids) for pool, ids in digests),
+                    scores=self._observe(step),
                     started_ns=started_ns,
                     finished_ns=finished_ns,
                     goes_on=goes_on,
@@ -130,7 +137,7 @@ class ChainModel:
             for offset in range(num_new):
                 number = _link(number, token_ids[start + offset])
                 self._write(tables, num_computed + offset, number)
-            last.append(number)
+            last.append(_seen(number, self._first_numbers(step, row, num_computed + num_new)))
             start += num_new
         return tuple(
             Sampled(_sample(last[s.row], s.params.seed or 0, s.position)) for s in step.samples
@@ -153,6 +160,27 @@ class ChainModel:
                 assert full == self._slot(group, tables[group], back), (group, back)
         return numbers.pop()
 
+    def _first_numbers(self, step: Step, row: int, num_tokens: int) -> list[int]:
+        """Return the first number of each block that a sequence with gaps still has; else none."""
+        gaps = [] if step.gaps is None else step.gaps[step.gaps[:, 0] == row].tolist()
+        if not gaps:
+            return []
+        size, table = self._layout.block_size, step.block_tables[0][row]
+        let_go = {first + i for _, first, count in gaps for i in range(count)}
+        entries = (e for e in range(-(-num_tokens // size)) if e not in let_go)
+        return [self._slot(0, table, entry * size) for entry in entries]
+
+    def observe(self, step: Step) -> tuple[tuple[float, ...], ...]:
+        """Return how much attention each block gets in this model: what its first number says."""
+        size = self._layout.block_size
+        return tuple(
+            tuple(
+                _score(self._slot(0, step.block_tables[0][seen.row], start))
+                for start in range(0, seen.position, size)
+            )
+            for seen in step.observations
+        )
+
     def _slot(self, group: int, table: npt.NDArray[np.int32], position: int) -> int:
         block, offset = divmod(position, self._layout.block_size)
         low, high = self._pools[group][table[block], :, offset].tolist()
@@ -164,27 +192,53 @@ class ChainModel:
             pool[table[block], :, offset] = number & 0xFFFFFFFF, number >> 32
 
 
+def chain_scores(layout: KVLayout, pools: tuple[Bytes2D, ...]) -> Observe:
+    """Make what observes a `ChainModel` over a worker's pools."""
+    return ChainModel(layout, pools).observe
+
+
 def chain_model(layout: KVLayout, pools: tuple[Bytes2D, ...]) -> Execute:
     """Make a `ChainModel` over a worker's pools."""
     return ChainModel(layout, pools).execute
 
 
-def expected_tokens(request: Request, num_tokens: int, eos_token_ids: tuple[int, ...]) -> list[int]:
+def expected_tokens(
+    request: Request, num_tokens: int, eos_token_ids: tuple[int, ...], *, block_size: int = 16
+) -> list[int]:
     """Return what `ChainModel` must generate for `request`: `num_tokens` tokens, fewer if one of
-    them ends it.
+    them ends it. The size of blocks matters where some of them are chosen (`kv_select`).
     """
-    number = 0
+    numbers: list[int] = []
     for token_id in request.prompt_token_ids:
-        number = _link(number, token_id)
+        numbers.append(_link(numbers[-1] if numbers else 0, token_id))
+    gaps: tuple[range, ...] = ()
+    if 0 < request.kv_select < (num_prompt := len(numbers) - 1):
+        scores = [_score(number) for number in numbers[:num_prompt:block_size]]
+        capacity = request.kv_select
+        gaps = snap_blocks(scores, num_prompt, block_size=block_size, capacity_tokens=capacity)
+    let_go = {entry for gap in gaps for entry in gap}
     output: list[int] = []
     while len(output) < num_tokens:
-        position = len(request.prompt_token_ids) + len(output)
-        token_id = _sample(number, request.params.seed or 0, position)
+        firsts = numbers[::block_size] if gaps else []
+        seen = _seen(numbers[-1], [n for e, n in enumerate(firsts) if e not in let_go])
+        token_id = _sample(seen, request.params.seed or 0, len(numbers))
         output.append(token_id)
         if token_id in eos_token_ids and not request.params.ignore_eos:
             break
-        number = _link(number, token_id)
+        numbers.append(_link(numbers[-1], token_id))
     return output
+
+
+def _seen(number: int, first_numbers: list[int]) -> int:
+    """Mix what is left of a sequence with gaps into its last number: what is looked at matters."""
+    for first in first_numbers:
+        number = _link(number, first)
+    return number
+
+
+def _score(number: int) -> float:
+    """Return what the last tokens think of a block that begins with this number."""
+    return float(number % SCORES)
 
 
 def _link(number: int, token_id: int) -> int:

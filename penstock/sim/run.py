@@ -29,7 +29,14 @@ from penstock.core.node import DecisionLog, Node
 from penstock.core.request import Request
 from penstock.core.types import CONTROLLER, FRONT, NS_PER_MS, NS_PER_S, RequestId, Role, WorkerId
 from penstock.sim.clock import SimClock
-from penstock.sim.executor import MakeModel, SimExecutor, StepCost, chain_layout, chain_model
+from penstock.sim.executor import (
+    MakeModel,
+    SimExecutor,
+    StepCost,
+    chain_layout,
+    chain_model,
+    chain_scores,
+)
 from penstock.sim.life import MortalClock, introduction
 from penstock.sim.network import LinkCost, SimMemory, SimNetwork, SimTransport
 from penstock.sim.tiers import SimTier, SimTiers, Slots, make_slots
@@ -109,7 +116,12 @@ class SimWorker:
         model = spec.model(layout, self.pools)
         digested = self.pools if spec.has_digests else ()
         executor = SimExecutor(
-            network.clock, spec.step_cost, model, digested, block_size=layout.block_size
+            network.clock,
+            spec.step_cost,
+            model,
+            digested,
+            block_size=layout.block_size,
+            observe=chain_scores(layout, self.pools),
         )
         clock = MortalClock(network.clock, lambda: self.is_alive)
         self._node = Node(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from penstock.core.events import Move, MoveClass, Reshape
 from penstock.core.messages import GrantedBlocks, GroupBlocks, Offer
-from penstock.kv.cache import Adoption
-from penstock.kv.group import Pull
+from penstock.kv.group import Adoption, Pull
 from penstock.kv.tiers import RAW
 from penstock.transfer.plan import align
 from penstock.transfer.session import Session

@@ -138,15 +138,15 @@ class PullDesk:
 
         The first that is complete goes before those that are still being computed, which would
         let their blocks wait. `headroom_blocks` are to stay free for those who run already: an
-        offer that comes in only to preempt somebody, or to be preempted itself, would have been
-        pulled for nothing.
+        offer that comes in only to preempt, or be preempted, would have been pulled for nothing.
         """
         if not self.pending:
             return None
         complete = (a for a in self.pending if a.num_ready == a.offer.num_tokens)
         arrival = next(complete, self.pending[0])
         offer = arrival.offer
-        needed = self.config.layout.num_blocks(offer.num_tokens)
+        gaps = tuple(range(first, first + count) for first, count in offer.gaps or ())
+        needed = self.config.layout.num_blocks(offer.num_tokens) - sum(map(len, gaps))
         available = map(int.__add__, self.kv.free_blocks, self.kv.cached_blocks)
         if headroom_blocks and min(available) < needed + headroom_blocks:
             return None
@@ -162,7 +162,8 @@ class PullDesk:
         theirs, ours = self._layouts.get(offer.source), self.config.layout
         is_reshaped = theirs is not None and theirs != ours
         runs = None if is_reshaped else offer.runs
-        adoption = self.kv.adopt(sequence.request_id, sequence.hashes, offer.num_tokens, runs)
+        hashes, num_tokens = sequence.hashes, offer.num_tokens
+        adoption = self.kv.adopt(sequence.request_id, hashes, num_tokens, runs, gaps=gaps)
         if adoption is None:
             return None
         if theirs is not None and is_reshaped:
@@ -171,7 +172,7 @@ class PullDesk:
         arrival.session.move_to(SessionState.RESERVED)
         arrival.sequence, arrival.adoption = sequence, adoption
         arrival.reserved_ns = now_ns
-        sequence.num_computed = adoption.cached_tokens
+        sequence.num_computed, sequence.is_selected = adoption.cached_tokens, offer.gaps is not None
         sequence.capacity_tokens = self.kv.capacity(sequence.request_id)
         return sequence, [self._grant(arrival)] if offer.is_push else self._pull(arrival)
 
@@ -329,7 +330,7 @@ class PullDesk:
             self.bury(session.request_id)
         elif arrival.outcome is not SequenceState.RUNNING:
             self.kv.close(session.request_id)
-            sequence.num_computed = sequence.capacity_tokens = 0
+            sequence.lose_blocks()
             sequence.is_preempted = True
             sequence.move_to(arrival.outcome)
         return sequence, [release]

@@ -123,10 +123,12 @@ class OfferDesk:
 
     def _is_worth_streaming(self, sequence: Sequence) -> bool:
         """Tell whether a prefill can be offered while it goes on: a block is finished, and every
-        other one it will want has its place, so that it never has to give up any.
+        other one it will want has its place, so that it never has to give up any. Not before it is
+        known which of them are kept.
         """
         return (
-            self._config.handoff is Handoff.STREAM
+            not sequence.is_to_select
+            and self._config.handoff is Handoff.STREAM
             and self._num_ready(sequence) > 0
             and self._kv.is_reserved(sequence.request_id, sequence.target_tokens)
         )
@@ -163,6 +165,7 @@ class OfferDesk:
             num_ready=num_ready,
             groups=self._kv.offer(request_id, num_ready, is_last=is_last),
             runs=self._kv.runs(request_id, sequence.target_tokens),
+            gaps=self._kv.gaps_of(request_id) if sequence.is_selected else None,
             timeline=copy(sequence.timeline),
             lease_ns=config.lease_ns,
         )

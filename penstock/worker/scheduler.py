@@ -19,9 +19,10 @@ import numpy as np
 
 from penstock.core.config import WorkerConfig
 from penstock.core.events import Command, EndStep
-from penstock.core.step import Int32, Sampled, SampleRow, Step, next_round
+from penstock.core.step import Int32, Observation, Sampled, SampleRow, Step, next_round
 from penstock.core.types import BlockId
 from penstock.kv.cache import KVCache
+from penstock.kv.selection import snap_blocks
 from penstock.worker.sequence import Sequence, SequenceState
 
 
@@ -32,9 +33,32 @@ class Plan:
     step: Step
     parts: tuple[tuple[Sequence, int], ...]
 
+    @property
+    def leaving(self) -> list[Sequence]:
+        """Those of its sequences that run and are to go on elsewhere."""
+        sequences = (sequence for sequence, _ in self.parts if sequence.decode_worker)
+        return [s for s in sequences if s.state is SequenceState.RUNNING]
+
     def followed(self, sampled: tuple[Sampled, ...], block_size: int) -> "Plan":
         """Return the next round of a step that goes on."""
         return Plan(next_round(self.step, sampled, block_size), self.parts)
+
+    def select(self, kv: KVCache, scores: tuple[tuple[float, ...], ...], block_size: int) -> None:
+        """Let go of what is not to be kept of the sequences that were observed, and still run."""
+        for observation, found in zip(self.step.observations, scores, strict=True):
+            sequence = self.parts[observation.row][0]
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            gaps = snap_blocks(
+                found,
+                sequence.select_end,
+                block_size=block_size,
+                capacity_tokens=sequence.request.kv_select,
+            )
+            kv.let_go(sequence.request_id, gaps)
+            sequence.is_selected = True
+            num_let_go = block_size * sum(map(len, gaps))
+            sequence.timeline.selected_tokens = sequence.select_end - num_let_go
 
     def run_ahead(
         self, sampled: tuple[Sampled, ...]
@@ -143,7 +167,7 @@ class Scheduler:
         """
         ones, chunks = [], []
         for sequence in self.running:
-            if sequence.target_tokens - sequence.num_computed > 1:
+            if sequence.target_tokens - sequence.num_computed > 1 and not sequence.is_selected:
                 self._take_up(sequence)
             want = sequence.chunk_tokens
             if want == 1:
@@ -187,7 +211,7 @@ class Scheduler:
         self.num_preempted += 1
         self.running.remove(victim)
         self._kv.close(victim.request_id)
-        victim.num_computed = victim.capacity_tokens = 0
+        victim.lose_blocks()
         victim.is_preempted = True
         victim.move_to(SequenceState.WAITING)
         self.add_first(victim)
@@ -200,7 +224,7 @@ class Scheduler:
             num_new = min(sequence.chunk_tokens, budget_tokens)
             if not self._grow(sequence, num_cached + num_new):
                 self._kv.close(sequence.request_id)
-                sequence.num_computed = sequence.capacity_tokens = 0
+                sequence.lose_blocks()
                 return
             # Room for the whole prompt now, if there is any, so that its chunks lie in one run.
             own_tokens = sequence.coming_from or sequence.target_tokens
@@ -242,9 +266,12 @@ class Scheduler:
     def _plan(self, parts: list[tuple[Sequence, int]]) -> Plan:
         token_ids: list[int] = []
         samples: list[SampleRow] = []
+        observations: list[Observation] = []
         for row, (sequence, num_new) in enumerate(parts):
             start, end = sequence.num_computed, sequence.num_computed + num_new
             token_ids += sequence.tokens[start:end]
+            if (observation := sequence.observation(row, end)) is not None:
+                observations.append(observation)
             if end == len(sequence.tokens):
                 samples.append(
                     SampleRow(
@@ -270,6 +297,7 @@ class Scheduler:
             digests_of=self._completed(parts, block_tables),
             repeats=repeats,
             gaps=self._kv.gaps(request_ids),
+            observations=tuple(observations),
         )
         return Plan(step, tuple(parts))
 
@@ -283,6 +311,8 @@ class Scheduler:
             return 1
         for sequence, _ in parts:
             wants_one = len(sequence.tokens) - sequence.num_computed == 1
+            # Of a sequence whose blocks are chosen from now, the next step has others.
+            wants_one &= not sequence.is_to_select
             # What a round samples may end a sequence where rounds are reported one by one.
             is_free = has_rounds or (not sequence.stop_ids and sequence.is_first_token_out)
             # A window moves between rounds, and blocks that it lets go are somebody's at once.
@@ -327,8 +357,11 @@ class Scheduler:
 
 
 def _limit(sequence: Sequence) -> int:
-    """Return how many tokens need not be computed at most: one is, if we are to sample."""
-    return sequence.target_tokens - (sequence.decode_worker is None)
+    """Return how many tokens need not be computed at most: one is, if we are to sample, or to
+    choose from the blocks.
+    """
+    limit = sequence.target_tokens - (sequence.decode_worker is None)
+    return min(limit, sequence.select_end - 1) if sequence.select_end else limit
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -19,8 +19,10 @@ from msgspec.structs import replace
 from penstock.core.block import extend_hashes
 from penstock.core.config import WorkerConfig
 from penstock.core.request import Request, Timeline
+from penstock.core.step import Observation
 from penstock.core.types import BlockHash, FinishReason, RequestId, WorkerId
 from penstock.kv.retention import Retention
+from penstock.kv.selection import OBSERVED_TOKENS
 
 
 class SequenceState(Enum):
@@ -57,7 +59,11 @@ class Sequence:
     number of last tokens whose KV is not ours to compute, is 1; `prefill_worker` names the peer
     whose blocks we are pulling. `coming_from` is set while blocks from that token on are brought
     out of a tier and those before it are computed. The request ends with `tokens_max` tokens or
-    with one of `stop_ids`.
+    with one of `stop_ids`. Where a part of the prompt's KV is to be kept (`kv_select`), it is
+    chosen after `select_end` tokens, all of the prompt but the last, by whoever computes them if it
+    `selects_here`, or else by who goes on (whose blocks have another shape, and could not be told
+    which of ours were kept); with `is_selected` that has been done. `select_end` is 0 where all is
+    kept.
     """
 
     __slots__ = (
@@ -69,11 +75,14 @@ class Sequence:
         "is_first_token_out",
         "is_pinned",
         "is_preempted",
+        "is_selected",
         "num_computed",
         "num_left_over",
         "num_prompt",
         "prefill_worker",
         "request",
+        "select_end",
+        "selects_here",
         "state",
         "stop_ids",
         "timeline",
@@ -111,6 +120,10 @@ class Sequence:
         self.is_preempted = False
         self.is_pinned = False
         self.is_first_token_out = bool(request.output_token_ids)
+        is_long = 0 < request.kv_select < self.num_prompt - 1
+        self.select_end = self.num_prompt - 1 if is_long else 0
+        self.selects_here = True
+        self.is_selected = False
 
     @property
     def request_id(self) -> RequestId:
@@ -127,9 +140,11 @@ class Sequence:
     @property
     def chunk_tokens(self) -> int:
         """Tokens to compute next, at most: up to what is coming, and while that is late a few at a
-        time, so that it is of use as soon as it is there.
+        time, so that it is of use as soon as it is there; blocks are chosen between two steps.
         """
         missing = self.target_tokens - self.num_computed
+        if self.is_to_select and self.num_computed < self.select_end:
+            missing = min(missing, self.select_end - self.num_computed)
         if self.coming_from is None:
             return missing
         ahead = self.coming_from - self.num_computed
@@ -144,7 +159,7 @@ class Sequence:
     @property
     def can_go(self) -> bool:
         """True when it can be handed to another worker: all its KV is here, and it decodes."""
-        return self.is_decoding and not self.request.kv_window
+        return self.is_decoding and not self.request.kv_window and not self.select_end
 
     @property
     def window(self) -> int:
@@ -154,6 +169,25 @@ class Sequence:
         if not self.request.kv_window or self.decode_worker is not None or self.is_pinned:
             return 0
         return self.request.kv_window if self.num_computed >= self.target_tokens else 0
+
+    @property
+    def is_to_select(self) -> bool:
+        """True when its blocks are still to be chosen from, here."""
+        return bool(self.select_end) and self.selects_here and not self.is_selected
+
+    def observation(self, row: int, end: int) -> Observation | None:
+        """Return what a step must observe that computes this sequence, its row, up to token `end`;
+        None where there is nothing to choose from then.
+        """
+        if not self.is_to_select or end < self.select_end:
+            return None
+        first = self.select_end - OBSERVED_TOKENS
+        return Observation(row, first, tuple(self.tokens[first : self.select_end]))
+
+    def lose_blocks(self) -> None:
+        """Note that nothing of it is computed (any more)."""
+        self.num_computed = self.capacity_tokens = 0
+        self.is_selected = False
 
     def hand_to(self, decode_worker: WorkerId) -> None:
         """Make what has been decoded so far a request for another worker to continue."""
@@ -168,11 +202,14 @@ class Sequence:
         self.state = state
 
     def name_blocks(self, block_size: int) -> None:
-        """Extend `hashes` over every block that the tokens fill."""
-        if len(self.tokens) // block_size > len(self.hashes):
+        """Extend `hashes` over every block that the tokens fill. What is computed after blocks were
+        chosen from is no function of its tokens alone, and gets no name.
+        """
+        num_tokens = self.select_end or len(self.tokens)
+        if num_tokens // block_size > len(self.hashes):
             extend_hashes(
                 self.hashes,
-                self.tokens,
+                self.tokens[: self.select_end] if self.select_end else self.tokens,
                 block_size,
                 self.request.cache_salt,
                 accepts_loss=self.request.accepts_loss,

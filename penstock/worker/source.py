@@ -25,6 +25,7 @@ class SourceDesk:
     def __init__(self, config: WorkerConfig, kv: KVCache, move_ids: Numbers) -> None:
         self._config = config
         self._like_us: set[WorkerId] = set()
+        self._others: set[WorkerId] = set()
         self._pulled = OfferDesk(config, kv)
         self._pushed = PushDesk(config, kv, move_ids)
 
@@ -40,14 +41,23 @@ class SourceDesk:
 
     def meet(self, info: WorkerInfo) -> None:
         """Know a peer: what is on our host and has our shape can be written, others pull."""
-        if info.layout == self._config.layout and info.host == self._config.host:
-            self._like_us.add(info.worker_id)
-        else:
-            self._like_us.discard(info.worker_id)
+        is_alike, is_near = info.layout == self._config.layout, info.host == self._config.host
+        for known, is_in in ((self._like_us, is_alike and is_near), (self._others, not is_alike)):
+            if is_in:
+                known.add(info.worker_id)
+            else:
+                known.discard(info.worker_id)
+
+    def is_alike(self, peer: WorkerId) -> bool:
+        """Tell whether a peer's blocks have our shape, as far as known."""
+        return peer not in self._others
 
     def announce(self, sequence: Sequence, now_ns: int) -> list[Command]:
-        """Say that a sequence will be handed off, if its peer has to know before."""
+        """Say that a sequence will be handed off, if its peer has to know before. What is kept of a
+        sequence is known too late for that.
+        """
         is_push = self._config.handoff is Handoff.PUSH and sequence.decode_worker in self._like_us
+        is_push &= not sequence.is_to_select
         return self._pushed.announce(sequence, now_ns) if is_push else []
 
     def offer(self, sequence: Sequence, now_ns: int) -> list[Command]:

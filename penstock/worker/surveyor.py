@@ -24,7 +24,7 @@ from penstock.core.residency import (
 )
 from penstock.core.types import CONTROLLER, BlockHash, BlockId, RequestId
 from penstock.kv.cache import KVCache
-from penstock.kv.residency import Temperature, temperature_of
+from penstock.kv.policy import Temperature
 from penstock.kv.tiers import RAW
 from penstock.worker.decode import PullDesk
 from penstock.worker.shelf import Shelf
@@ -195,7 +195,7 @@ class Surveyor:
             state="spare" if cache.is_spare(block_id) else state.value,
             name=name,
             codec=RAW,
-            temperature=(Temperature.HOT if idle_ns is None else temperature_of(idle_ns)).value,
+            temperature=self._warmth(name, is_held=idle_ns is None),
             num_bytes=self._kv.layout.block_bytes[group],
             num_holders=pool.num_holders(block_id),
             in_flight=self._flight_of(name, block_id, flights[group]),
@@ -215,7 +215,7 @@ class Surveyor:
             state=state,
             name=name,
             codec=copy.codec,
-            temperature=residency.temperature(name, now_ns).value,
+            temperature=self._warmth(name),
             num_bytes=copy.num_bytes,
             num_holders=copy.num_holds,
             in_flight="read" if copy.num_holds else "" if copy.is_present else "written",
@@ -223,6 +223,14 @@ class Surveyor:
             retained_ns=self._kv.retention.remaining_ns(name),
             decode_ns=copy.decode_ns,
         )
+
+    def _warmth(self, name: BlockHash | None, *, is_held: bool = False) -> str:
+        """Return how warm a block is: what is held is in use, and what has no name never again."""
+        if is_held or name is None:
+            warmth = Temperature.HOT if is_held else Temperature.COLD
+        else:
+            warmth = self._tiers.temperature(name)
+        return str(warmth.value)
 
     # ------------------------------------------------------------------------------ in flight
 

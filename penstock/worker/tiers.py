@@ -1,12 +1,12 @@
 """`TierDesk`: the tiers below a worker's pool: what goes down, and when.
 
-A block that nobody holds any more is written to the nearest tier: at once, only before the pool
-gives it up, or never, by how likely it is to be used again (`kv/reuse.py`), what that saves and
-what writing costs (`kv/policy.py`); an idle worker's writing costs nobody anything. Nothing is held
-for it: when a block was handed out anew before its copy ended, its generation says so, and the copy
-is void. What a tier gives up for others sinks to where it is worth most, or is dropped, by the same
-costs. What a sibling has in a tier of the same name is not written once more: a host keeps one
-copy, and every worker of it reads it there.
+A block that nobody holds any more is hot, warm or cold (`worker/keeping.py`), and written to the
+nearest tier at once, to it before the pool gives it up, or to the farthest while nobody is
+disturbed by that, if at all (`worker/lines.py`). Nothing is held for it: when a block was handed
+out anew before its copy ended, its generation says so, and the copy is void. What a tier gives up
+for others sinks to where it is worth most, or is dropped, by the same costs. What a sibling has in
+a tier of the same name is not written once more: a host keeps one copy, and every worker of it
+reads it there.
 
 Reading back is `worker/onboard.py`'s, slots are `worker/shelf.py`'s, what others have is
 `worker/siblings.py`'s. A worker that has no sibling and is never assigned a prompt would write for
@@ -25,7 +25,7 @@ from penstock.core.tiers import KeptBlock, PrefetchLoad, ShelfChanged, ShelfUsed
 from penstock.core.types import NO_DIGEST, NS_PER_S, BlockHash, BlockId, WorkerId
 from penstock.kv.cache import KVCache
 from penstock.kv.compression import Direction
-from penstock.kv.policy import WriteMode
+from penstock.kv.policy import Temperature
 from penstock.kv.residency import Residency
 from penstock.kv.reuse import ReuseHistory
 from penstock.kv.tiers import Tier, TierSpec
@@ -33,6 +33,7 @@ from penstock.transfer.plan import align
 from penstock.worker.costs import TierCosts
 from penstock.worker.fetches import Fetches
 from penstock.worker.keeping import Keeping
+from penstock.worker.lines import Lines, roomy
 from penstock.worker.numbers import Numbers
 from penstock.worker.onboard import NOBODY, OnboardDesk
 from penstock.worker.scheduler import Scheduler
@@ -69,10 +70,6 @@ class TierDesk:
         self._scheduler = scheduler
         self._move_ids = move_ids
         self._shelves: list[Shelf] = []
-        self._through: dict[BlockHash, None] = {}
-        """What is to be written now, in the order of being let go."""
-        self._back: dict[BlockHash, None] = {}
-        """What is to be written when the pool runs short, or nobody is disturbed by it."""
         self._woken_ns = 0
         self._writes: dict[int, Write] = {}
         self._has_prompts = False
@@ -86,6 +83,7 @@ class TierDesk:
         num_slots = sum(shelf.num_slots for shelf in self._shelves)
         history = ReuseHistory(kv.groups[0].pool.num_blocks + num_slots)
         self._keeping = Keeping(history, kv.retention, self._costs, self.residency)
+        self._lines = Lines(self._keeping)
         fetches = Fetches(config, kv, self._shelves, self._siblings, traffic, move_ids)
         self._fetches = fetches
         self._onboards = OnboardDesk(config, kv, scheduler, fetches, self._costs, traffic)
@@ -164,15 +162,22 @@ class TierDesk:
         if not self._shelves:
             return []
         commands = self._onboards.take_commands()
+        self._keeping.forget_costs()
         self._note_parked(now_ns, is_idle=is_idle)
         self._tell_names()
         pool = self._kv.groups[0].pool
-        if is_idle or 2 * pool.num_free < pool.num_blocks:
-            self._through.update(self._back)
-            self._back.clear()
-        is_writing = any(write.out_of is None for write in self._writes.values())
-        if self._through and not is_writing:
-            commands += self._offload(now_ns, is_idle=is_idle)
+        line, is_cold = self._lines.due(
+            is_idle=is_idle, is_short=2 * pool.num_free < pool.num_blocks
+        )
+        if line and not any(write.out_of is None for write in self._writes.values()):
+            writable = [shelf for shelf in self._shelves if shelf.resumes_ns <= now_ns]
+            # What no tier takes now is forgotten; the first of the rest says which it is to be.
+            for name in [name for name in line if not takers_of(name, writable)]:
+                del line[name]
+            if line:
+                shelves = takers_of(next(iter(line)), writable)
+                shelves = shelves[shelves.index(roomy(shelves)) :] if is_cold else shelves
+                commands += self._offload(line, shelves, now_ns, is_idle=is_idle)
         at_ns = self._onboards.prefetch.next_ns()
         if at_ns is not None and at_ns > now_ns and at_ns != self._woken_ns:
             self._woken_ns = at_ns
@@ -215,6 +220,11 @@ class TierDesk:
         """Tell whether a block can be brought back from a tier."""
         return any(name in shelf for shelf in self._shelves)
 
+    def temperature(self, name: BlockHash) -> Temperature:
+        """Return how warm a block is: cold where no tier takes it, since it is dropped then."""
+        takers = takers_of(name, self._shelves)
+        return self._keeping.temperature(name, takers[0].tier) if takers else Temperature.COLD
+
     def contents(self, tier: str) -> list[KeptBlock]:
         """Return all that is in a tier of ours. O(blocks)."""
         return [kept for shelf in self._shelves if shelf.name == tier for kept in shelf.contents()]
@@ -241,7 +251,7 @@ class TierDesk:
     # ------------------------------------------------------------------------------ going down
 
     def _note_parked(self, now_ns: int, *, is_idle: bool) -> None:
-        """Queue the blocks that were let go and are worth having in the nearest tier.
+        """Queue the blocks that were let go and are worth having in a tier.
 
         What was brought from a farther one was of use, and goes to the nearest as well.
         """
@@ -252,22 +262,13 @@ class TierDesk:
                 self._keeping.history.use(name)
             takers = takers_of(name, self._shelves) if is_of_use else []
             if takers and not self._is_kept(name, takers[0]):
-                self._queue(name, self._keeping.mode(name, takers[0].tier, is_idle=is_idle))
+                self._lines.put(name, takers, is_idle=is_idle)
             if name in self.residency:
                 self.residency.touch(name, now_ns)
-            for shelf in self._shelves:
-                if name in shelf:
-                    shelf.touch(name)
+                for shelf in self._shelves:
+                    if name in shelf:
+                        shelf.touch(name)
         self._parked.clear()
-
-    def _queue(self, name: BlockHash, mode: WriteMode) -> None:
-        match mode:
-            case WriteMode.THROUGH:
-                self._through[name] = None
-            case WriteMode.BACK:
-                self._back[name] = None
-            case WriteMode.NEVER:
-                self._shelves[0].num_declined += 1
 
     def _tell_names(self) -> None:
         """Have the router hear of names that were here at the start, and that have left a tier."""
@@ -282,17 +283,13 @@ class TierDesk:
                 cache.changes[name] = self.has(name) or cache.find(name) is not None
         self._news.clear()
 
-    def _offload(self, now_ns: int, *, is_idle: bool) -> list[Command]:
-        """Write the blocks that have waited longest to the nearest tier that takes them."""
-        writable = self._writable(now_ns)
-        # What no tier takes now is forgotten; the first of the rest says which tier it is to be.
-        self._through = {name: None for name in self._through if takers_of(name, writable)}
-        if not self._through:
-            return []
-        shelves = takers_of(next(iter(self._through)), writable)
-        wanted = min(BLOCKS_MAX, len(self._through))
+    def _offload(
+        self, line: dict[BlockHash, None], shelves: list[Shelf], now_ns: int, *, is_idle: bool
+    ) -> list[Command]:
+        """Write the blocks that have waited longest to the first of some tiers."""
+        wanted = min(BLOCKS_MAX, len(line))
         commands = self._make_room(shelves, wanted, now_ns, is_idle=is_idle)
-        names = self._take_pending(shelves[0])
+        names = self._take_pending(line, shelves[0])
         if not names:
             return commands
         # Kept in the order of being let go, so that a tier, too, gives a prefix up from its end.
@@ -308,16 +305,16 @@ class TierDesk:
         )
         return [*commands, self._submit(write, block_ids, now_ns)]
 
-    def _take_pending(self, into: Shelf) -> list[BlockHash]:
+    def _take_pending(self, line: dict[BlockHash, None], into: Shelf) -> list[BlockHash]:
         """Take blocks that are still in the pool, with a digest to be known by, out of the line."""
         pool = self._kv.groups[0].pool
         names: list[BlockHash] = []
-        for name in list(self._through):
+        for name in list(line):
             if len(names) == min(into.num_free, BLOCKS_MAX):
                 break
             if not into.takes(name):
                 continue
-            del self._through[name]
+            del line[name]
             if self._is_kept(name, into):
                 continue  # a sibling was quicker, or the nearest could not be written for a while
             block_id = pool.prefix_cache.find(name)
@@ -392,6 +389,3 @@ class TierDesk:
     def _is_kept(self, name: BlockHash, shelf: Shelf) -> bool:
         """Tell whether a block is in a tier of this host already, or on its way to ours."""
         return shelf.knows(name) or self._siblings.find(name, shelf.name) is not None
-
-    def _writable(self, now_ns: int) -> list[Shelf]:
-        return [shelf for shelf in self._shelves if shelf.resumes_ns <= now_ns]

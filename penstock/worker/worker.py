@@ -157,6 +157,7 @@ class Worker:
         )
         assert sequence.request_id not in self.sequences, sequence.request_id
         self.sequences[sequence.request_id] = sequence
+        sequence.selects_here = is_ours or self.offers.is_alike(event.decode_worker)
         self.tiers.add(sequence, now_ns)
         is_known = not is_ours and event.decode_worker in self._peers
         return self.offers.announce(sequence, now_ns) if is_known else []
@@ -360,8 +361,9 @@ class Worker:
                 continue  # taken back meanwhile; freed when the peer has answered
             sequence.num_computed += num_new
             self._advance(sequence)
-            if sequence.decode_worker:
-                commands += self._hand_off(sequence, now_ns)
+        plan.select(self.kv, event.scores, self.config.layout.block_size)
+        for sequence in plan.leaving:
+            commands += self._hand_off(sequence, now_ns)
         outputs = []
         for sequence, ahead, last in drawn:
             if sequence.state is not SequenceState.RUNNING:

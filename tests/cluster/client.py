@@ -25,6 +25,7 @@ class Stream:
         salt: str = "",
         *,
         accepts_loss: bool = False,
+        kv_select: int = 0,
     ) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
@@ -36,6 +37,7 @@ class Stream:
             params=params,
             cache_salt=salt,
             accepts_loss=accepts_loss,
+            kv_select=kv_select,
         )
         self._cluster = cluster
         self._news = asyncio.Event()

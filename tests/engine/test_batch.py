@@ -17,7 +17,7 @@ from penstock.engine.loading import load_model
 BLOCK_SIZE = 16
 FOLDER = Path(__file__).parents[2] / "penstock" / "builtin" / "penstock-tiny"
 NUM_BLOCKS = 8
-GAP = np.array([[1, 3]], np.int32)
+GAPS = np.array([[0, 1, 2], [0, 4, 1]], np.int32)
 
 
 def make_step(
@@ -92,8 +92,8 @@ def model():
 class Masked:
     """The model's kernels, but attention is dense and sees nothing of the gap."""
 
-    def __init__(self, kernels: Any, first: int, end: int) -> None:
-        self.kernels, self.first, self.end = kernels, first, end
+    def __init__(self, kernels: Any, hidden: list[range]) -> None:
+        self.kernels, self.hidden = kernels, hidden
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernels, name)
@@ -109,15 +109,16 @@ class Masked:
         keys = keys[table].flatten(0, 1)[:length].repeat_interleave(ratio, 1)
         values = values[table].flatten(0, 1)[:length].repeat_interleave(ratio, 1)
         scores = torch.einsum("hd,thd->ht", query[0], keys) * spec.scale
-        scores[:, self.first : self.end] = float("-inf")
+        for gap in self.hidden:
+            scores[:, gap.start : gap.stop] = float("-inf")
         return torch.einsum("ht,thd->hd", scores.softmax(-1), values)[None]
 
 
 def step(tokens: list[int], start: int, gaps: np.ndarray | None) -> Step:
     table = np.arange(NUM_BLOCKS, dtype=np.int32)[::-1].copy()
     if gaps is not None:
-        first, count = gaps[0].tolist()
-        table[first : first + count] = 0
+        for _, first, count in gaps.tolist():
+            table[first : first + count] = 0
     return Step(
         step_id=0,
         token_ids=np.array(tokens[start:], np.int64),
@@ -129,27 +130,27 @@ def step(tokens: list[int], start: int, gaps: np.ndarray | None) -> Step:
     )
 
 
-def test_positions_stay_and_slots_and_length_close_the_gap():
-    batch = make_batch(step(list(range(100)), 99, GAP), BLOCK_SIZE)
+def test_positions_stay_and_slots_and_length_close_the_gaps():
+    batch = make_batch(step(list(range(100)), 99, GAPS), BLOCK_SIZE)
     assert batch.positions.tolist() == [99]
     assert batch.kv_len.tolist() == [100 - 3 * BLOCK_SIZE]
-    assert batch.block_tables[0][0, :5].tolist() == [7, 3, 2, 1, 0]
+    assert batch.block_tables[0][0, :5].tolist() == [7, 4, 2, 1, 0]
     assert batch.slots[0].tolist() == [1 * BLOCK_SIZE + 99 % BLOCK_SIZE]
 
 
-def test_decoding_behind_a_gap_is_attention_under_that_mask(model):
+def test_decoding_behind_gaps_is_attention_under_that_mask(model):
     layout = model.layout(BLOCK_SIZE)
     inner = (2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim)
     pool = torch.zeros(NUM_BLOCKS, len(layout.groups[0].layers), *inner)
     tokens = [int(t) for t in np.random.default_rng(3).integers(10, 4000, 100)]
-    gap = range(BLOCK_SIZE, 4 * BLOCK_SIZE)
+    hidden = [range(first * BLOCK_SIZE, (first + n) * BLOCK_SIZE) for _, first, n in GAPS.tolist()]
     with torch.inference_mode():
         run = model.forward.bind(model.kernels, (pool,))
         run(make_batch(step(tokens[:99], 0, None), BLOCK_SIZE))
         dense = pool.clone()
         full = run(make_batch(step(tokens, 99, None), BLOCK_SIZE))
-        windowed = run(make_batch(step(tokens, 99, GAP), BLOCK_SIZE))
-        masked: Any = Masked(model.kernels, gap.start, gap.stop)
+        windowed = run(make_batch(step(tokens, 99, GAPS), BLOCK_SIZE))
+        masked: Any = Masked(model.kernels, hidden)
         oracle = model.forward.bind(masked, (dense,))
         expected = oracle(make_batch(step(tokens, 99, None), BLOCK_SIZE))
     torch.testing.assert_close(windowed, expected, rtol=1e-4, atol=1e-4)

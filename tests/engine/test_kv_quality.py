@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from penstock.core.config import EngineConfig
-from penstock.engine.kv_quality import Reading, compare, read_texts
+from penstock.engine.kv_quality import Part, Reading, compare, read_texts
 from penstock.engine.loading import load_model
 from tests.engine.tiny_models import save_model
 
@@ -115,10 +115,33 @@ def test_a_window_that_holds_all_changes_nothing_and_a_small_one_hides(model):
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     texts = [tokenizer.encode(TEXT).ids]
     exact = read_texts(model, texts, block_size=BLOCK_SIZE)
-    wide = read_texts(model, texts, block_size=BLOCK_SIZE, window=1000)
+    wide = read_texts(model, texts, block_size=BLOCK_SIZE, part=Part(window=1000))
     assert (wide.nats == exact.nats).all()
-    narrow = read_texts(model, texts, block_size=BLOCK_SIZE, window=BLOCK_SIZE)
+    narrow = read_texts(model, texts, block_size=BLOCK_SIZE, part=Part(window=BLOCK_SIZE))
     # The first three blocks see all there is before them.
     seen = 2 * BLOCK_SIZE
     np.testing.assert_allclose(narrow.nats[:seen], exact.nats[:seen], rtol=1e-4, atol=1e-4)
     assert (narrow.nats[seen:] != exact.nats[seen:]).any()
+
+
+def test_a_selection_costs_less_than_a_window_of_its_size(model):
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    ids = tokenizer.encode(TEXT).ids
+    # What the prompt ends with stands at its beginning too, and nowhere near its end.
+    other = [int(token) for token in np.random.default_rng(2).integers(10, 4000, 256)]
+    text, prompt_tokens = ids + other + ids, len(ids) + len(other) + 20
+    prompt_tokens -= prompt_tokens % BLOCK_SIZE
+
+    def read(**part: int) -> Reading:
+        return read_texts(
+            model, [text], block_size=BLOCK_SIZE, part=Part(prompt_tokens=prompt_tokens, **part)
+        )
+
+    exact = read()
+    assert len(exact.nats) == len(text) - 1 - prompt_tokens
+    whole = read_texts(model, [text], block_size=BLOCK_SIZE)
+    np.testing.assert_array_equal(exact.nats, whole.nats[prompt_tokens:])
+    np.testing.assert_array_equal(exact.nats, read(select=1000).nats)
+    selected, windowed = (compare(exact, read(**{kind: 128})) for kind in ("select", "window"))
+    assert selected.loss_increase != 0
+    assert selected.loss < windowed.loss

@@ -284,13 +284,13 @@ def test_a_window_keeps_the_first_block_and_the_latest_and_gives_the_rest_back()
     # The last token may stand alone in its block: 9 tokens reach into three blocks.
     (held,) = cache.held(name)
     assert held == [before[0], *before[-3:]]
-    assert cache.gaps([name, other]).tolist() == [[1, 6], [0, 0]]
+    assert cache.gaps([name, other]).tolist() == [[0, 1, 6]]
     (table,) = cache.tables([name], 40)
     assert table[0].tolist() == [before[0], 0, 0, 0, 0, 0, 0, *before[-3:]]
     assert cache.free_blocks == (20 - 2 - 4,)
     assert cache.grow(name, 44)
     cache.advance(name, 44, [], window=9)
-    assert cache.gaps([other, name]).tolist() == [[0, 0], [1, 7]]
+    assert cache.gaps([other, name]).tolist() == [[1, 1, 7]]
     cache.check()
     cache.close(name)
     assert cache.gaps([other]) is None

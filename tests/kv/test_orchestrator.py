@@ -212,61 +212,6 @@ def test_a_failed_read_is_retried_elsewhere_and_then_given_back_to_compute():
     assert orchestrator.need("a", 9, 9) is Outcome.MISSING
 
 
-def with_a_retained(keys):
-    """Make room for two of the blocks, in which a and b have been used; a is to be kept to 100."""
-    orchestrator, _ = make(hbm=2)
-    carrier = Carrier(orchestrator)
-    for key in keys:
-        orchestrator.store(key, Tier.DRAM, RAW)
-    for key in "ab":
-        orchestrator.need(key, 0, 0)
-        carrier.settle()
-        orchestrator.use(key, 0)
-    orchestrator.retain("a", 100)
-    return orchestrator, carrier
-
-
-def test_a_retained_block_goes_last_and_still_goes():
-    orchestrator, carrier = with_a_retained("abcd")
-    orchestrator.need("c", 10, 10)
-    carrier.settle(10)
-    assert [orchestrator.is_ready(key) for key in "abc"] == [True, False, True]
-    orchestrator.need("d", 20, 20)  # c is needed, a is all that is left
-    carrier.settle(20)
-    assert [orchestrator.is_ready(key) for key in "acd"] == [False, True, True]
-
-
-def test_retention_ends():
-    orchestrator, carrier = with_a_retained("abc")
-    orchestrator.need("c", 101, 101)
-    carrier.settle(101)
-    assert [orchestrator.is_ready(key) for key in "abc"] == [False, True, True]
-
-
-def test_an_allocator_outside_offloads_and_forgets():
-    orchestrator, slots = make()
-    carrier = Carrier(orchestrator)
-    orchestrator.store("a", Tier.HBM, RAW)
-    assert orchestrator.offload("a", 0)
-    carrier.settle()
-    assert carrier.moved == [("hbm", "dram", ["a"])]
-    assert not orchestrator.offload("a", 5), "it is below already"
-    orchestrator.forget("a", Tier.HBM)
-    assert orchestrator.need("a", 10, 10) is Outcome.COMING
-    carrier.settle(10)
-    assert orchestrator.is_ready("a")
-    assert len(slots.taken) == 2
-
-
-def test_the_prediction_is_what_an_idle_link_takes():
-    orchestrator, _ = make()
-    for key in "ab":
-        orchestrator.store(key, Tier.DRAM, RAW)
-    orchestrator.store("c", Tier.HBM, RAW)
-    assert orchestrator.fetch_ns(["c"]) == 0
-    assert orchestrator.fetch_ns(["a", "b", "c"]) == 10 + 2 * BLOCK
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from(["lru", "arc", "cost"]))
 def test_bytes_are_conserved_under_random_operations_and_failing_moves(data, eviction):

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from penstock.kv.policy import (
     Cut,
     Option,
-    WriteMode,
+    Temperature,
     choose_codec,
     choose_tier,
     fetch_beside_computing,
     fetch_then_recompute,
     steady_ns,
-    write_mode,
+    temperature_of,
 )
 from penstock.kv.tiers import RAW, CodecSpec, LinkSpec, Tier
 
@@ -84,12 +84,15 @@ def test_the_cut_is_the_best_of_all_ends(num_blocks, latency_ns, per_fetch, per_
     assert cut.total_ns == pytest.approx(min(map(total_ns, range(num_blocks + 1))))
 
 
-@pytest.mark.parametrize(
-    ("uses", "expected"),
-    [(0.5, WriteMode.NEVER), (1.5, WriteMode.BACK), (2.0, WriteMode.THROUGH)],
-)
-def test_writing_by_expected_uses(uses, expected):
-    assert write_mode(uses, save_ns=100, write_ns=100) is expected
+@pytest.mark.parametrize(("uses", "expected"), [(0.5, "cold"), (1.5, "warm"), (2.0, "hot")])
+def test_how_warm_a_block_is_by_its_expected_uses(uses, expected):
+    assert temperature_of(uses, save_ns=100, write_ns=100).value == expected
+
+
+def test_where_writing_is_free_it_has_to_save_something():
+    assert temperature_of(0.1, save_ns=1, write_ns=0) is Temperature.HOT
+    assert temperature_of(0.1, save_ns=-1, write_ns=0) is Temperature.COLD
+    assert temperature_of(0.0, save_ns=1, write_ns=0) is Temperature.COLD
 
 
 def test_tier_by_gain_and_room():

@@ -1,10 +1,10 @@
-"""Residency: bytes are conserved whatever is done, and temperature follows use."""
+"""Residency: bytes are conserved whatever is done, and it is known when a block was used."""
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.kv.residency import Residency, Temperature
+from penstock.kv.residency import Residency
 from penstock.kv.tiers import RAW, CodecSpec, Tier, TierSpec
 
 CAPACITY = {Tier.HBM: 100, Tier.DRAM: 250}
@@ -14,9 +14,8 @@ def codec(name: str, num_bytes: int) -> CodecSpec:
     return CodecSpec(name=name, block_bytes=num_bytes, decode_ns=0 if name == RAW else 7)
 
 
-def make(**settings) -> Residency:
-    specs = [TierSpec(tier=tier, capacity_bytes=size) for tier, size in CAPACITY.items()]
-    return Residency(specs, **settings)
+def make() -> Residency:
+    return Residency(TierSpec(tier=tier, capacity_bytes=size) for tier, size in CAPACITY.items())
 
 
 def test_room_is_taken_when_a_copy_begins_to_arrive():
@@ -55,61 +54,17 @@ def test_what_is_held_cannot_be_dropped():
     residency.drop("a", Tier.HBM)
 
 
-def test_temperature_by_recency():
-    residency = make(hot_ns=10, warm_ns=100)
-    residency.add("a", Tier.HBM, codec(RAW, 1), 0)
-    assert residency.temperature("a", 0) is Temperature.COLD
-    residency.touch("a", 0)
-    times = [(10, Temperature.HOT), (11, Temperature.WARM), (101, Temperature.COLD)]
-    for now_ns, expected in times:
-        assert residency.temperature("a", now_ns) is expected
-
-
-def test_temperature_by_measured_reuse():
-    residency = make(hot_ns=10, warm_ns=100)
-    residency.add("a", Tier.HBM, codec(RAW, 1), 0)
-    residency.touch("a", 0)
-    residency.touch("a", 1000)
-    # Idle for long, but the next use is due at 2000.
-    assert residency.temperature("a", 1500) is Temperature.COLD
-    assert residency.temperature("a", 1950) is Temperature.WARM
-    assert residency.temperature("a", 1995) is Temperature.HOT
-    assert residency.expected_use_ns("a", 1995) == 5
-
-
-def test_the_chance_of_reuse_is_what_happened_so_far():
+def test_a_use_is_remembered_as_long_as_the_block_is_anywhere():
     residency = make()
-    for index in range(20):
-        residency.add(index, Tier.HBM, codec(RAW, 1), index)
-        residency.touch(index, 0)
-    before = residency.reuse_chance(0)
-    for index in range(10):
-        residency.touch(index, 1)
-    assert residency.reuse_chance(19) == pytest.approx(11 / 22)
-    assert residency.reuse_chance(19) > before
-
-
-def test_the_snapshot_tells_codecs_temperatures_and_what_arrives():
-    residency = make()
-    residency.add("a", Tier.HBM, codec("int8", 30), 0)
-    residency.touch("a", 5)
-    residency.begin("a", Tier.DRAM, codec(RAW, 60), 0)
-    assert residency.snapshot(5) == {
-        "hbm": {
-            "capacity_bytes": 100,
-            "used_bytes": 30,
-            "num_arriving": 0,
-            "codecs": {"int8": 1},
-            "temperatures": {"hot": 1},
-        },
-        "dram": {
-            "capacity_bytes": 250,
-            "used_bytes": 60,
-            "num_arriving": 1,
-            "codecs": {RAW: 1},
-            "temperatures": {"hot": 1},
-        },
-    }
+    residency.add("a", Tier.HBM, codec(RAW, 1), 0)
+    assert residency.idle_ns("a", 50) is None
+    residency.touch("a", 60)
+    assert residency.idle_ns("a", 100) == 40
+    residency.drop("a", Tier.HBM)
+    residency.add("a", Tier.DRAM, codec("int8", 1), 0)
+    assert residency.idle_ns("a", 100) is None
+    copy = residency.copy("a", Tier.DRAM)
+    assert (copy.codec, copy.decode_ns) == ("int8", 7)
 
 
 KEYS = st.integers(0, 5)

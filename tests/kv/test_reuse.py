@@ -60,3 +60,11 @@ def test_when_the_load_changes_so_does_the_chance() -> None:
             history.use(("back", number))
         assert turn or history.chance(("back", 99)) < 0.01
     assert history.chance(("back", 99)) > 0.9
+
+
+def test_a_block_that_is_met_is_used_once_if_it_is_new() -> None:
+    history = ReuseHistory(100)
+    history.meet("a")
+    history.meet("a")
+    assert len(history) == 1
+    assert history.chance("a") == pytest.approx(CHANCE_UNKNOWN, abs=0.01)

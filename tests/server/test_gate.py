@@ -124,3 +124,36 @@ def test_a_tenant_with_odd_characters_is_refused():
     answer = _post({"x-llm-d-inference-fairness-id": "a b"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "x-llm-d-inference-fairness-id"
+
+
+def test_how_long_kv_is_kept_may_be_said_in_headers_and_the_body_goes_before_them():
+    headers = {"x-penstock-retention-ttl": "1.5", "x-penstock-kv-pin": "docs"}
+    request = _request_of(headers)
+    assert (request.retention_ns, request.pin) == (1_500_000_000, "docs")
+    assert _request_of({"x-penstock-retention-ttl": "0"}).retention_ns == 0
+
+    async def story():
+        service = ScriptedService(text_script("abc"))
+        async with client(make_app(service)) as http:
+            body = BODY | {"retention_ttl": 2, "kv_pin": "other"}
+            await http.post("/v1/completions", json=body, headers=headers)
+        return service.submitted[0]
+
+    request = asyncio.run(story())
+    assert (request.retention_ns, request.pin) == (2_000_000_000, "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("x-penstock-retention-ttl", v) for v in ["", "soon", "-1", "nan", "inf", "86401"]]
+    + [("x-penstock-kv-pin", v) for v in ["", "a b", "x" * 129]],
+)
+def test_what_cannot_be_kept_so_is_refused_by_name(name: str, value: str):
+    answer = _post({"x-penstock-retention-ttl": "1", name: value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
+def test_a_pin_in_a_header_needs_a_time():
+    answer = _post({"x-penstock-kv-pin": "docs"})
+    assert answer.json()["error"]["param"] == "kv_pin"

@@ -61,18 +61,20 @@ def test_loss_is_accepted_where_the_server_has_a_budget_and_the_body_does_not_ob
     assert not accepts("exact", accepts_loss=True)
 
 
-def test_a_window_is_for_servers_that_may_lose_something():
-    (asked,) = _complete(intake=_intake(accepts_window=True), prompt="hi", kv_window=64).requests
-    assert asked.kv_window == 64
+@pytest.mark.parametrize("field", ["kv_window", "kv_select"])
+def test_a_part_of_the_kv_is_for_servers_that_may_lose_something(field: str):
+    lossy = _intake(accepts_window=True)
+    (asked,) = _complete(intake=lossy, prompt="hi", **{field: 64}).requests
+    assert getattr(asked, field) == 64
     (whole,) = _complete(prompt="hi").requests
-    assert whole.kv_window == 0
+    assert getattr(whole, field) == 0
     with pytest.raises(BadRequest, match="--kv-quality") as refused:
-        _complete(prompt="hi", kv_window=64)
-    assert refused.value.field == "kv_window"
+        _complete(prompt="hi", **{field: 64})
+    assert refused.value.field == field
     with pytest.raises(BadRequest, match="not exact"):
-        _complete(
-            intake=_intake(accepts_window=True), prompt="hi", kv_window=64, kv_quality="exact"
-        )
+        _complete(intake=lossy, prompt="hi", kv_quality="exact", **{field: 64})
+    with pytest.raises(BadRequest, match="not for both"):
+        _complete(intake=lossy, prompt="hi", kv_window=64, kv_select=64)
 
 
 def test_defaults_are_openais():

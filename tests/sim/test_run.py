@@ -81,6 +81,11 @@ def run_seed(seed: int) -> tuple[SimCluster, list[Request]]:
     rng = random.Random(seed)
     cluster = SimCluster(make_spec(rng), seed)
     requests = make_requests(rng, rng.randint(5, 25))
+    if len(cluster.spec.layout.groups) == 1 and seed % 2:
+        requests = [
+            msgspec.structs.replace(request, kv_select=rng.choice([0, 32, 64]))
+            for request in requests
+        ]
     for request in requests:
         at_ns = rng.randint(0, 200) * NS_PER_MS
         cluster.submit(request, at_ns)
@@ -124,6 +129,37 @@ def test_every_token_is_right_and_the_books_balance_whatever_happens(seed: int) 
             load.free_blocks, load.cached_blocks, cluster.spec.num_blocks, strict=True
         ):
             assert free + cached == total, (seed, name)
+
+
+def test_a_part_of_a_prompt_is_kept_wherever_it_is_computed() -> None:
+    """Alone, handed off in every way, and with what is continued elsewhere: the same tokens."""
+    rng = random.Random(1)
+    asked = [
+        msgspec.structs.replace(
+            request, kv_select=64, params=msgspec.structs.replace(request.params, max_tokens=20)
+        )
+        for request in make_requests(rng, 20)
+        if len(request.prompt_token_ids) > 100
+    ]
+    together = {"p0": Role.PREFILL, "d0": Role.DECODE}
+    pulled: dict[Handoff | None, int] = {}
+    for handoff, roles in [(None, {"m0": Role.MIXED}), *((h, together) for h in Handoff)]:
+        spec = ClusterSpec(roles=roles, handoff=handoff or Handoff.STREAM, max_model_len=200)
+        cluster = SimCluster(spec)
+        for number, request in enumerate(asked):
+            cluster.submit(request, number * 50 * NS_PER_MS)
+        cluster.run()
+        for request in asked:
+            expected = expected_tokens(request, 20, ())
+            whole = expected_tokens(msgspec.structs.replace(request, kv_select=0), 20, ())
+            assert cluster.outcomes[request.request_id].token_ids == expected != whole
+        decided = [d for w in cluster.workers.values() for d in w.log.decisions()]
+        spans = [group for d in decided if "move" in d for group in d["move"]["spans"]]
+        pulled[handoff] = sum(span[2] for group in spans for span in group)
+    # What crosses is what is kept: four blocks and the one that is being filled, not seven to ten.
+    assert not pulled[None]
+    assert pulled[Handoff.STREAM] == pulled[Handoff.WHOLE] == pulled[Handoff.PUSH]
+    assert pulled[Handoff.WHOLE] <= 5 * len(asked)
 
 
 def test_same_seed_same_decisions() -> None:

@@ -14,8 +14,10 @@ from penstock.sim.executor import VOCAB_SIZE, StepCost, chain_layout, expected_t
 from penstock.sim.network import LinkCost
 from penstock.sim.run import ClusterSpec, SimCluster, SimWorker
 from penstock.sim.tiers import SimTier
+from penstock.worker.fetches import Fetches
 
 BLOCK_SIZE = 16
+(BLOCK_BYTES,) = chain_layout(BLOCK_SIZE).block_bytes
 FAULTS: list[dict[str, float]] = [
     {},
     {"write_failure": 0.3},
@@ -99,6 +101,29 @@ def test_tokens_are_right_and_bytes_conserved_whatever_a_tier_does(seed: int) ->
     roles = rng.choice([{"p0": Role.PREFILL, "d0": Role.DECODE}, {"m0": Role.MIXED}])
     spec = make_spec(*(replace(tier, **faults) for tier in tiers), roles=roles)
     run(spec, seed, kills=rng.choice([0, 0, 2]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_are_right_where_the_end_comes_while_the_front_is_computed(seed: int) -> None:
+    rng = random.Random(seed)
+    slow = replace(DISK, num_slots=400, bytes_per_s=BLOCK_BYTES * 2000, **rng.choice(FAULTS))
+    roles = rng.choice([{"p0": Role.PREFILL, "d0": Role.DECODE}, {"m0": Role.MIXED}])
+    run(make_spec(slow, roles=roles), seed, kills=rng.choice([0, 0, 2]))
+
+
+def test_out_of_a_slow_tier_prefixes_are_really_brought_beside_computing(monkeypatch) -> None:
+    starts = []
+    begin = Fetches.begin
+
+    def noted(self, need, part, *more):
+        starts.append(part.start)
+        return begin(self, need, part, *more)
+
+    monkeypatch.setattr(Fetches, "begin", noted)
+    slow = replace(DISK, num_slots=400, bytes_per_s=BLOCK_BYTES * 2000)
+    cluster = run(make_spec(slow, roles={"m0": Role.MIXED}), 1)
+    assert sum(start > 0 for start in starts) > 3
+    assert sum(load.num_hits for load in loads(cluster)["disk"]) > 0
 
 
 def test_returning_conversations_hit_dram_and_what_sank_from_there_to_disk() -> None:

@@ -1,12 +1,15 @@
-"""A request that decodes behind a window gives the middle of its KV back, and stays where it is."""
+"""A request that decodes with a part of its KV gives the rest back, and stays where it is."""
 
 from msgspec import structs
 
 from penstock.core.block import extend_hashes
-from penstock.core.messages import Migrate, Offer, Tokens
+from penstock.core.events import StepDone
+from penstock.core.messages import Migrate, Offer, PeerUp, Tokens
 from penstock.core.request import Request
-from penstock.core.types import BlockHash, RequestId
-from tests.worker.story import D0, P0, Story, assign, request
+from penstock.core.step import Sampled
+from penstock.core.types import BlockHash, Digest, RequestId
+from penstock.sim.executor import chain_layout
+from tests.worker.story import D0, P0, Story, assign, info_of, request
 
 NAME = RequestId("w")
 BLOCK_SIZE = 16
@@ -26,7 +29,7 @@ def test_blocks_between_the_first_and_the_window_are_free_as_decoding_goes_on() 
     # 100 tokens are 7 blocks; the first, and the three that 20 tokens may lie in.
     assert len(held) == 4
     assert story.steps[0].gaps is not None
-    assert story.steps[0].gaps.tolist() == [[1, 3]]
+    assert story.steps[0].gaps.tolist() == [[0, 1, 3]]
     assert story.steps[0].num_computed.tolist() == [100]
     for _ in range(20):
         story.step()
@@ -60,6 +63,89 @@ def test_a_prompt_that_is_handed_off_crosses_whole() -> None:
     assert all(block >= 0 for offer in offers for block in offer.groups[0].block_ids)
     (held,) = story.worker.kv.held(NAME) or ()
     assert len(held) == 7
+
+
+def selecting(num_prompt: int = 180) -> Request:
+    return structs.replace(request(NAME, num_prompt, max_tokens=12), kv_select=64)
+
+
+def observe(story: Story, scores: tuple[float, ...]) -> None:
+    """End a step that observes, and no other."""
+    step = story.steps.pop(0)
+    (seen,) = step.observations
+    assert (seen.position, len(seen.token_ids)) == (163, 16)
+    assert seen.token_ids == tuple(selecting().prompt_token_ids[163:179])
+    digests = tuple(tuple(Digest(i + 1) for i in ids) for ids in step.digests_of)
+    times = {"started_ns": 0, "finished_ns": 0}
+    story.tell(
+        StepDone(
+            step_id=step.step_id,
+            sampled=tuple(Sampled(5) for _ in step.samples),
+            digests=digests,
+            scores=(scores,),
+            **times,
+        )
+    )
+
+
+SCORES = tuple(float(entry == 3) for entry in range(11))
+"""Of 12 blocks the first and the last two stay; of the others the fourth is looked at most."""
+
+
+def test_the_blocks_that_the_end_looks_at_are_kept_and_only_they_cross() -> None:
+    story = Story(P0, max_num_batched_tokens=100)
+    story.tell(assign(selecting(), D0))
+    assert not story.step().observations
+    assert not story.heard(Offer)  # not before it is known what is kept
+    observe(story, SCORES)
+    (offer,) = story.heard(Offer)
+    assert isinstance(offer, Offer)
+    assert offer.gaps == ((1, 2), (4, 6))
+    assert offer.timeline.selected_tokens == 179 - 8 * BLOCK_SIZE
+    other = Story(D0)
+    other.tell(offer)
+    (move,) = other.moves
+    moved = sum(span.num_blocks for span in move.move.spans[0])
+    assert moved == 4 == len(other.worker.kv.held(NAME)[0])  # type: ignore[index]
+    other.land()
+    step = other.step()
+    assert not step.observations
+    assert step.gaps is not None
+    assert step.gaps.tolist() == [[0, 1, 2], [0, 4, 6]]
+    while other.steps:
+        other.step()
+    other.assert_empty()
+
+
+def test_one_worker_chooses_at_the_same_place_and_names_nothing_behind_it() -> None:
+    story = Story(P0)
+    story.tell(assign(selecting(), P0))
+    observe(story, SCORES)
+    step = story.step()
+    assert (step.num_computed.tolist(), step.num_new.tolist()) == ([179], [1])
+    assert step.gaps is not None
+    assert step.gaps.tolist() == [[0, 1, 2], [0, 4, 6]]
+    while story.steps:
+        story.step()
+    # Prompt and answer fill twelve blocks; the last was computed with a part of the KV.
+    assert story.worker.kv.cached_blocks == (11,)
+    story.assert_empty()
+
+
+def test_who_has_blocks_of_another_shape_chooses_for_itself() -> None:
+    story = Story(P0)
+    other_shape = structs.replace(info_of(D0), layout=chain_layout(8))
+    story.tell(PeerUp(info=other_shape))
+    story.tell(assign(selecting(), D0))
+    assert not story.step().observations
+    (offer,) = story.heard(Offer)
+    assert isinstance(offer, Offer)
+    assert offer.gaps is None
+    there = Story(D0)
+    there.tell(offer)
+    there.land()
+    observe(there, SCORES)
+    assert there.steps[0].gaps is not None
 
 
 def test_names_are_those_of_the_window_alone() -> None:

@@ -19,7 +19,7 @@ def states(answer: Surveyed) -> list[str]:
     return [block.state for block in answer.blocks]
 
 
-def test_held_blocks_are_hot_and_cached_ones_cool_down():
+def test_held_blocks_are_hot_and_without_a_tier_cached_ones_are_dropped_like_cold_ones():
     story = Story(D0)
     story.tell(assign(request("a", 40, max_tokens=2), D0))
     held = ask(story)
@@ -33,11 +33,21 @@ def test_held_blocks_are_hot_and_cached_ones_cool_down():
     assert pool.longest_run == 14
     assert states(answer) == ["cached", "cached"]
     assert all(block.name is not None for block in answer.blocks)
-    for age_s, warmth in ((5, "hot"), (60, "warm"), (600, "cold")):
-        story.now_ns = age_s * NS_PER_S
-        blocks = ask(story).blocks
-        assert [block.temperature for block in blocks] == [warmth] * 2, age_s
-        assert all(b.idle_ns is not None and b.idle_ns > (age_s - 1) * NS_PER_S for b in blocks)
+    story.now_ns = 5 * NS_PER_S
+    blocks = ask(story).blocks
+    assert [block.temperature for block in blocks] == ["cold"] * 2
+    assert all(b.idle_ns is not None and b.idle_ns > 4 * NS_PER_S for b in blocks)
+
+
+def test_what_is_likely_to_be_used_again_is_hot_and_what_never_was_gets_cold():
+    below = Below(DRAM, DISK, num_blocks=12)
+    below.story.worker.tiers.note_step(16, 100)
+    below.run("a", 100)
+    assert {block.temperature for block in ask(below.story).blocks} == {"hot"}, "nothing is known"
+    for number in range(40):
+        below.run(f"other{number}", 1000 * (number + 1), 60)
+    blocks = ask(below.story).blocks
+    assert {block.temperature for block in blocks if block.state != "active"} == {"cold"}
 
 
 def test_totals_alone_name_no_block():

@@ -4,48 +4,10 @@
 // values have none, so a group is up to 32 channels of one token (KIVI, arXiv 2402.02750).
 // A plane is low [groups] and scale [groups] in float16, then codes [block_size, width]; for int4
 // the codes of tokens 2 i and 2 i + 1 share a byte, the former in its lower half.
-#include "methods.h"
+#include "sixteen.h"
 
 namespace penstock {
 namespace {
-
-constexpr int64_t GROUP = 32;
-constexpr int64_t CHUNK = 1024;  // groups whose parameters are kept as floats
-constexpr int64_t AHEAD = 1024;  // bytes of codes
-constexpr float LARGEST = 65504.f;
-
-inline int64_t group_of(int64_t size) {
-    return size % 32 == 0 ? 32 : size % 16 == 0 ? 16 : size & -size;
-}
-
-struct Plane {
-    int64_t group, num_groups, bytes;
-    bool is_key;
-
-    Plane(const Shape& shape, int64_t bits, bool is_key) : is_key(is_key) {
-        group = group_of(is_key ? shape.block_size : shape.head_dim);
-        num_groups = shape.block_size * shape.width / group;
-        bytes = 4 * num_groups + shape.block_size * shape.width * bits / 8;
-    }
-};
-
-struct Range {
-    Float low, inverse;
-};
-
-// Stores low and scale of UNIT groups as float16, `count` of them, and returns what to encode with.
-inline Range settle(Float low, Float high, float levels, float16* lows, float16* scales,
-                    int64_t count) {
-    alignas(LINE) float16 rounded[UNIT];
-    // Adding zero makes one of the two zeros.
-    store(rounded, min(max(low, splat(-LARGEST)), splat(LARGEST)) + 0.f);
-    low = load(rounded);
-    store_some(lows, low, count);
-    store(rounded, min(max((high - low) / levels, splat(0.f)), splat(LARGEST)));
-    const Float scale = load(rounded);
-    store_some(scales, scale, count);
-    return {low, scale > 0.f ? 1.f / scale : splat(0.f)};
-}
 
 inline Word code(Float value, Float low, Float inverse, float levels) {
     const Float place = min(max((value - low) * inverse, splat(0.f)), splat(levels));
@@ -102,6 +64,14 @@ void encode_keys(const Shape& shape, const Plane& plane, const T* rows, uint8_t*
         uint8_t* to = codes + start * width * BITS / 8;
         const int64_t first = start / group * width;
         int64_t c = 0;
+#if defined(PENSTOCK_AVX2)
+        while (group % 4 == 0 && c + GROUP <= width) {
+            const int64_t count = min(CHUNK, (width - c) / GROUP * GROUP);
+            encode_key_rows<T, BITS>(from + c, width, count, group, lows + first + c,
+                                     scales + first + c, to + c);
+            c += count;
+        }
+#endif
         for (; c + 32 <= width; c += 32)
             encode_strip<32 / UNIT, T, BITS>(from + c, width, group, lows + first + c,
                                              scales + first + c, to + c);
@@ -121,6 +91,18 @@ struct Parameters {
             store(scale + i, load_some(scales + i, count - i));
         }
     }
+
+#if defined(PENSTOCK_AVX2)
+    // Of each sixteen those at even places first, and then those at odd ones, as `Split` has them.
+    void apart(int64_t count) {
+        for (int64_t i = 0; i + SIXTEEN <= count; i += SIXTEEN) {
+            for (float* from : {low + i, scale + i}) {
+                const Split numbers = split(load(from), load(from + UNIT));
+                store(from, numbers.even), store(from + UNIT, numbers.odd);
+            }
+        }
+    }
+#endif
 
     // Settles `count` groups of values that follow one another; `scale` is then the inverse.
     template <class T>
@@ -147,7 +129,10 @@ struct Parameters {
     // that the product is exact, and one rounding is as good as two.
     template <bool IS_KEY>
     Float decode(Word codes, int64_t i) const {
-        const Float number = __builtin_convertvector((Int)codes, Float);
+        return decode<IS_KEY>(__builtin_convertvector((Int)codes, Float), i);
+    }
+    template <bool IS_KEY>
+    Float decode(Float number, int64_t i) const {
         if constexpr (IS_KEY) return multiply_add(load(scale + i), number, load(low + i));
         return multiply_add(splat(scale[i]), number, splat(low[i]));
     }
@@ -166,6 +151,15 @@ void encode_values(const Shape& shape, const Plane& plane, const T* rows, uint8_
     const int64_t width = shape.width, group = plane.group, row_groups = width / group;
     float16* lows = (float16*)encoded;
     float16* scales = lows + plane.num_groups;
+#if defined(PENSTOCK_AVX2)
+    if (group == GROUP && row_groups % UNIT == 0) {
+        for (int64_t t = 0; t < shape.block_size; t += ROWS)
+            encode_value_rows<T, BITS>(rows + t * width, width, lows + t * row_groups,
+                                       scales + t * row_groups,
+                                       encoded + 4 * plane.num_groups + t / ROWS * width);
+        return;
+    }
+#endif
     const int64_t at_once = tokens_at_once(row_groups);
     Parameters parameters;
     for (int64_t start = 0; start < shape.block_size; start += at_once) {
@@ -208,6 +202,18 @@ inline void decode_half(const Parameters& parameters, int64_t first, int64_t gro
         return parameters.decode<IS_KEY>(codes_of<BITS, IS_UPPER>(codes + c), first + (c >> shift));
     };
     int64_t c = 0;
+#if defined(PENSTOCK_AVX2)
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        constexpr int64_t odd = IS_KEY ? UNIT : 0;  // see `apart`
+        for (; c + SIXTEEN <= size; c += SIXTEEN) {
+            const Split number = numbers_of<BITS, IS_UPPER>(codes + c);
+            const int64_t i = first + (c >> shift);
+            sink.put(to + c,
+                     round_to_bfloat16({parameters.decode<IS_KEY>(number.even, i),
+                                        parameters.decode<IS_KEY>(number.odd, i + odd)}));
+        }
+    }
+#endif
     for (; c + 2 * UNIT <= size; c += 2 * UNIT) {
         // Measured: this far, and all the way up; the codes of int4 are too few for it to pay.
         if constexpr (BITS == 8) __builtin_prefetch(codes + c + AHEAD, 0, 3);
@@ -237,6 +243,9 @@ void decode_keys(const Shape& shape, const Plane& plane, const uint8_t* encoded,
         for (int64_t c = 0; c < width; c += CHUNK) {
             const int64_t size = min(CHUNK, width - c), first = start / group * width + c;
             parameters.read(lows + first, scales + first, size);
+#if defined(PENSTOCK_AVX2)
+            if constexpr (std::is_same_v<T, bfloat16>) parameters.apart(size);
+#endif
             for (int64_t t = start; t < start + group; t++)
                 decode_row<T, BITS, true>(parameters, 0, group,
                                           codes + t * BITS / 8 * width + c, t * BITS % 8 != 0,

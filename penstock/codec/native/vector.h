@@ -205,11 +205,28 @@ inline Float fold(const Float* units, Pick pick) {
     return (Float)pick(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
                        _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
+#elif defined(PENSTOCK_AVX2)
+template <class Pick>
+inline Float fold(const Float* units, Pick pick) {
+    __m256 pairs[4], quads[2];
+    for (int i = 0; i < 4; i++) {
+        const __m256 a = (__m256)units[2 * i], b = (__m256)units[2 * i + 1];
+        pairs[i] = pick(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 2; i++) {
+        const __m256d a = (__m256d)pairs[2 * i], b = (__m256d)pairs[2 * i + 1];
+        quads[i] = pick((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
+    }
+    return (Float)pick(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                       _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+}
+#endif
+#if defined(PENSTOCK_AVX512) || defined(PENSTOCK_AVX2)
 inline Float smallest_of(const Float* units) {
-    return fold(units, [](__m512 a, __m512 b) { return _mm512_min_ps(a, b); });
+    return fold(units, [](auto a, auto b) { return (decltype(a))min((Float)a, (Float)b); });
 }
 inline Float largest_of(const Float* units) {
-    return fold(units, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+    return fold(units, [](auto a, auto b) { return (decltype(a))max((Float)a, (Float)b); });
 }
 #else
 inline Float smallest_of(const Float* units) {
@@ -271,6 +288,14 @@ struct Sink {
         put(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
     }
 #else
+#if defined(PENSTOCK_AVX2)
+    void put(void* to, __m256i half) const {
+        if (is_streaming)
+            _mm256_stream_si256((__m256i*)to, half);
+        else
+            _mm256_storeu_si256((__m256i*)to, half);
+    }
+#endif
     template <class T>
     void put(T* to, Float first, Float second) const {
 #if defined(PENSTOCK_AVX2)
