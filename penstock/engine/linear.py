@@ -147,7 +147,15 @@ def choose_packing(weight: Tensor) -> Packing:
     )
     if load_library().library is not None and not prefers_onednn:
         return Packing.NATIVE
-    return Packing.ONEDNN if _has_onednn() else Packing.PLAIN
+    return Packing.ONEDNN if can_use_onednn(weight.dtype) else Packing.PLAIN
+
+
+def can_use_onednn(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN packs weights of that type here: bfloat16 wants AVX-512 or the like."""
+    if not _has_onednn():
+        return False
+    is_half = dtype is torch.bfloat16
+    return not is_half or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _has_matrix_instructions() -> bool:
@@ -169,7 +177,7 @@ def _cpu_flags() -> frozenset[str]:
 @cache
 def _has_onednn() -> bool:
     """Tell whether torch has the private operations that we pack with; where not, say so once."""
-    names = ("_reorder_linear_weight", "_linear_pointwise")
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     is_built = torch._C._has_mkldnn
     if is_built and all(hasattr(torch.ops.mkldnn, name) for name in names):
         return True

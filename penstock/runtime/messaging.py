@@ -19,6 +19,7 @@ port.
 import asyncio
 import logging
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ FRAME_BYTES_MAX = 64 * MIB
 FRAMES_PER_TURN = 256
 """Frames read before other callbacks of the loop have their turn."""
 LINGER_MS = 200
+END_S = 5.0
 SOCKET_PATH_MAX = 107
 REOPEN_INTERVAL_S = 1.0
 """Between two attempts to reach a worker of another host again."""
@@ -195,7 +197,7 @@ class Messenger:
         for link in self._links.values():
             _cut(link, LINGER_MS)
         self._links.clear()
-        self._context.term()
+        _end(self._context)
         self._path.unlink(missing_ok=True)
 
     def connect(self, peer: WorkerId, epoch: int, address: str) -> None:
@@ -355,6 +357,21 @@ class Messenger:
                 self.num_dropped += 1
             else:
                 self._deliver(message)
+
+
+def _end(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    """End a context whose sockets are closed, or leave it to the process's end.
+
+    Once in a great while a link to a process that was killed while it was called keeps ZeroMQ from
+    coming to an end, however short its lingering; who stops must not wait for that.
+    """
+    thread = threading.Thread(target=context.term, name="zmq-term", daemon=True)
+    thread.start()
+    thread.join(END_S)
+    if thread.is_alive():
+        _log.warning(
+            "ZeroMQ has not ended within %g s: it is left to the end of the process", END_S
+        )
 
 
 def _cut(link: _Link, linger_ms: int) -> None:

@@ -54,5 +54,7 @@ def test_a_lossy_codec_wants_a_budget_and_is_the_only_one():
     settings("exact", "lossless", "auto", "raw")
     with pytest.raises(StartupFailed, match="int8 is lossy, and --kv-quality is exact"):
         settings("exact", "int8")
-    with pytest.raises(StartupFailed, match="one lossy codec for all tiers, not int4, int8"):
+    with pytest.raises(
+        StartupFailed, match="one lossy codec for all tiers and hand-offs, not int4, int8"
+    ):
         settings("1%", "int8", "int4")

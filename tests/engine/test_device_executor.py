@@ -250,7 +250,7 @@ def behind_gaps(model: LoadedModel, lost: Sequence[int]) -> list[int]:
             num_computed=np.array([len(row) - 1 for row in rows], np.int32),
             block_tables=(table,),
             samples=tuple(SampleRow(i, HOT, len(row), len(row), row) for i, row in enumerate(rows)),
-            gaps=np.array([[1, count], [0, 0]], np.int32) if count else None,
+            gaps=np.array([[0, 1, count]], np.int32) if count else None,
         )
         for row, sampled in zip(rows, executor.execute(step), strict=True):
             row.append(sampled.token_id)

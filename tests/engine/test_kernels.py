@@ -12,7 +12,7 @@ from penstock.engine.kernels import Activation, HeadsSpec, Norm, NormKind, Rotar
 from penstock.engine.kernels.cpu import CpuKernels
 from penstock.engine.kernels.reference import ReferenceKernels
 from penstock.engine.kernels.select import select_kernels
-from penstock.engine.linear import Linear, Packing
+from penstock.engine.linear import Linear, Packing, can_use_onednn
 from penstock.engine.native.library import load_library
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -70,10 +70,17 @@ def test_embed(cpu, dtype, width, scale):
     compare(cpu, lambda k, b: k.embed(plain, b, scale), make_batch(40))
 
 
+def require(packing, dtype):
+    """Skip where this machine's oneDNN does not take weights of a type."""
+    if packing is Packing.ONEDNN and not can_use_onednn(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} on this CPU")
+
+
 @DTYPES
 @pytest.mark.parametrize("packing", list(Packing))
 def test_embed_from_a_tied_head(cpu, dtype, packing):
     plain = table(dtype)
+    require(packing, dtype)
     tied = Linear(plain, out_dtype=torch.float32, packing=packing)
     batch = make_batch(20)
     program = cpu.prepare(lambda k, b: k.embed(tied, b, 2.0))
@@ -160,6 +167,7 @@ def test_cap(cpu, dtype, scale, softcap):
 @DTYPES
 @pytest.mark.parametrize("packing", list(Packing))
 def test_select_rows_then_linear(cpu, dtype, packing):
+    require(packing, dtype)
     weight = table(dtype, WIDTH, 100) / WIDTH**0.5
     linear = Linear(weight, torch.randn(100).to(dtype), packing=packing)
 

@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from penstock.engine import linear
-from penstock.engine.linear import Linear, Packing, choose_packing
+from penstock.engine.linear import Linear, Packing, can_use_onednn, choose_packing
 from penstock.engine.native.library import Loaded, load_library
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 PACKINGS = pytest.mark.parametrize("packing", list(Packing), ids=lambda packing: packing.value)
+
+
+def make_packed(packing, weight, bias=None, **options):
+    """Pack a weight, or skip where this machine's oneDNN does not take its type."""
+    if packing is Packing.ONEDNN and not can_use_onednn(weight.dtype):
+        pytest.skip(f"oneDNN packs no {weight.dtype} on this CPU")
+    return Linear(weight, bias, packing=packing, **options)
 
 
 def make(out_features, in_features, dtype, *, bias=True, seed=0):
@@ -41,7 +48,7 @@ def rows_of(count, width, dtype):
 )
 def test_product(dtype, packing, bias, out_features, in_features):
     weight, offset = make(out_features, in_features, dtype, bias=bias)
-    layer = Linear(weight, offset, packing=packing)
+    layer = make_packed(packing, weight, offset)
     for rows in (1, 2, 5, 6, 7, 12, 13, 33, 200):
         check(layer, weight, offset, rows_of(rows, in_features, dtype))
 
@@ -56,7 +63,7 @@ def test_many_rows_make_several_blocks(dtype):
 @PACKINGS
 def test_logits_stay_unrounded(packing):
     weight, bias = make(100, 64, torch.bfloat16)
-    layer = Linear(weight, bias, out_dtype=torch.float32, packing=packing)
+    layer = make_packed(packing, weight, bias, out_dtype=torch.float32)
     x = rows_of(9, 64, torch.bfloat16)
     assert layer(x).dtype is torch.float32
     if packing is Packing.NATIVE:  # the others round to bfloat16 first
@@ -92,7 +99,7 @@ def test_threads_change_nothing(dtype):
 @PACKINGS
 def test_rows_come_back_as_they_were(dtype, packing):
     weight, bias = make(130, 48, dtype)
-    layer = Linear(weight, bias, packing=packing)
+    layer = make_packed(packing, weight, bias)
     ids = torch.tensor([0, 129, 64, 63, 5, 5])
     assert torch.equal(layer.rows(ids), weight[ids])
     assert torch.equal(layer.table, weight)
@@ -103,7 +110,7 @@ def test_rows_come_back_as_they_were(dtype, packing):
 def test_any_shape_and_strides(dtype, packing):
     weight, _ = make(33, 32, dtype, bias=False)
     # A transposed checkpoint and an input that is a slice of something wider.
-    layer = Linear(weight.T.contiguous().T, packing=packing)
+    layer = make_packed(packing, weight.T.contiguous().T)
     x = torch.randn(2, 3, 64).to(dtype)[..., 16:48]
     check(layer, weight, None, x)
     assert layer(x[:0]).shape == (0, 3, 33)
@@ -119,6 +126,10 @@ def test_stacked_products_lie_side_by_side():
 def test_the_packing_fits_weight_and_machine(monkeypatch):
     small, large = torch.zeros(64, 64).bfloat16(), torch.zeros(1024, 1024).bfloat16()
     odd = torch.zeros(4, 3).bfloat16()
+    for supported, packed in ((True, Packing.ONEDNN), (False, Packing.PLAIN)):
+        monkeypatch.setattr(linear, "can_use_onednn", lambda _, supported=supported: supported)
+        assert choose_packing(odd) is packed
+    monkeypatch.setattr(linear, "can_use_onednn", lambda _: True)
     monkeypatch.setattr(linear, "_has_matrix_instructions", lambda: False)
     assert choose_packing(small) is choose_packing(large) is Packing.NATIVE
     assert choose_packing(odd) is Packing.ONEDNN

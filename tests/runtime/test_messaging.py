@@ -279,3 +279,16 @@ def test_a_path_too_long_is_refused_with_advice(folder: Path):
             messenger.open()
 
     asyncio.run(run())
+
+
+def test_closing_ends_although_zeromq_does_not(folder: Path, monkeypatch, caplog):
+    monkeypatch.setattr("penstock.runtime.messaging.END_S", 0.1)
+
+    async def story() -> zmq.Socket[bytes]:
+        node = Node("a", folder)
+        async with closing(node):
+            return node.messenger._context.socket(zmq.PUSH)  # keeps its context from its end
+
+    forgotten = asyncio.run(story())
+    assert "left to the end of the process" in caplog.text
+    forgotten.close(0)
