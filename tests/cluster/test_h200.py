@@ -42,15 +42,6 @@ def test_every_path_is_walked(tmp_path):
         assert figures[key] > 0, key
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_prefill_and_decode_in_two_processes_is_walked(tmp_path):
-    figures, outcomes = walk(tmp_path / "h200.json", "--only", "prefill and decode")
-    assert set(outcomes.values()) == {"done"}, outcomes
-    for key in ("stream_ttft", "whole_pull", "pull_rate", "exposed_share"):
-        assert figures[f"two_workers_{key}"] > 0, key
-
-
 GOES_ON = """
 import argparse, importlib.util, json, os, sys, tempfile, time
 from pathlib import Path
