@@ -63,7 +63,7 @@ class Ours:
     @property
     def num_active(self) -> int:
         """Blocks that requests hold."""
-        return self.cache.active_blocks[0]
+        return self.cache.groups[0].pool.num_active
 
     def prefill(self, job: Job) -> tuple[BlockId, ...]:
         """Open, grow by a chunk, reserve the rest."""

@@ -3,10 +3,10 @@
 Blocks as they are take the link for all their bytes; rows of a codec take it for fewer, and time to
 encode there and to decode here. Both are measured as they are used, and the quicker one is asked
 for, of requests that accept a loss, where the link is a connection between hosts. The first pull
-crosses as it is; what a row would take is then predicted until one has come; and what was slower
-is tried again now and then, since links change. A last block that is not full always crosses as it
-is (`codec/codec.py` says why). Called by `worker/decode.py`; what a codec costs the model was
-decided where it was loaded.
+crosses as it is. What a row would take is then predicted, and corrected by each that comes, so that
+one slow pull decides nothing; and what was slower is tried again now and then, since links change.
+A last block that is not full always crosses as it is (`codec/codec.py` says why). Called by
+`worker/decode.py`; what a codec costs the model was decided where it was loaded.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ WEIGHT: Final = 0.3
 """Weight of the latest pull in a mean."""
 MEASURED_BYTES_MIN: Final = 256 * KIB
 """Pulls of fewer bytes, counted as they lie in the pool, say more of latency than of a rate."""
-TRIED_EVERY: Final = 32
+TRIED_EVERY: Final = 16
 """So many pulls in a row go the quicker way before the other one is tried again."""
 HOPELESS: Final = 4.0
 """What is so many times slower is not."""
@@ -98,10 +98,10 @@ class Wires:
             return False
         if not arrival.offer.request.accepts_loss or not all(p.is_verified for p in pulls):
             return False
-        encoded_ns = link.encoded_ns
-        if encoded_ns is None:
+        if link.encoded_ns is None:
             sent_ns = link.plain_ns * wire.row_bytes
-            encoded_ns = (sent_ns + wire.encode_ns + wire.decode_ns) / self._block_bytes
+            link.encoded_ns = (sent_ns + wire.encode_ns + wire.decode_ns) / self._block_bytes
+        encoded_ns = link.encoded_ns
         is_quicker = encoded_ns < link.plain_ns
         slow_ns, quick_ns = max(encoded_ns, link.plain_ns), min(encoded_ns, link.plain_ns)
         link.num_alike += 1

@@ -28,7 +28,7 @@ def walk(kept: Path, *which: str) -> tuple[dict[str, float], dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_every_path_is_walked(tmp_path):
-    # Two workers on a device are walked through below, and by `test_device.py`.
+    # Two workers on a device are walked through by `test_h200_pair.py` and `test_device.py`.
     rest = "--without", "two workers", "--without", "prefill and decode"
     figures, outcomes = walk(tmp_path / "h200.json", *rest)
     assert set(outcomes.values()) == {"done"}, outcomes

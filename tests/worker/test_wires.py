@@ -89,7 +89,7 @@ def test_a_wrong_row_is_pulled_again_as_it_is():
 def test_a_codec_that_turns_out_slower_is_left_and_tried_again_now_and_then():
     at = story()
     codecs = []
-    for i in range(TRIED_EVERY + 3):
+    for i in range(TRIED_EVERY + 8):
         moves = pulled(at, f"r{i}", 100 + 50 * i, accepts_loss=True)
         codecs.append(moves[0].codec)
         if len(moves) > 1:  # longer than all the bytes would have taken
@@ -99,9 +99,11 @@ def test_a_codec_that_turns_out_slower_is_left_and_tried_again_now_and_then():
             at.land(**{**SLOW, "finished_ns": 200 * KIB * 1000})
         at.step()
     tried = [i for i, codec in enumerate(codecs) if codec == "int8"]
+    # One slow pull decides nothing, a few do.
     assert tried[0] == 1
-    assert len(tried) == 2
-    assert tried[1] >= TRIED_EVERY
+    assert 2 <= tried.index(tried[-1]) <= 4
+    assert tried[-2] == len(tried) - 1
+    assert tried[-1] >= TRIED_EVERY
 
 
 def test_a_peer_that_was_gone_is_measured_anew():
