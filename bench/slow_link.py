@@ -7,6 +7,7 @@ is emulated: no packet is lost, and the way there costs nothing but this process
     python bench/slow_link.py HOST:PORT BYTES_PER_S     # prints the address to call instead
 """
 
+import os
 import socket
 import sys
 import threading
@@ -46,8 +47,15 @@ def pump(source: socket.socket, destination: socket.socket, pace: Pace | None) -
             end.shutdown(socket.SHUT_RDWR)
 
 
+def end_with_parent() -> None:
+    """End this process when nobody holds the other end of its standard input any more."""
+    sys.stdin.read()
+    os._exit(0)
+
+
 def main(target: str, bytes_per_s: float) -> None:
-    """Carry connections until the process is ended."""
+    """Carry connections until standard input ends."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     host, _, port = target.rpartition(":")
     pace = Pace(bytes_per_s)
     listener = socket.create_server(("127.0.0.1", 0))

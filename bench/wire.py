@@ -55,7 +55,10 @@ class LinkedCluster(LocalCluster):
             (endpoint,) = message.info.endpoints
             words = [sys.executable, str(Path(__file__).with_name("slow_link.py"))]
             link = subprocess.Popen(
-                [*words, endpoint.address, str(self.bytes_per_s)], stdout=subprocess.PIPE, text=True
+                [*words, endpoint.address, str(self.bytes_per_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             self.relays.append(link)
             assert link.stdout is not None
