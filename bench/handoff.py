@@ -90,7 +90,12 @@ def ask(port: int, prompt: list[int]) -> dict[str, Any]:
 
 
 def bench(
-    report: Report, name: str, flags: list[str], lengths: tuple[int, ...], ways: tuple[str, ...]
+    report: Report,
+    name: str,
+    flags: list[str],
+    lengths: tuple[int, ...],
+    ways: tuple[str, ...],
+    output: str | None,
 ) -> None:
     """Measure one model at all lengths, the ways in turn at each: what changes meanwhile, changes
     for all of them.
@@ -108,6 +113,7 @@ def bench(
                     ledgers[way].append(ask(port, fresh(rng, length)))
             for way in ways:
                 report_length(report, f"{name}_{way}_{wanted}", length, ledgers[way])
+            report.keep(output)  # the next length may take minutes
 
 
 def fresh(rng: random.Random, length: int) -> list[int]:
@@ -168,14 +174,14 @@ def main() -> None:
     ways = (args.handoff,) if args.handoff else WAYS if args.transport != "tcp" else WAYS[:2]
     common = ["--transport", args.transport, "--threads", str(args.threads)]
     if args.model:
-        bench(report, "model", [args.model, *common], lengths, ways)
+        bench(report, "model", [args.model, *common], lengths, ways, args.output)
     elif args.only != "0.6b":
-        bench(report, "tiny", common, lengths, ways)
+        bench(report, "tiny", common, lengths, ways, args.output)
     if not args.model and args.only != "tiny" and (args.only or not args.quick):
         with tempfile.TemporaryDirectory() as folder:
             make_model(Path(folder))
             flags = [folder, "--load-format", "dummy", "--kv-cache-memory", "1GiB", *common]
-            bench(report, "0.6b", flags, lengths, ways)
+            bench(report, "0.6b", flags, lengths, ways, args.output)
     report_target(report)
     report.finish(args.output)
 
