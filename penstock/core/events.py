@@ -85,8 +85,8 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     handed out anew at the source before it was read to the end; then there is an error as well.
     `digests[g]` are those of the blocks that a reshape has filled (`reshape.whole_blocks`), or
     of those that came encoded or from a tier, or what encoded slots of a tier are known by;
-    `NO_DIGEST` for what was wrong, or did not fit. `codec_ns` of the time went into encoding or
-    decoding.
+    `NO_DIGEST` for what was wrong, or did not fit. `codec` is what a peer's blocks came in;
+    `codec_ns` of the time went into encoding or decoding.
     """
 
     move_id: int
@@ -99,6 +99,7 @@ class MoveDone(Struct, frozen=True, tag=True, kw_only=True):
     is_corrupt: bool = False
     is_stale: bool = False
     digests: tuple[tuple[Digest, ...], ...] = ()
+    codec: str = "raw"
     codec_ns: int = 0
 
 

@@ -94,7 +94,8 @@ class EncodedReader:
             landed += take_digests(destination.blocks, map(BlockId, ids[some].tolist()))
         # Not after an error: a pull that was given up may still be writing.
         self._idle.append(staged)
-        return Carried(len(ids) * self.row_bytes, num_spans, tuple(landed), codec_ns)
+        num_bytes = len(ids) * self.row_bytes
+        return Carried(num_bytes, num_spans, self.codec.name, tuple(landed), codec_ns)
 
     def _make_buffer(self) -> Region:
         return Region(np.empty((self._num_rows, self.row_bytes), np.uint8))

@@ -117,6 +117,7 @@ class BlockMover:
             is_corrupt=is_corrupt,
             is_stale=is_too_late,
             digests=digests,
+            codec=next((part.codec for _, part in landed), RAW),
             codec_ns=sum(part.codec_ns for _, part in landed),
         )
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from penstock.core.block import KVLayout
 from penstock.core.errors import BadRequest, BlocksCorrupt
 from penstock.core.types import MIB, BlockId, Digest
+from penstock.kv.tiers import RAW
 from penstock.transfer.digest import disagree
 from penstock.transfer.plan import cut
 from penstock.transfer.region import Region, address_of
@@ -37,6 +38,7 @@ class Carried:
 
     num_bytes: int
     num_spans: int
+    codec: str = RAW
     digests: tuple[Digest, ...] = ()
     codec_ns: int = 0
 

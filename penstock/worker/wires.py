@@ -71,17 +71,16 @@ class Wires:
     def note(self, peer: WorkerId, done: MoveDone) -> None:
         """Learn what a byte takes from a pull that has landed."""
         wire = self.config.wire
-        kind, _, codec = done.transport.partition(" ")
-        if wire is None or done.error or not kind.startswith(TCP):
+        if wire is None or done.error or not done.transport.startswith(TCP):
             return
-        num_bytes = float(done.num_bytes)
-        if codec:
+        num_bytes, is_encoded = float(done.num_bytes), done.codec != RAW
+        if is_encoded:
             num_bytes *= self._block_bytes / wire.row_bytes
         if num_bytes < MEASURED_BYTES_MIN:
             return
         link = self._links.setdefault(peer, _Link())
         byte_ns = (done.finished_ns - done.started_ns) / num_bytes
-        if codec:
+        if is_encoded:
             link.encoded_ns = _mean(link.encoded_ns, byte_ns)
         else:
             link.plain_ns = _mean(link.plain_ns, byte_ns)

@@ -123,6 +123,7 @@ def test_blocks_come_out_as_the_codec_leaves_them(make_pair, codec):
     done = pair.execute(pair.move(sources, codec))
     assert (done.error, done.is_corrupt) == (None, False)
     assert done.transport.endswith(f" {codec}")
+    assert done.codec == codec
     assert done.transport.startswith("tcp")
     encoded = np.zeros((len(sources), pair.codec.encoded_bytes), np.uint8)
     pair.codec.encode(pair.pool.region.blocks, sources, encoded)
@@ -193,5 +194,6 @@ def test_without_rows_of_that_codec_blocks_cross_as_they_are(make_pair):
         done = pair.execute(pair.move([8, 9], codec))
         assert (done.error, done.is_corrupt) == (None, False)
         assert "int" not in done.transport
+        assert done.codec == "raw"
         assert np.array_equal(pair.ours.blocks[:2], pair.pool.region.blocks[8:10])
         assert done.digests == ()

@@ -12,6 +12,7 @@ from tests.worker.story import D0, LAYOUT, P0, Story, offer_of, request, streame
 
 (BLOCK_BYTES,) = LAYOUT.block_bytes
 SLOW = {"transport": "tcp", "num_bytes": 256 * KIB, "finished_ns": 256 * KIB * 1000}  # 1 us a byte
+ENCODED = {**SLOW, "transport": "tcp int8", "codec": "int8"}
 FAST = {**SLOW, "finished_ns": 256}
 
 
@@ -32,11 +33,12 @@ def landed(story: Story, **done: object) -> None:
     story.step()
 
 
-def test_the_first_pull_crosses_as_it_is_and_whole_blocks_encoded_after_it():
+@pytest.mark.parametrize("transport", ["tcp", "tcp (python)"])
+def test_the_first_pull_crosses_as_it_is_and_whole_blocks_encoded_after_it(transport):
     at = story()
     (first,) = pulled(at, "a", 100, accepts_loss=True)
     assert first.codec == "raw"
-    landed(at, **SLOW)
+    landed(at, **{**SLOW, "transport": transport})
     whole, rest = pulled(at, "b", 200, accepts_loss=True)
     assert (whole.codec, sum(s.num_blocks for s in whole.spans[0])) == ("int8", 2)
     assert (rest.codec, sum(s.num_blocks for s in rest.spans[0])) == ("raw", 1)
@@ -93,7 +95,7 @@ def test_a_codec_that_turns_out_slower_is_left_and_tried_again_now_and_then():
         moves = pulled(at, f"r{i}", 100 + 50 * i, accepts_loss=True)
         codecs.append(moves[0].codec)
         if len(moves) > 1:  # longer than all the bytes would have taken
-            at.land(**{**SLOW, "transport": "tcp int8", "finished_ns": 512 * KIB * 1000})
+            at.land(**{**ENCODED, "finished_ns": 512 * KIB * 1000})
             at.land(transport="tcp")
         else:
             at.land(**{**SLOW, "finished_ns": 200 * KIB * 1000})
