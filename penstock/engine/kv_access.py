@@ -1,11 +1,11 @@
 """Records which KV blocks decode steps attend to, and with how much of the attention's mass.
 
-`RecordingKernels` stands around a model's kernels: attention is computed by them as ever, and once
-more in torch for its weights, which no fast kernel keeps. So recording is for studies: steps run
-operation by operation, and slowly. Lines are what `penstock sim memory --accesses` reads (its
-format is in `penstock/sim/accesses.py`): for each sequence that decodes, layer and KV head, the
-blocks by falling mass, up to `MASS_KEPT` of it. The kernels themselves read every block that is
-visible; what a memory that chooses would have to read, the mass tells.
+Attention is computed by the model's kernels as ever, and once more in torch for its weights
+(`watching.py`). So recording is for studies: steps run operation by operation, and slowly. Lines
+are what `penstock sim memory --accesses` reads (its format is in `penstock/sim/accesses.py`): for
+each sequence that decodes, layer and KV head, the blocks by falling mass, up to `MASS_KEPT` of it.
+The kernels themselves read every block that is visible; what a memory that chooses would have to
+read, the mass tells.
 
 `recorded_executor` composes this around a model, in a worker that was asked to.
 """
@@ -15,16 +15,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB
 from penstock.engine.executor import ModelExecutor
+from penstock.engine.watching import WatchedKernels, attention_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,21 +53,11 @@ def block_mass(
     [num_kv_heads, ceil(length / block_size)] float32, the mean over the query heads of a KV head;
     rows sum to 1, or less where sinks take a part. Blocks behind the window get nothing.
     """
+    weights = attention_weights(spec, query[None], key_cache, table, length)[:, 0]
     block_size = key_cache.shape[1]
     num_blocks = -(-length // block_size)
-    oldest = max(0, length - spec.window) if spec.window else 0
-    keys = key_cache[table[:num_blocks].long()].flatten(0, 1)[oldest:length].float()
-    by_head = query.float().view(spec.num_kv_heads, -1, spec.head_dim)
-    scores = torch.einsum("gqd,tgd->gqt", by_head, keys) * spec.scale
-    if spec.softcap:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    if spec.sinks is not None:
-        sinks = spec.sinks.float().view(spec.num_kv_heads, -1, 1)
-        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
     mass = torch.zeros(spec.num_kv_heads, num_blocks * block_size)
-    mass[:, oldest:length] = weights.mean(1)
+    mass[:, :length] = weights.view(spec.num_kv_heads, -1, length).mean(1)
     return mass.view(spec.num_kv_heads, num_blocks, block_size).sum(-1)
 
 
@@ -154,38 +144,18 @@ class AccessLog:
             )
 
 
-class RecordingKernels:
-    """Kernels whose attention is written down; everything else is that of `kernels`."""
+class _Recorder:
+    """Writes down what the decode steps of a batch attend to, layer by layer."""
 
-    def __init__(self, kernels: Kernels, accesses: AccessLog) -> None:
-        self._kernels = kernels
+    def __init__(self, accesses: AccessLog) -> None:
         self._accesses = accesses
         self._batch: Batch | None = None
         self._layer = 0
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever the kernels have
-        return getattr(self._kernels, name)
-
-    def prepare(self, forward: Callable[[Kernels, Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """Return the forward as it is: a recorded program would not stop at attention."""
-        return lambda batch: forward(cast("Kernels", self), batch)
-
-    def attend(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        batch: Batch,
-    ) -> Tensor:
-        """Return the attention output, and note what it looked at; see `AttentionBackend`."""
+    def note(self, spec: AttentionSpec, query: Tensor, key_cache: Tensor, batch: Batch) -> None:
+        """Note one layer's attention."""
         if batch is not self._batch:
             self._batch, self._layer = batch, 0
-        self._note(spec, query, key_cache, batch)
-        self._layer += 1
-        return self._kernels.attend(spec, query, key_cache, value_cache, batch)
-
-    def _note(self, spec: AttentionSpec, query: Tensor, key_cache: Tensor, batch: Batch) -> None:
         _, block_size, _, head_dim = key_cache.shape
         self._accesses.describe(2 * block_size * head_dim * key_cache.element_size())
         starts, lengths = batch.query_start.tolist(), batch.kv_len.tolist()
@@ -195,6 +165,7 @@ class RecordingKernels:
                 table = batch.block_tables[spec.group][row]
                 mass = block_mass(spec, query[starts[row]], key_cache, table, length)
                 self._accesses.note(self._layer, request, mass)
+        self._layer += 1
 
 
 class RecordedExecutor:
@@ -202,7 +173,7 @@ class RecordedExecutor:
 
     def __init__(self, model: LoadedModel, pools: tuple[Tensor, ...], accesses: AccessLog) -> None:
         """Bind a model to its pools, as `ModelExecutor` does."""
-        kernels = cast("Kernels", RecordingKernels(model.kernels, accesses))
+        kernels = cast("Kernels", WatchedKernels(model.kernels, _Recorder(accesses).note))
         self._executor = ModelExecutor(replace(model, kernels=kernels), pools)
         self._accesses = accesses
 
