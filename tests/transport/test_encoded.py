@@ -14,7 +14,6 @@ from penstock.transfer.plan import align
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport.encoded import ROWS, EncodedReader, encode_rows, row_bytes
 from penstock.transport.mover import BlockMover
-from penstock.transport.native.library import load_library
 from penstock.transport.shm import SharedMemory, SharedPool
 from penstock.transport.tcp import Tcp
 from penstock.transport.tcp_owner import TcpOwner
@@ -28,17 +27,6 @@ LAYOUT = KVLayout(
 )  # fmt: skip
 NUM_BLOCKS = 700
 (BLOCK_BYTES,) = LAYOUT.block_bytes
-
-
-@pytest.fixture(params=["native", "python"])
-def implementation(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    elif load_library() is None:
-        pytest.skip("there is no compiler")
-    load_library.cache_clear()
-    yield request.param
-    load_library.cache_clear()
 
 
 def kv(num_blocks: int, seed: int) -> np.ndarray:

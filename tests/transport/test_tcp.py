@@ -26,18 +26,6 @@ BLOCK_BYTES = 4096
 NUM_BLOCKS = 2048
 
 
-@pytest.fixture(params=["native", "python"])
-def implementation(request, monkeypatch):
-    """Run a test with the compiled transport, and again without a compiler."""
-    if request.param == "python":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    elif load_library() is None:
-        pytest.skip("there is no compiler")
-    load_library.cache_clear()
-    yield request.param
-    load_library.cache_clear()
-
-
 @pytest.fixture
 def pool():
     return Region(np.random.default_rng(1).integers(0, 256, (NUM_BLOCKS, BLOCK_BYTES), np.uint8))

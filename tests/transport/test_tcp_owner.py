@@ -4,13 +4,11 @@ import socket
 from contextlib import closing, suppress
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.transfer.region import Region
 from penstock.transport import wire
-from penstock.transport.native.library import load_library
 from penstock.transport.tcp import call
 from penstock.transport.tcp_owner import TcpOwner
 
@@ -76,17 +74,6 @@ def test_what_an_authenticated_peer_makes_up_reads_nothing_outside(header, runs,
     body = answer[wire.REPLY.size :][:num_bytes]
     asked = [run for run in runs if run[0] + run[1] <= REGION_BYTES]
     assert body == b"".join(CONTENTS[first : first + n] for first, n in asked)[: len(body)]
-
-
-@pytest.fixture(params=["native", "python"])
-def implementation(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    elif load_library() is None:
-        pytest.skip("there is no compiler")
-    load_library.cache_clear()
-    yield request.param
-    load_library.cache_clear()
 
 
 def test_runs_of_bytes_come_exactly_or_not_at_all(implementation):

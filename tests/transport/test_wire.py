@@ -17,7 +17,6 @@ from penstock.transfer.plan import cut
 from penstock.transfer.region import PeerMemory, Region
 from penstock.transport import wire
 from penstock.transport.handshake import admit
-from penstock.transport.native.library import load_library
 from penstock.transport.tcp import Tcp
 
 KEY = bytes(range(32))
@@ -50,17 +49,6 @@ class Liar:
     def close(self) -> None:
         self._thread.join(20)
         assert not self._thread.is_alive()
-
-
-@pytest.fixture(params=["native", "python"])
-def implementation(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    elif load_library() is None:
-        pytest.skip("there is no compiler")
-    load_library.cache_clear()
-    yield request.param
-    load_library.cache_clear()
 
 
 def replies(magic, status, request_id, num_bytes):
