@@ -110,8 +110,8 @@ def tier_codecs(
         asked = [raw if n == RAW else specs[n] if n != AUTO else None for n in wanted]
         chosen = choose_tier_codecs(ways, asked, [raw, *specs.values()])
     except ValueError as error:
-        flag = "--handoff-codec" if tiers[0].name == WIRE else "--kv-tier"
-        raise StartupFailed(f"{flag}: {error}") from error
+        flags = ("--handoff-codec" if tier.name == WIRE else "--kv-tier" for tier in tiers)
+        raise StartupFailed(f"{', '.join(dict.fromkeys(flags))}: {error}") from error
     return Chosen(
         tuple(
             _tier_codec(tier, spec, rate, codecs.get(spec.name), sample)

@@ -92,6 +92,8 @@ def test_the_way_between_hosts_is_judged_as_a_tier_is_and_has_the_same_codec(mod
     assert len(alone.notes) == 1
     with pytest.raises(StartupFailed, match=r"--handoff-codec: codec=int4 is refused"):
         on_wire("0.01%", "int4")
+    with pytest.raises(StartupFailed, match=r"--kv-tier, --handoff-codec: codec=int4 is refused"):
+        on_wire("0.01%", "int4", TierSettings(name="dram", num_bytes=MIB, codec="raw"))
     # fp8 would be the quickest on this disk; a second lossy codec would lose more than measured.
     disk = TierSettings(name="disk", num_bytes=MIB, path="/x")
     both = on_wire("0.1%", "int8", disk)
