@@ -20,6 +20,7 @@ import torch
 from penstock.core.step import Observation
 from penstock.engine.batch import Batch
 from penstock.engine.observe import Observer
+from penstock.kv.group import outside
 from penstock.kv.selection import OBSERVED_TOKENS, snap_blocks, streaming_blocks
 
 if TYPE_CHECKING:
@@ -191,8 +192,8 @@ def _batch(
     """Return the step that computes tokens `[start, end)` of one sequence and all their logits."""
     positions = torch.arange(start, end)
     block_size = pools[0].shape[3]
-    hidden = {entry for gap in gaps for entry in gap}
-    seen = [entry for entry in range(-(-end // block_size)) if entry not in hidden]
+    num_blocks = -(-end // block_size)
+    seen = outside(range(num_blocks), gaps)
     table = torch.tensor([seen], dtype=torch.int32)
     return Batch(
         token_ids=ids[start:end].contiguous(),
@@ -200,7 +201,7 @@ def _batch(
         # Block i of the pool holds block i of the text, so a slot's number is its position.
         slots=tuple(positions for _ in pools),
         query_start=torch.tensor([0, end - start], dtype=torch.int32),
-        kv_len=torch.tensor([end - len(hidden) * block_size], dtype=torch.int32),
+        kv_len=torch.tensor([end - (num_blocks - len(seen)) * block_size], dtype=torch.int32),
         block_tables=tuple(table for _ in pools),
         logits_rows=torch.arange(end - start),
         max_query_len=end - start,

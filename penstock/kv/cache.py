@@ -91,9 +91,11 @@ class KVCache:
         """Hold what has come into the cache since `open` in place of what is not computed yet;
         return how many tokens need not be, `max_tokens` at most. Not where a window slides.
         """
+        if not self._is_prefix_caching or any(group.window for group in self.groups):
+            return num_computed
         first, limit = num_computed // self._block_size, max_tokens // self._block_size
         end = min(group.known_until(hashes[:limit], first) for group in self.groups)
-        if end <= first or not self._is_prefix_caching or any(g.window for g in self.groups):
+        if end <= first:
             return num_computed
         holding = self._holdings[request_id]
         for index, (group, held) in enumerate(zip(self.groups, holding.groups, strict=True)):

@@ -109,8 +109,7 @@ class Held:
 
     def held_in(self, begin: int, end: int) -> list[int]:
         """Return the entries of `[begin, end)` that no gap has."""
-        absent = {entry for gap in self.gaps for entry in gap}
-        return [entry for entry in range(begin, end) if entry not in absent]
+        return outside(range(begin, end), self.gaps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +123,7 @@ class Wanted:
     @property
     def held(self) -> list[int]:
         """The entries that get a block, in order."""
-        absent = {entry for gap in self.gaps for entry in gap}
-        return [entry for entry in self.entries if entry not in absent]
+        return outside(self.entries, self.gaps)
 
 
 class GroupCache:
@@ -197,8 +195,7 @@ class GroupCache:
         hits = self.find(hashes, entries.start)
         if is_prefix:
             hits = {e: hits[e] for e in takewhile(hits.__contains__, entries)}
-        absent = {entry for gap in gaps for entry in gap}
-        return Wanted(entries, gaps, {e: hits[e] for e in hits if e not in absent})
+        return Wanted(entries, gaps, {e: hits[e] for e in outside(hits, gaps)})
 
     def can_adopt(self, wanted: Wanted) -> bool:
         """Tell whether there is room for what is wanted and not hit, without evicting a hit."""
@@ -280,6 +277,12 @@ class GroupCache:
         for entry in let_go:
             held.block_ids[entry] = NO_BLOCK
         held.gaps = gaps
+
+
+def outside(entries: Iterable[int], gaps: Iterable[range]) -> list[int]:
+    """Return the entries that no gap has, in their order."""
+    absent = {entry for gap in gaps for entry in gap}
+    return [entry for entry in entries if entry not in absent]
 
 
 def _runs_over(missing: Sequence[int], first: int, runs: Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ from penstock.core.block import KVGroup, KVLayout
 from penstock.core.events import StepDone
 from penstock.core.request import Request
 from penstock.core.step import Sampled, Step, next_round
+from penstock.kv.group import outside
 from penstock.kv.selection import snap_blocks
 from penstock.sim.clock import SimClock
 from penstock.transfer.digest import take_digests
@@ -166,8 +167,8 @@ class ChainModel:
         if not gaps:
             return []
         size, table = self._layout.block_size, step.block_tables[0][row]
-        let_go = {first + i for _, first, count in gaps for i in range(count)}
-        entries = (e for e in range(-(-num_tokens // size)) if e not in let_go)
+        let_go = [range(first, first + count) for _, first, count in gaps]
+        entries = outside(range(-(-num_tokens // size)), let_go)
         return [self._slot(0, table, entry * size) for entry in entries]
 
     def observe(self, step: Step) -> tuple[tuple[float, ...], ...]:
@@ -216,11 +217,10 @@ def expected_tokens(
         scores = [_score(number) for number in numbers[:num_prompt:block_size]]
         capacity = request.kv_select
         gaps = snap_blocks(scores, num_prompt, block_size=block_size, capacity_tokens=capacity)
-    let_go = {entry for gap in gaps for entry in gap}
     output: list[int] = []
     while len(output) < num_tokens:
         firsts = numbers[::block_size] if gaps else []
-        seen = _seen(numbers[-1], [n for e, n in enumerate(firsts) if e not in let_go])
+        seen = _seen(numbers[-1], [firsts[entry] for entry in outside(range(len(firsts)), gaps)])
         token_id = _sample(seen, request.params.seed or 0, len(numbers))
         output.append(token_id)
         if token_id in eos_token_ids and not request.params.ignore_eos:
