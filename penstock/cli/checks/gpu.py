@@ -7,9 +7,6 @@ a copy within this process: the most that the device does. Torch's own view is `
 
 import importlib.metadata
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -21,7 +18,7 @@ import numpy as np
 
 from penstock.cli.checks.finding import Extent, Finding, failed, ok, warning
 from penstock.cli.checks.gpu_peer import BLOCK_BYTES, across, allocate, contents, pinned
-from penstock.cli.checks.process import first_line
+from penstock.cli.checks.process import running
 from penstock.core.descriptors import RegionDescriptor
 from penstock.core.errors import BackendUnavailable, PenstockError
 from penstock.core.types import GIB
@@ -135,25 +132,10 @@ def _best(move: Callable[[], object], times: int) -> float:
 @contextmanager
 def _owner(library: str, device: int, num_blocks: int) -> Iterator[PeerMemory]:
     """Start the other process; what it says of its memory. Raises: `StartupFailed`."""
-    source = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     module = "penstock.cli.checks.gpu_peer"
-    command = [sys.executable, "-P", "-m", module, library, str(device), str(num_blocks)]
-    with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        try:
-            line = first_line(process, words)
-            region = msgspec.json.decode(line, type=RegionDescriptor)
-            yield PeerMemory("the other process", 1, (region,))
-        finally:
-            process.kill()
-            process.communicate()
+    with running(module, library, device, num_blocks) as first_line:
+        region = msgspec.json.decode(first_line(), type=RegionDescriptor)
+        yield PeerMemory("the other process", 1, (region,))
 
 
 _TRITON: Final = "pip install 'penstock[cuda]'"

@@ -7,9 +7,6 @@ memory, a plain socket for TCP.
 
 import os
 import secrets
-import subprocess
-import sys
-import tempfile
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -29,7 +26,7 @@ from penstock.cli.checks.peer import (
     host_id,
     name_of_a_block,
 )
-from penstock.cli.checks.process import first_line
+from penstock.cli.checks.process import running
 from penstock.cli.checks.rates import Plain, measure
 from penstock.core.errors import (
     BackendUnavailable,
@@ -138,27 +135,10 @@ def _peer(extent: Extent, key: bytes) -> Iterator[int]:
 
     Raises: `StartupFailed` with its last words.
     """
-    source = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     # Another seed of Python's own hash: what two processes call a block must not depend on it.
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "12345"}
-    command = [sys.executable, "-P", "-m", "penstock.cli.checks.peer", str(extent.moved_bytes)]
-    with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            env=environment,
-        )
-        try:
-            assert process.stdin is not None
-            process.stdin.write(key.hex().encode() + b"\n")
-            process.stdin.flush()
-            yield int(first_line(process, words))
-        finally:
-            process.kill()
-            process.communicate()
+    module, seed, words = "penstock.cli.checks.peer", "12345", key.hex().encode() + b"\n"
+    with running(module, extent.moved_bytes, words=words, PYTHONHASHSEED=seed) as first_line:
+        yield int(first_line())
 
 
 def _open(way: Way, memory: PeerMemory) -> tuple[Source, Source] | str:

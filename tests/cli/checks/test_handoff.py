@@ -1,6 +1,7 @@
 """What keeps two processes from moving blocks is found; the rest is measured all the same."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -71,11 +72,11 @@ def test_a_stranger_who_is_let_in_is_a_failure(monkeypatch):
 
 
 def test_a_second_process_that_cannot_start(monkeypatch):
-    monkeypatch.setattr(handoff.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     (finding,) = check_handoff(EXTENT)
     assert finding.state is State.FAILED
     assert finding.advice
-    monkeypatch.setattr(handoff.sys, "executable", "/no/such/python")
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
     (finding,) = check_handoff(EXTENT)
     assert "No such file" in finding.said
 
