@@ -2,7 +2,8 @@
 
     python bench/policies.py                                   the loads that need no file
     python bench/policies.py --mooncake F --azure F --servegen F     and recorded ones
-    python bench/policies.py --only phases --add               one load, beside kept results
+    python bench/policies.py --only phases --seeds 3 --add     one load, beside kept results
+    python bench/policies.py --only phases --switching --add   only what changes roles, anew
     python bench/policies.py --quick                           two short loads
 
 Simulated: the controller and workers that serve, over kernel times of H100, L20 and H20 and shared
@@ -17,7 +18,8 @@ In the rows, `best` stands for the best static split, found in hindsight, `half`
 `switch` for an even one whose roles may change. `phases` turns from long prompts with short answers
 to short prompts with long answers and back; its rate is what the right split of each turn carries.
 `bound` is what the right split of every turn alone would do with nobody left over from the turn
-before, which no policy can reach. With promises, requests are refused that would come too late,
+before, which no policy can reach. With `--seeds` every figure is one of each seed, and a ratio one
+of two figures of the same seed. With promises, requests are refused that would come too late,
 which the classic policies may use as well. `day` is a day of an R1-like service in five minutes:
 every twelfth request of an hour into which it was squeezed, twelve times as fast.
 
@@ -32,6 +34,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import median
 
 from report import Report
 
@@ -47,6 +50,7 @@ from penstock.sim.sweep import Sweep, Tried
 from penstock.sim.workload import Arrival
 
 OURS = "predicted"
+SWITCH = "switch."
 SWITCHED = ("least_loaded", "arrow")
 """Run with roles that change and with the best split, too, besides ours."""
 SWING_TARGET, STATIC_TARGET, PEAK_TARGET = 1.3, 0.98, 0.9
@@ -151,8 +155,9 @@ def best_rate(members: tuple[Member, ...], arrivals: list[Arrival]) -> float:
 class Bench:
     """One scenario: its arrivals, and a run of each cluster and policy."""
 
-    def __init__(self, scenario: Scenario, load: float) -> None:
+    def __init__(self, scenario: Scenario, load: float, seed: int) -> None:
         self.scenario = scenario
+        self.seed = seed
         self.pools = pools_of(parse_fleet(scenario.cluster, scenario.model))
         members = parse_fleet(scenario.cluster, scenario.model)
         rate = scenario.rate
@@ -166,7 +171,7 @@ class Bench:
 
     def _asked(self, rate: float, duration_s: float) -> WorkloadSpec:
         source = self.scenario.source
-        return WorkloadSpec(source=source, rate=rate, duration_s=duration_s, seed=1)
+        return WorkloadSpec(source=source, rate=rate, duration_s=duration_s, seed=self.seed)
 
     def run(
         self, members: tuple[Member, ...], policy: str, *, is_switching: bool = False
@@ -210,68 +215,100 @@ def half_split(scenario: Scenario) -> tuple[Member, ...]:
     return parse_fleet(",".join(items), scenario.model)
 
 
-def run_scenario(report: Report, scenario: Scenario, policies: list[str]) -> None:
+def run_scenario(report: Report, scenario: Scenario, options: argparse.Namespace) -> None:
     """Measure one scenario; its figures are named after it."""
-    began_s = time.monotonic()
-    bench = Bench(scenario, scenario.load)
+    by_seed: dict[str, dict[str, float]] = report.extras.setdefault("by_seed", {})
+    for seed in map(str, range(1, options.seeds + 1)):
+        began_s = time.monotonic()
+        kept = by_seed.get(f"{scenario.name}.{seed}", {}) if options.switching else {}
+        goodputs = {k: v for k, v in kept.items() if not k.startswith(SWITCH)}
+        goodputs |= measure(scenario, int(seed), options, is_static=not kept)
+        by_seed[f"{scenario.name}.{seed}"] = goodputs
+        print(f"  ({time.monotonic() - began_s:.0f} s)", flush=True)
+        report.keep(options.output)
+    runs = [by_seed[f"{scenario.name}.{seed}"] for seed in range(1, options.seeds + 1)]
+    for name in runs[0]:
+        report.add(f"{scenario.name}.{name}", [run[name] for run in runs if name in run], "good/s")
+    compare(report, scenario, runs)
+
+
+def measure(
+    scenario: Scenario, seed: int, options: argparse.Namespace, *, is_static: bool
+) -> dict[str, float]:
+    """Return the goodput of every way to serve one scenario; of those that change roles alone if
+    not `is_static`.
+    """
+    bench = Bench(scenario, scenario.load, seed)
     print(
-        f"\n{scenario.name}: {scenario.cluster}, {bench.rate:.2f} requests/s, TTFT "
+        f"\n{scenario.name}: {scenario.cluster}, {bench.rate:.2f} requests/s, seed {seed}, TTFT "
         f"{scenario.slo.ttft_ms:g} ms, TPOT {scenario.slo.tpot_ms:g} ms"
     )
-    tried = bench.sweep()
-    best = parse_fleet(tried[0].cluster, scenario.model)
-    print(f"  best static split: {describe_fleet(best)}")
     half = half_split(scenario)
     goodputs: dict[str, float] = {}
 
     def add(name: str, summary: Summary) -> None:
         goodputs[name] = summary.goodput_per_s
-        note = (
-            f"{summary.slo_attainment:.1%} within; TTFT p99 {summary.ttft_ms.p99:,.0f}, TPOT p99 "
-            f"{summary.tpot_ms.p99:,.1f} ms, {summary.flips} role changes"
+        print(
+            f"  {name:<24} {summary.goodput_per_s:>10.4g} good/s, {summary.slo_attainment:.1%} "
+            f"within; TTFT p99 {summary.ttft_ms.p99:,.0f}, TPOT p99 {summary.tpot_ms.p99:,.1f} ms, "
+            f"{summary.flips} role changes",
+            flush=True,
         )
-        report.add(f"{scenario.name}.{name}", [summary.goodput_per_s], "good/s", note=note)
 
-    add("best.predicted", tried[0].summary)
-    add("switch.predicted", bench.figures(half, OURS, is_switching=True))
-    for policy in policies:
-        add(f"half.{policy}", bench.figures(half, policy))
+    def switch(policy: str) -> None:
+        add(f"{SWITCH}{policy}", bench.figures(half, policy, is_switching=True))
+
+    switch(OURS)
+    if is_static:
+        tried = bench.sweep()
+        best = parse_fleet(tried[0].cluster, scenario.model)
+        print(f"  best static split: {describe_fleet(best)}")
+        add(f"best.{OURS}", tried[0].summary)
+    for policy in options.policies:
+        if is_static:
+            add(f"half.{policy}", bench.figures(half, policy))
         if policy in SWITCHED:
-            add(f"best.{policy}", bench.figures(best, policy))
-            add(f"switch.{policy}", bench.figures(half, policy, is_switching=True))
-    compare(report, scenario, goodputs)
-    print(f"  ({time.monotonic() - began_s:.0f} s)", flush=True)
-
-
-def compare(report: Report, scenario: Scenario, goodputs: dict[str, float]) -> None:
-    """Note how ours with changing roles stands to what does not change them."""
-    ours = goodputs[f"switch.{OURS}"]
-    half = max(value for name, value in goodputs.items() if name.startswith("half."))
-    best = max(value for name, value in goodputs.items() if name.startswith("best."))
-    classic = max(v for n, v in goodputs.items() if n.startswith("half.") and OURS not in n)
-    target = SWING_TARGET if scenario.is_swinging else STATIC_TARGET
-    name = scenario.name
-    report.add(f"{name}.ours_to_classic_half", [ours / max(classic, 1e-9)], "x")
-    if scenario.is_swinging:
-        add_judged(report, f"{name}.ours_to_best_half", ours / max(half, 1e-9), target)
-    else:
-        report.add(f"{name}.ours_to_best_half", [ours / max(half, 1e-9)], "x")
-    add_judged(report, f"{name}.ours_to_best_static", ours / max(best, half), target)
-    if scenario.turns:
-        bound = bound_of(scenario)
-        report.add(f"{name}.bound", [bound], "good/s", note="no policy can reach it")
-        report.add(f"{name}.bound_to_best_static", [bound / max(best, half)], "x")
+            switch(policy)
+            if is_static:
+                add(f"best.{policy}", bench.figures(best, policy))
     if scenario.is_overload:
-        peak = max(
-            Bench(scenario, load)
-            .figures(half_split(scenario), OURS, is_switching=True)
-            .goodput_per_s
-            for load in (0.8, 1.1)
-        )
-        add_judged(report, f"{name}.goodput_to_peak", ours / max(peak, ours), PEAK_TARGET)
+        loads = [Bench(scenario, load, seed) for load in (0.8, 1.1)]
+        peaks = [one.figures(half, OURS, is_switching=True) for one in loads]
+        goodputs[f"{SWITCH}peak"] = max(peak.goodput_per_s for peak in peaks)
+    if scenario.turns and is_static and seed == 1:
+        goodputs["bound"] = bound_of(scenario, seed)
+    return goodputs
 
 
-def bound_of(scenario: Scenario) -> float:
+def compare(report: Report, scenario: Scenario, runs: list[dict[str, float]]) -> None:
+    """Note how ours with changing roles stands to what does not change them, seed by seed."""
+
+    def most(begin: str, but: str = " ") -> list[float]:
+        return [
+            max(v for k, v in run.items() if k.startswith(begin) and but not in k) for run in runs
+        ]
+
+    def add(name: str, over: list[float], under: list[float], target: float | None = None) -> None:
+        ratios = [a / max(b, 1e-9) for a, b in zip(over, under, strict=True)]
+        note = ""
+        if target is not None:
+            verdict = "held" if median(ratios) >= target else "missed"
+            note = f"{verdict}: {target:g} is asked for"
+        report.add(f"{scenario.name}.{name}", ratios, "x", note=note)
+
+    ours, half = most(SWITCH + OURS), most("half.")
+    static = [max(pair) for pair in zip(most("best."), half, strict=True)]
+    target = SWING_TARGET if scenario.is_swinging else STATIC_TARGET
+    add("ours_to_classic_half", ours, most("half.", OURS))
+    add("ours_to_best_half", ours, half, target if scenario.is_swinging else None)
+    add("ours_to_best_static", ours, static, target)
+    if scenario.turns:
+        add("bound_to_best_static", [runs[0]["bound"]], static[:1])
+    if scenario.is_overload:
+        add("goodput_to_peak", ours, most(SWITCH), PEAK_TARGET)
+
+
+def bound_of(scenario: Scenario, seed: int) -> float:
     """Return the goodput of the best split of each turn alone, over all phases of the scenario."""
     num_phases = round(scenario.duration_s / PHASE_S)
     good = 0.0
@@ -279,16 +316,10 @@ def bound_of(scenario: Scenario) -> float:
         if index < len(scenario.turns):
             source, rate, phase_s = scenario.turns[index]
             alone = replace(scenario, source=source, rate=rate, duration_s=phase_s, turns=())
-            best = Bench(alone, 1.0).sweep()[0].summary
+            best = Bench(alone, 1.0, seed).sweep()[0].summary
             turns = len(range(index, num_phases, len(scenario.turns)))
             good += turns * best.goodput_per_s * phase_s
     return good / scenario.duration_s
-
-
-def add_judged(report: Report, name: str, value: float, target: float) -> None:
-    """Note a figure beside what is asked of it."""
-    verdict = "held" if value >= target else "missed"
-    report.add(name, [value], "x", note=f"{verdict}: {target:g} is asked for")
 
 
 def main() -> None:
@@ -298,17 +329,21 @@ def main() -> None:
     for name in ("mooncake", "azure", "servegen"):
         parser.add_argument(f"--{name}", metavar="FILE", help="a recorded load (see data sources)")
     parser.add_argument("--only", metavar="NAME", help="one scenario")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many, from 1 on")
+    parser.add_argument("--switching", action="store_true", help="keep what changes no roles")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, help="beside ours")
     parser.add_argument("--add", action="store_true", help="to the results that are kept already")
     parser.add_argument("--output", metavar="FILE", help="where to keep the results")
     options = parser.parse_args()
     gc.set_threshold(200_000, 50, 50)
-    policies = [OURS, "least_loaded"] if options.quick else list(POLICIES)
-    report = Report("policies", settings={"policies": ", ".join(policies)})
+    usual = ["least_loaded"] if options.quick else [name for name in POLICIES if name != OURS]
+    options.policies = [OURS, *(options.policies or usual)]
+    report = Report("policies", settings={"policies": ", ".join(options.policies)})
     if options.add:
         report.resume(options.output)
     for scenario in scenarios(options):
         if options.only in (None, scenario.name):
-            run_scenario(report, scenario, policies)
+            run_scenario(report, scenario, options)
             report.keep(options.output)
     report.finish(options.output)
 

@@ -137,6 +137,11 @@ def _find_gpus(settings: ClusterSettings) -> tuple[CudaFacts, ...]:
     Raises: `StartupFailed` when there is none, or it cannot be had as asked for.
     """
     kind, _, index = settings.engine.device.partition(":")
+    if settings.handoff_codec != RAW:
+        raise StartupFailed(
+            f"--device {settings.engine.device} does not go with --handoff-codec: the KV of a "
+            "device does not cross TCP; use --device cpu"
+        )
     if kind == INTERPRETER:
         return ()
     if kind != CUDA or (index and not index.isdecimal()):

@@ -129,7 +129,7 @@ def controller_of(options: argparse.Namespace) -> ControllerConfig:
         slo_tpot_ms=tpot_ms if options.admission else None,
         usual_ttft_ms=ttft_ms,
         usual_tpot_ms=tpot_ms,
-        is_switching_roles=options.switch_roles,
+        is_switching_roles=options.role_switching,
         max_queued=options.max_queued,
     )
 

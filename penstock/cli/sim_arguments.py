@@ -173,7 +173,7 @@ def _add_act(acts: "Commands", name: str, help_text: str, examples: str) -> argp
     )
     _add_load(parser.add_argument_group("load"))
     _add_cluster(parser.add_argument_group("cluster"))
-    _add_policy(parser.add_argument_group("controller"))
+    _add_policy(parser.add_argument_group("controller"), is_switching=name == "serve")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
@@ -196,7 +196,7 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     add("--slo-tpot-ms", type=_above_zero, default=50.0, metavar="MS", help="default 50")
 
 
-def _add_policy(group: argparse._ArgumentGroup) -> None:
+def _add_policy(group: argparse._ArgumentGroup, *, is_switching: bool) -> None:
     add = group.add_argument
     add(
         "--policy",
@@ -210,7 +210,15 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="refuse at once what would break the limits, instead of serving it late",
     )
-    add("--switch-roles", action="store_true", help="let workers change sides as the load asks for")
+    add(
+        "--role-switching",
+        action=argparse.BooleanOptionalAction,
+        default=is_switching,
+        help="let workers change sides as the load asks for (default: "
+        + (
+            "they may, as in penstock serve)" if is_switching else "they stay: splits are compared)"
+        ),
+    )
     add("--max-queued", type=_positive, default=100_000, metavar="N", help="default 100000")
 
 

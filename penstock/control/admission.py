@@ -43,8 +43,13 @@ class Admission:
         self._fleet = fleet
         self._router = router
 
-    def refusal(self, request: Request, num_live: int, now_ns: int) -> PenstockError | None:
-        """Say why `request` would not be taken now, or None. Changes nothing."""
+    def refusal(
+        self, request: Request, num_live: int, now_ns: int, expected_ns: float
+    ) -> PenstockError | None:
+        """Say why `request` would not be taken now, or None. Changes nothing.
+
+        `expected_ns` is its TTFT as this module predicts it.
+        """
         if self.is_draining:
             return WorkersUnavailable("the server is shutting down")
         holds_tokens = self._fleet.capacity_least
@@ -59,7 +64,7 @@ class Admission:
                 f"{num_live} requests are under way, the most this server takes",
                 self._retry_after(request, now_ns),
             )
-        return self._lateness(request, now_ns)
+        return self._lateness(request, expected_ns)
 
     def expected_ns(self, request: Request, now_ns: int) -> float:
         """Return the predicted TTFT of a request that has an SLO for it, else 0."""
@@ -131,12 +136,11 @@ class Admission:
         num_tokens = 2 * sum(w.kv_tokens - w.context_tokens for w in decodes) / num_running
         return (num_before + 1) * num_tokens * step_ns / num_running
 
-    def _lateness(self, request: Request, now_ns: int) -> CapacityExceeded | None:
+    def _lateness(self, request: Request, expected_ns: float) -> CapacityExceeded | None:
         slo_ms = request.slo_ttft_ms or self._config.slo_ttft_ms
         if not slo_ms:
             return None
-        optimism = self._router.explanations.optimism
-        predicted_ms = self._predicted_ns(request, now_ns) * optimism / NS_PER_MS
+        predicted_ms = expected_ns * self._router.explanations.optimism / NS_PER_MS
         if predicted_ms <= slo_ms * self._config.slo_slack:
             return None
         return CapacityExceeded(

@@ -82,7 +82,8 @@ class Controller:
 
     def refusal(self, request: Request) -> PenstockError | None:
         """Say why `request` would not be taken now, or None. Changes nothing."""
-        return self.admission.refusal(request, len(self.requests), self._now_ns)
+        expected_ns = self.admission.expected_ns(request, self._now_ns)
+        return self.admission.refusal(request, len(self.requests), self._now_ns, expected_ns)
 
     def explain(self, request_id: RequestId) -> Explanation | None:
         """Say why a request went where it went, and what came of it; None when nobody knows."""
@@ -168,7 +169,8 @@ class Controller:
 
     def _submit(self, request: Request, now_ns: int) -> list[Command]:
         self._totals["arrived"] += 1
-        refusal = self.refusal(request)
+        expected_ns = self.admission.expected_ns(request, now_ns)
+        refusal = self.admission.refusal(request, len(self.requests), now_ns, expected_ns)
         if refusal is not None:
             self._totals["failed"] += 1
             failed = RequestFailed(
@@ -184,7 +186,7 @@ class Controller:
             reason = "given up for a more urgent request"
             commands += self._fail(victim, reason, retry_after_s=1.0)
         record = RequestRecord(request, now_ns)
-        record.expected_ns = self.admission.expected_ns(request, now_ns)
+        record.expected_ns = expected_ns
         self.requests[request.request_id] = record
         return commands + self._queue(record, now_ns) + self._look_again(now_ns)
 

@@ -111,9 +111,9 @@ class Fleet:
         """Expected of all requests ever assigned."""
         self.num_booked = 0
         """How many those are."""
-        self.pull_ns = 0
-        """Time of all pulls ever reported, waiting for links included."""
-        self.num_pulls = 0
+        self.landing_tokens = 0
+        """Of prompts that are computed and have not arrived where they decode."""
+        self.landed_tokens = 0
         self.leaving: list[WorkerRecord] = []
         self._by_slot: list[WorkerRecord | None] = []
         self._open: list[bool] = []
@@ -266,8 +266,6 @@ class Fleet:
             self.refresh(worker)
         if load.pull_samples:
             self.transfers.learn(load.worker_id, load.pull_samples)
-            self.pull_ns += sum(sample.duration_ns for sample in load.pull_samples)
-            self.num_pulls += len(load.pull_samples)
 
     def _learn(self, worker: WorkerRecord, samples: tuple[StepSample, ...]) -> None:
         coefficients = worker.cost.learn(samples)

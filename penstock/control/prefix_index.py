@@ -95,6 +95,8 @@ class PrefixIndex:
         self._dead: list[int] = []
         self._num_slots = 0
         self._known: Known = {}
+        self._num_changes = 0
+        self._latest: tuple[Sequence[int], tuple[int, BlockHash, int], Float64] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -116,6 +118,7 @@ class PrefixIndex:
             slot = self._num_slots
             self._num_slots += 1
         self._live |= 1 << slot
+        self._num_changes += 1
         return slot
 
     def drop_worker(self, slot: int) -> None:
@@ -123,12 +126,14 @@ class PrefixIndex:
         assert self._live >> slot & 1, f"slot {slot} is not in use"
         self._live &= ~(1 << slot)
         self._dead.append(slot)
+        self._num_changes += 1
 
     def apply(
         self, slot: int, stored: Iterable[BlockHash], removed: Iterable[BlockHash] = ()
     ) -> None:
         """Note what a worker has and has no more. O(1) a block."""
         bit = 1 << slot
+        self._num_changes += 1
         young, old = self._young, self._old
         for name in removed:
             for generation in (young, old):
@@ -167,7 +172,21 @@ class PrefixIndex:
         return levels
 
     def tokens(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Float64:
-        """Return how many tokens of a prompt each slot has, [num_slots]."""
+        """Return how many tokens of a prompt each slot has, [num_slots]; not to be written to.
+
+        A prompt is asked about several times, when it comes and while it waits at the head of the
+        queue: until blocks or workers change the answer is the same.
+        """
+        asked = block_size, root, self._num_changes
+        if self._latest is not None:
+            prompt, before, tokens = self._latest
+            if prompt is token_ids and before == asked:
+                return tokens
+        tokens = self._look_up(token_ids, block_size, root)
+        self._latest = token_ids, asked, tokens
+        return tokens
+
+    def _look_up(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Float64:
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
         levels = self.levels(PromptBlocks(token_ids, block_size, root, self._known))

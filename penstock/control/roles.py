@@ -5,8 +5,8 @@ Both loads are ratios to what the SLOs allow, 1 is full:
     prefill   the larger of: work assigned per time; time until a new prompt would begin, over TTFT
     decode    all sequences there are, over those that the decode workers could run within the TPOT;
               or the tokens a second that those which come are expected to want, over those that
-              could be made so; or the tokens of KV to be held, over what can; or the time of a
-              pull, over TTFT: few decode workers have few links
+              could be made so; or the tokens of KV to be held, over what can; or the time until
+              prompts that are computed have arrived, over TTFT: few decode workers have few links
 
 What waits at the controller counts on the side that it waits for: where a prefill worker would take
 the next one, all of them wait for seats or room to decode.
@@ -20,19 +20,22 @@ A worker changes sides when the side that it leaves stays clearly below what the
 (hysteresis) and is not full itself, when that has been so for several looks in a row, and when the
 last change is some time ago (cooldown; less for more of the same, more for the way back while no
 side is full, or when workers have come and gone before): what a flip must not do is be taken back.
+A decode side that gives one has longer steps, so sequences stay and there are more of them than its
+share; few of them vary more than many; and those that are not followed by as many are soon gone.
 Where one leaves a side full several go at once, first those whose hardware is better at the work to
-come than at theirs, then the idlest. A flip is a label: it holds from the next assignment on, moves
-no process and drops no cache; sequences that decode where prompts come in now end there, or are
-moved where that pays (`control/relocation.py`). A side never becomes empty, and a worker that a
-person has pinned stays.
+come than at theirs, then those of hosts that have most of that side, for they share a link, then
+the idlest. A flip is a label: it holds from the next assignment on, moves no process and drops no
+cache; sequences that decode where prompts come in now end there, or are moved where that pays
+(`control/relocation.py`). A side never becomes empty, and a worker that a person has pinned stays.
 
 Source: Arrow's loads (arXiv 2505.11916) in place of FlowKV's, whose formula is not published.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from math import log2
+from math import exp, log2, sqrt
 from typing import Final
 
 from penstock.control.cost import B
@@ -48,6 +51,8 @@ GAIN_MIN: Final = 0.15
 """Part of the larger load by which that of the side that gives must stay below it."""
 FULL: Final = 0.9
 """No side gives what would bring it above this: it would want it back."""
+SIGMAS: Final = 2.0
+"""How far above the mean there may be sequences at once: few vary more than many."""
 LOOKS_MIN: Final = 3
 SMOOTHING: Final = 0.3
 FLIPS_SHARE: Final = 4
@@ -128,8 +133,9 @@ class Roles:
         self._use = 0.0
         self._wanted_per_ns = 0.0
         self._wants_decode = 0.0
-        self._pull_ns = 0.0
-        self._pulls = (0, 0)
+        self._landing_tokens = 0.0
+        self._landed_per_ns = 0.0
+        self._landed_tokens = 0
         self._context_tokens = USUAL_TOKENS
         self._favours: Role | None = None
         self._num_looks = 0
@@ -215,7 +221,10 @@ class Roles:
         self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
         wanted_per_ns = (self._fleet.output_tokens - self._output_tokens) / elapsed_ns
         self._wanted_per_ns += (wanted_per_ns - self._wanted_per_ns) * weight
-        self._pull_ns += (self._mean_pull_ns() - self._pull_ns) * weight
+        self._landing_tokens += (self._fleet.landing_tokens - self._landing_tokens) * weight
+        landed_per_ns = (self._fleet.landed_tokens - self._landed_tokens) / elapsed_ns
+        self._landed_per_ns += (landed_per_ns - self._landed_per_ns) * weight
+        self._landed_tokens = self._fleet.landed_tokens
         self._looked_ns, self._work_ns = now_ns, self._fleet.work_ns
         self._output_tokens = self._fleet.output_tokens
         num_decodes = sum(w.num_decodes for w in decode)
@@ -227,12 +236,6 @@ class Roles:
             len(prefill),
             len(decode),
         )
-
-    def _mean_pull_ns(self) -> float:
-        """Return how long those pulls took that were reported since the last look."""
-        before_ns, num_before = self._pulls
-        self._pulls = self._fleet.pull_ns, self._fleet.num_pulls
-        return (self._pulls[0] - before_ns) / max(self._pulls[1] - num_before, 1)
 
     def _waits_for_decode(self, prefill: list[WorkerRecord]) -> float:
         """Return 1 if requests wait although a prefill worker has a turn, else 0."""
@@ -262,7 +265,8 @@ class Roles:
         num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
         held = sum(w.kv_tokens for w in everybody) / max(room, 1)
-        late = self._pull_ns / self._slo_ttft_ns
+        landing_ns = self._landing_tokens / max(self._landed_per_ns, 1e-12)
+        late = landing_ns / self._slo_ttft_ns
         return max(num_decodes / seats, self._wanted_per_ns / most_per_ns, held, late)
 
     @property
@@ -301,30 +305,67 @@ class Roles:
         seats = _mean(map(self._seats, sides[Role.DECODE]))
         chosen: list[WorkerRecord] = []
         loads = self.loads
+        stay = self._stay(sides[Role.DECODE])
         most = max(1, (loads.num_prefill + loads.num_decode) // FLIPS_SHARE)
-        for worker in self._givers(sides[giving], to)[:most]:
+        for worker in self._givers(sides[giving], sides[to], to)[:most]:
             for_prefill, for_decode = self._speed(worker) / speed, self._seats(worker) / seats
             after = loads.after(to, for_prefill, for_decode)
             is_needed = loads.of(to) >= (1.0 if chosen else ACT_ABOVE)
             is_needed &= len(sides[giving]) - len(chosen) > 1
             limit = min(loads.of(to) * (1 - GAIN_MIN), FULL)
-            if not is_needed or after.of(giving) > limit:
+            left = after.of(giving)
+            if to is Role.PREFILL:
+                left *= stay(left / max(self.loads.decode, 1e-9))
+            if not is_needed or left > limit:
                 break
             loads = after
             chosen.append(worker)
         return chosen
 
-    def _givers(self, side: list[WorkerRecord], to: Role) -> list[WorkerRecord]:
+    def _stay(self, workers: list[WorkerRecord]) -> Callable[[float], float]:
+        """Return what says how many times as many sequences there will be at once where each worker
+        that decodes is to have a `share` times as many.
+
+        Those that are replaced as they end stay longer, for steps are longer then; those that are
+        not become fewer until a worker could come back.
+        """
+        num_coming = sum(w.arriving_tokens for w in workers) / self._context_tokens
+        num_decodes = max(sum(w.num_decodes for w in workers) - num_coming, 1.0)
+        fixed, per_sequence, per_token = (
+            _mean(w.decode_coefficients[i] for w in workers) for i in range(3)
+        )
+        per_batch = per_sequence + per_token * self._context_tokens
+        batch_ns = per_batch * num_decodes / max(len(workers), 1)
+        made_per_ns = num_decodes / (fixed + batch_ns)
+        replaced = min(self._wanted_per_ns / made_per_ns, 1.0)
+        to_make = sum(w.kv_tokens - w.context_tokens for w in workers)
+        soon_ns = self._config.role_cooldown_ms * NS_PER_MS
+        rest = (1 - replaced) * exp(-made_per_ns * soon_ns / max(to_make, 1))
+        most = 1 + SIGMAS / sqrt(num_decodes)
+
+        def stay(share: float) -> float:
+            longer = fixed / max(fixed + (1 - share) * batch_ns, 0.1 * fixed, 1.0)
+            return (replaced * longer + rest) * most
+
+        return stay
+
+    def _givers(
+        self, side: list[WorkerRecord], others: list[WorkerRecord], to: Role
+    ) -> list[WorkerRecord]:
         """Return who of a side may change: first who is better at the other's work by a factor of
-        two and more beside the rest, then the idlest.
+        two and more beside the rest, then of the host that has most of this side and least of the
+        other, for its workers share a link, then the idlest.
         """
         sign = -1 if to is Role.PREFILL else 1
-
-        def order(worker: WorkerRecord) -> tuple[int, int, float]:
+        crowd = Counter(w.info.host for w in side)
+        crowd.subtract(w.info.host for w in others)
+        ranks: dict[int, tuple[int, int]] = {}
+        idlest = sorted(side, key=lambda w: (w.num_decodes, w.backlog_ns))
+        for worker in idlest:
             advantage = log2(self._speed(worker) / self._seats(worker))
-            return round(sign * advantage), worker.num_decodes, worker.backlog_ns
-
-        return sorted((w for w in side if not w.is_pinned), key=order)
+            ranks[worker.slot] = round(sign * advantage), -crowd[worker.info.host]
+            crowd[worker.info.host] -= 2
+        return sorted((w for w in idlest if not w.is_pinned), key=lambda w: ranks[w.slot])
 
 
 def _mean(values: Iterable[float]) -> float:

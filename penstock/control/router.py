@@ -131,6 +131,7 @@ class Router:
         source.num_requests += 1
         booking.arriving_tokens = record.num_tokens
         to.arriving_tokens += record.num_tokens
+        self._fleet.landing_tokens += record.num_tokens
         self._book_decode(booking, to)
         self._fleet.refresh(source)
 
@@ -147,6 +148,7 @@ class Router:
         if booking is None or worker is None or not booking.is_prefilling:
             return
         booking.is_prefilling = False
+        self._fleet.landing_tokens += booking.arriving_tokens
         worker.num_prefills -= 1
         worker.prefill_tokens -= record.request.num_tokens
         worker.backlog_ns = worker.backlog_ns - booking.prefill_ns if worker.num_prefills else 0.0
@@ -159,6 +161,8 @@ class Router:
         if booking is None or decode is None or not booking.arriving_tokens:
             return
         decode.arriving_tokens -= booking.arriving_tokens
+        self._fleet.landing_tokens -= booking.arriving_tokens
+        self._fleet.landed_tokens += booking.arriving_tokens
         booking.arriving_tokens = 0
         self._fleet.refresh(decode)
 

@@ -195,8 +195,6 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
                 "--handoff-codec: only what is pulled over TCP crosses encoded: it goes with "
                 "--listen or --transport tcp, and not with --handoff push"
             )
-        if self.engine.device != "cpu":
-            raise StartupFailed("--handoff-codec: KV in a GPU's memory does not cross TCP")
 
     def _check_limits(self) -> None:
         """Check how many workers there may be. Raises: `StartupFailed` naming the flags."""

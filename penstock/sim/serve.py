@@ -51,9 +51,9 @@ class ServeSpec:
     worker: the result is the same with 1, and takes twenty times as long.
     `is_defragmenting` is off because its plans take as long to make as all else, and what they
     save, microseconds of a pull, is beneath what is asked here. A dead worker stays away for
-    `respawn_ns`, and as long takes one that the controller asks for, on the host and the hardware
-    of the first of its role; everybody is looked at once per `sample_ns`. `seed` is of what is
-    drawn where a calibration says how uneven steps and messages are.
+    `respawn_ns`, and as long takes one that the controller asks for, on the first host and of the
+    hardware of the first of its role; everybody is looked at once per `sample_ns`. `seed` is of
+    what is drawn where a calibration says how uneven steps and messages are.
     """
 
     members: tuple[Member, ...]
@@ -101,11 +101,14 @@ class ModelledWorker:
         hardware = member.hardware
         layout = spec.layout or layout_of(hardware.model, spec.block_size)
         num_blocks = hardware.capacity_tokens // layout.block_size
+        # Pushes are modelled between hosts, too, which workers do only within one.
+        is_named = member.host > 0 and spec.handoff is not Handoff.PUSH
         self.member = member
         self.config = WorkerConfig(
             worker_id=WorkerId(member.name),
             role=member.role,
             epoch=epoch,
+            host=f"host-{member.host}" if is_named else "",
             layout=layout,
             num_blocks=hardware.num_blocks or (num_blocks,) * len(layout.groups),
             max_model_len=spec.max_model_len,
@@ -305,7 +308,8 @@ class ModelledCluster:
         for role in change.start:
             like = next((m for m in self.spec.members if m.role is role), self.spec.members[0])
             names = (f"{role.value}-{number}" for number in count())
-            member = replace(like, name=next(filter(self._is_free, names)), role=role)
+            name = next(filter(self._is_free, names))
+            member = replace(like, name=name, role=role, host=self.spec.members[0].host)
             self._hosts[WorkerId(member.name)] = member.host
             self._coming.add(member.name)
             before = self.workers.get(member.name)

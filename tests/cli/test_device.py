@@ -68,6 +68,10 @@ def test_what_a_gpus_blocks_cannot_do_is_refused(model, monkeypatch):
     listening = msgspec.structs.replace(settings(model), network=NetworkSettings(host="::1"))
     with pytest.raises(StartupFailed, match="does not go with --listen"):
         load_on_device(listening)
+    coded = {"handoff_codec": "int8", "kv_quality": parse_quality("5%")}
+    wired = msgspec.structs.replace(listening, **coded)
+    with pytest.raises(StartupFailed, match="does not go with --handoff-codec"):
+        load_on_device(wired)
 
 
 def test_two_workers_on_a_gpu_have_half_of_it_each(model, monkeypatch):

@@ -127,7 +127,7 @@ def test_roles_follow_the_load_when_they_may(capsys: pytest.CaptureFixture[str])
     heavy = ["--workload", "fixed:in=8000,out=10", "--rate", "14", "--duration", "40"]
     command = ["sim", "serve", *heavy, "--cluster", "1xH100:prefill,3xH100:decode", "--json"]
     records = []
-    for extra in ([], ["--switch-roles"]):
+    for extra in (["--no-role-switching"], []):
         assert main([*command, "--policy", "least_loaded", *extra]) == 0
         records.append(json.loads(capsys.readouterr().out))
     assert records[0]["flips"] == 0 < records[1]["flips"]

@@ -53,6 +53,7 @@ class Story:
         model: str = "chain",
         profile: str = H100,
         max_num_seqs: int = 8,
+        host: str = "",
     ) -> None:
         info = WorkerInfo(
             worker_id=WorkerId(name),
@@ -65,6 +66,7 @@ class Story:
             max_model_len=200,
             max_num_seqs=max_num_seqs,
             profile=profile,
+            host=host,
         )
         self.tell(Hello(info=info))
 

@@ -130,6 +130,28 @@ def test_only_what_somebody_has_is_hashed() -> None:
         assert blocks.num_hashed == expected
 
 
+def test_who_asks_again_hears_the_same_until_something_changes() -> None:
+    index, token_ids = PrefixIndex(), prompt(1, 20)
+    names = chain(token_ids)
+
+    def ask() -> list[float]:
+        tokens = index.tokens(token_ids, SIZE, root_hash(""))
+        assert index.tokens(token_ids, SIZE, root_hash("")) is tokens
+        assert index.tokens(token_ids, SIZE, root_hash("another")).tolist() == [0] * len(tokens)
+        return tokens.tolist()
+
+    slot = index.add_worker()
+    assert ask() == [0]
+    index.apply(slot, names)
+    assert ask() == [20 * SIZE]
+    index.apply(slot, (), names[13:])
+    assert ask() == [13 * SIZE]
+    index.add_worker()
+    assert ask() == [13 * SIZE, 0]
+    index.drop_worker(slot)
+    assert ask() == [0, 0]
+
+
 @pytest.mark.parametrize("slots", [[0], [3], [63, 64], [1, 999], list(range(0, 1000, 7))])
 def test_slots_of_a_set_of_workers(slots: list[int]) -> None:
     assert slots_of(sum(1 << slot for slot in slots)).tolist() == slots

@@ -4,9 +4,7 @@ import pytest
 
 from penstock.control.roles import LOOKS_MIN, Loads, Regime
 from penstock.core.events import SetRole
-from penstock.core.messages import Load
-from penstock.core.step import PullSample
-from penstock.core.types import NS_PER_MS, Role, WorkerId
+from penstock.core.types import Role, WorkerId
 from tests.control.story import Story
 
 LONG = 3000
@@ -19,11 +17,6 @@ def make(*names: str, max_num_seqs: int = 1024, **settings: object) -> Story:
         story.join(name, max_num_seqs=max_num_seqs)
     story.said.clear()
     return story
-
-
-def report(name: str, pull: PullSample) -> Load:
-    counts = {"waiting": 0, "running": 1, "handing_off": 0, "free_blocks": (1,)}
-    return Load(worker_id=WorkerId(name), cached_blocks=(1,), pull_samples=(pull,), **counts)
 
 
 def roles(story: Story) -> str:
@@ -173,12 +166,41 @@ def test_more_workers_are_wanted_when_both_sides_are_full() -> None:
     assert story.controller.roles.wanted_workers() >= 9
 
 
-def test_links_that_are_full_count_on_the_side_of_those_that_pull() -> None:
+@pytest.mark.parametrize("num_looks", [0, 1])
+def test_prompts_that_take_long_to_arrive_count_on_the_side_that_pulls(num_looks: int) -> None:
     story = make("p0", "p1", "p2", "d0")
-    story.submit("r", LONG)
-    for took_ms in (50, 600):  # of the 500 that a first token may take
-        pull = PullSample(WorkerId("p0"), 1 << 30, 1, took_ms * NS_PER_MS)
-        for _ in range(12):
-            story.tell(report("d0", pull))
-            story.pass_time(1000, "roles")
-        assert (roles(story).count("d") > 1) is (took_ms > 500)
+    names: list[str] = []
+    for second in range(12):
+        names.append(str(second))
+        story.submit(names[-1], LONG)
+        ((prefill, decode),) = story.pairs()
+        story.offered(prefill, names[-1])
+        if len(names) > num_looks:
+            story.tokens(decode, names.pop(0), 1, is_last=True)
+        story.pass_time(1000, "roles")
+    assert (roles(story).count("d") > 1) is (num_looks > 0)
+
+
+@pytest.mark.parametrize(("num_seats", "num_decodes"), [(200, 80), (20, 8)])
+def test_few_vary_more_than_many(num_seats: int, num_decodes: int) -> None:
+    story = make("p0", "d0", "d1", max_num_seqs=num_seats)
+    for number in range(num_decodes):
+        story.submit(f"r{number}", 20, max_tokens=20_000)
+        ((prefill, decode),) = story.pairs()
+        story.offered(prefill, f"r{number}")
+        story.tokens(decode, f"r{number}", 1)
+    for second in range(6):
+        story.submit(f"s{second}", 2 * LONG, max_tokens=2)
+        story.pass_time(1000, "roles")
+    assert story.controller.roles.loads.prefill > 1
+    assert (roles(story).count("p") > 1) is (num_decodes > 8)
+
+
+def test_those_that_stay_do_not_share_a_link() -> None:
+    story = make("p0")
+    for number in range(4):
+        story.join(f"d{number}", max_num_seqs=1024, host=str(number // 2))
+    while roles(story).count("p") < 3:
+        press(story, 1, 15)
+    staying = [w.info.host for w in story.controller.workers.values() if w.role is Role.DECODE]
+    assert sorted(staying) == ["0", "1"]

@@ -60,7 +60,6 @@ def test_what_only_reads_cannot_push(transport: str):
             {"kv_quality": LOSSY, "tiers": (TierSettings(name="dram", num_bytes=1, codec="int4"),)},
             "one lossy codec for all tiers and hand-offs, not int4, int8",
         ),
-        ({"kv_quality": LOSSY, "engine": EngineConfig(model="m", device="cuda")}, "GPU"),
     ],
 )
 def test_blocks_that_cannot_cross_encoded_are_not_asked_to(options: dict, match: str):
