@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +30,10 @@ from penstock.runtime.local import LocalCluster
 from penstock.runtime.settings import ClusterSettings, ModelFacts
 from penstock.server.chat_template import Message
 from penstock.server.choice import Choice
-from penstock.server.intake import Query
+from penstock.server.intake import Query, with_kv
 from penstock.server.residency import KVResidencyView, make_query, view
-from penstock.server.settings import ServedModel
+from penstock.server.schema import kv_options
+from penstock.server.settings import ServedModel, ServerSettings
 from penstock.server.tokenizer import Tokenizer
 
 MAX_LIVE_REQUESTS = 1024
@@ -93,9 +94,12 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             **(cluster_options or {}),
         )
-        self._accepts_loss = not settings.kv_quality.is_exact
         self._background = Background(settings)
         self._background.start()
+        self._allows = ServerSettings(
+            accepts_loss=not settings.kv_quality.is_exact,
+            accepts_window=settings.accepts_window(self._background.facts),
+        )
         # Runs at `close`, when nobody holds the object any more, or when the program ends.
         self._finalizer = weakref.finalize(self, self._background.stop)
 
@@ -130,10 +134,14 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        **kv: Any,  # noqa: ANN401  checked by KVOptions
     ) -> list[RequestOutput]:
         """Continue each prompt, a text or its token ids; outputs are in the order of the prompts.
 
-        A prompt whose `max_tokens` do not fit the context window gets as many as fit.
+        A prompt whose `max_tokens` do not fit the context window gets as many as fit. `kv` is what
+        is asked of their KV, as in a body: `kv_quality="exact"`, `kv_window` or `kv_select` tokens
+        (both take a `kv_quality` in `cluster_options` that allows a loss), `retention_ttl` seconds
+        and `kv_pin`, its name.
 
         Raises: `BadRequest` or a subclass for a prompt that cannot be served, then for none.
         """
@@ -142,7 +150,7 @@ class LLM:
             (prompt, tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
-        return self._run(asked, params, progress)
+        return self._run(asked, params, progress, kv)
 
     def chat(
         self,
@@ -150,8 +158,9 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        **kv: Any,  # noqa: ANN401  checked by KVOptions
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several.
+        """Answer one conversation, or each of several; `kv` as for `generate`.
 
         Raises: `BadRequest` or a subclass, as `generate`.
         """
@@ -159,7 +168,7 @@ class LLM:
         conversations: Any = [messages] if is_one else messages
         texts = [self.tokenizer.apply_chat_template(each) for each in conversations]
         asked = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        return self._run(asked, params, progress)
+        return self._run(asked, params, progress, kv)
 
     def close(self) -> None:
         """End the cluster and all its processes; closing twice is fine."""
@@ -176,13 +185,18 @@ class LLM:
         asked: Sequence[tuple[str | None, Sequence[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
+        kv: Mapping[str, object],
     ) -> list[RequestOutput]:
         if not self._finalizer.alive:
             raise WorkersUnavailable("this LLM is closed")
-        each = _params_for(asked, params)
+        each, options = _params_for(asked, params), kv_options(kv)
+        requests = [
+            with_kv(self._request(token_ids, one), options, self._allows)
+            for (_, token_ids), one in zip(asked, each, strict=True)
+        ]
         jobs = [
-            _Job(text, self._request(token_ids, one), self._background.served)
-            for (text, token_ids), one in zip(asked, each, strict=True)
+            _Job(text, request, self._background.served)
+            for (text, _), request in zip(asked, requests, strict=True)
         ]
         with _counting(len(jobs), progress) as advance:
             return self._background.call(_serve_all(self._background.cluster, jobs, advance))
@@ -205,7 +219,6 @@ class LLM:
             request_id=RequestId(f"llm-{secrets.token_hex(8)}"),
             prompt_token_ids=tuple(token_ids),
             params=replace(params, seed=seed, max_tokens=min(params.max_tokens, room)),
-            accepts_loss=self._accepts_loss,
         )
 
 

@@ -21,6 +21,11 @@ LEAK_CHECKED_FOLDERS = {"cluster", "faults"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Files run side by side, a process a core: a second thread of OpenMP would spin where another file
+# computes, and one that a test asks for sleeps while it waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 # Without a GPU, Triton's kernels run in its interpreter on CPU tensors; it decides when it is first
 # imported, by whatever test comes first. With one, the same tests run on the device.
 if not Path("/dev/nvidiactl").exists():

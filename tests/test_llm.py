@@ -11,6 +11,7 @@ import pytest
 
 from penstock import LLM, SamplingParams
 from penstock.core.errors import BadRequest, PromptTooLong, StartupFailed, WorkersUnavailable
+from penstock.kv.quality import KvQuality
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
@@ -135,6 +136,62 @@ def test_where_its_kv_blocks_are(llm: LLM):
     assert {copy.name for copy in copies} == {name}
     with pytest.raises(BadRequest, match="hexadecimal"):
         llm.kv_residency(limit=1, prefix="what")
+
+
+def test_an_exact_cluster_refuses_what_leaves_kv_out(llm: LLM):
+    exact, whole = (
+        llm.generate("The", GREEDY, **asked)[0] for asked in ({"kv_quality": "exact"}, {})
+    )
+    assert exact.token_ids == whole.token_ids
+    for name in ("kv_window", "kv_select"):
+        with pytest.raises(BadRequest, match="--kv-quality") as refused:
+            llm.generate("The", GREEDY, **{name: 64})
+        assert refused.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kv_quality": "good"}, "`kv_quality`: Invalid enum value 'good'"),
+        ({"kv_window": 8}, "`kv_window`: Expected `int` >= 16"),
+        ({"kv_pin": "system"}, "needs a `retention_ttl`"),
+        ({"retention_ttl": -1.0}, "`retention_ttl`: Expected `float` >= 0.0"),
+        ({"kv_windows": 64}, "unknown field `kv_windows`"),
+    ],
+)
+def test_what_is_asked_of_the_kv_is_refused_as_in_a_body(llm: LLM, asked, message):
+    with pytest.raises(BadRequest, match=message):
+        llm.generate("The", GREEDY, **asked)
+    with pytest.raises(BadRequest, match=message):
+        llm.chat([{"role": "user", "content": "Hello!"}], GREEDY, **asked)
+
+
+def test_a_window_a_selection_and_what_is_kept_of_the_kv():
+    prompt = [[50 + (7 * n) % 400 for n in range(300)]]
+    options = {"kv_quality": KvQuality(0.01)}
+    with LLM(prefill=0, decode=0, mixed=1, dtype="float32", cluster_options=options) as lossy:
+
+        def answer(**asked: object) -> tuple[int, ...]:
+            (output,) = lossy.generate(prompt, GREEDY, **asked)
+            return output.token_ids
+
+        whole = answer()
+        assert answer(kv_quality="exact") == answer(kv_window=4096) == whole
+        assert answer(kv_window=16) != whole
+        assert answer(kv_select=64) != whole
+        with pytest.raises(BadRequest, match="not exact"):
+            answer(kv_window=64, kv_quality="exact")
+        with pytest.raises(BadRequest, match="not for both"):
+            answer(kv_window=64, kv_select=64)
+
+        def retained() -> int:
+            (worker,) = lossy.kv_residency().workers
+            return worker.pools[0].retained
+
+        answer(kv_pin="system", retention_ttl=600)
+        assert retained() == (300 + 12) // 32
+        answer(kv_pin="system", retention_ttl=0)
+        assert retained() == 0
 
 
 def test_a_model_that_is_missing_is_explained():

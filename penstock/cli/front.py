@@ -171,15 +171,12 @@ class Front:
         return keys
 
     def _server_settings(self, facts: ModelFacts) -> ServerSettings:
-        accepts_loss = not self._options.kv_quality.is_exact
-        groups = facts.layout.groups if facts.layout is not None else ()
-        has_model = self._cluster.settings.executor != INSTANT_EXECUTOR
         return ServerSettings(
             api_keys=self._api_keys(),
             version=VERSION,
             is_logging_requests=self._options.log_requests,
-            accepts_loss=accepts_loss,
-            accepts_window=accepts_loss and has_model and len(groups) == 1 and not groups[0].window,
+            accepts_loss=not self._options.kv_quality.is_exact,
+            accepts_window=self._cluster.settings.accepts_window(facts),
         )
 
     # ------------------------------------------------------------------------- serving and its end

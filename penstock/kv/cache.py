@@ -330,7 +330,7 @@ class KVCache:
                     counts[block_id] += 1
                 row = self._tables.gather([holding.row], len(held.block_ids))[index][0].tolist()
                 assert row == held.block_ids, f"{request_id}: row {row} is not {held}"
-            holders = [group.pool.num_holders(BlockId(b)) for b in range(len(counts))]
+            holders = group.pool.holders
             assert holders == counts, f"group {index}: {holders} holders, held {counts}"
 
     # --- internal

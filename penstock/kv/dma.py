@@ -339,11 +339,10 @@ class DmaScheduler:
         """Assert that the counts are those of the queues and that no link is overfed."""
         for link, queue in self._queues.items():
             assert len(queue.moving) <= queue.spec.num_queues, link
-            for kind, heap in queue.heaps.items():
-                waiting = {id(t): t for _, _, t in heap if _waits(t, kind)}.values()
-                assert len(waiting) == queue.num_waiting[kind], (link, kind)
-                assert sum(t.num_bytes for t in waiting) == queue.waiting_bytes[kind]
-                assert sum(not t.is_riding for t in waiting) == queue.num_latencies[kind]
+            counts = queue.num_waiting, queue.waiting_bytes, queue.num_latencies
+            booked = zip(*(count.values() for count in counts), strict=True)
+            for (kind, heap), found in zip(queue.heaps.items(), booked, strict=True):
+                assert found == (_tally(heap, kind) if heap else (0, 0, 0)), (link, kind)
             for start, transfer in queue.by_start.items():
                 assert transfer.source_address == start
                 assert transfer.state is TransferState.WAITING
@@ -354,6 +353,13 @@ def _count(queue: _Queue, transfer: Transfer, sign: int) -> None:
     queue.num_waiting[transfer.kind] += sign
     queue.waiting_bytes[transfer.kind] += sign * transfer.num_bytes
     queue.num_latencies[transfer.kind] += sign * (not transfer.is_riding)
+
+
+def _tally(heap: list[tuple[int, int, Transfer]], kind: MoveClass) -> tuple[int, int, int]:
+    """Return how many of a class wait, their bytes, and how many pay a latency."""
+    waiting = {id(t): t for _, _, t in heap if _waits(t, kind)}.values()
+    num_bytes = sum(t.num_bytes for t in waiting)
+    return len(waiting), num_bytes, sum(not t.is_riding for t in waiting)
 
 
 def _waits(transfer: Transfer, kind: MoveClass) -> bool:

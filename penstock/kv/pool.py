@@ -93,6 +93,11 @@ class BlockPool:
         """Return how many hold the block."""
         return self._num_holders[block_id]
 
+    @property
+    def holders(self) -> Sequence[int]:
+        """How many hold each block."""
+        return self._num_holders
+
     def generations(self, block_ids: Sequence[BlockId]) -> tuple[int, ...]:
         """Return how often each block was handed out; an older number means other contents."""
         return tuple(self._generations[list(block_ids)].tolist())
@@ -209,11 +214,10 @@ class BlockPool:
         """Assert that every block is in exactly one state, and that only active ones are held."""
         self.allocator.check()
         self.prefix_cache.check()
-        blocks = [BlockId(b) for b in range(self.num_blocks)]
-        writable = {b for start, n in self.allocator.segments() for b in blocks[start : start + n]}
-        cached = set(filter(self.prefix_cache.is_idle, blocks))
-        spare = set(filter(self.prefix_cache.is_spare, blocks))
-        active = {b for b in blocks if self._num_holders[b]}
+        segments = self.allocator.segments()
+        writable = {BlockId(b) for start, n in segments for b in range(start, start + n)}
+        cached, spare = self.prefix_cache.idle(), self.prefix_cache.spare()
+        active = {BlockId(b) for b, num_holders in enumerate(self._num_holders) if num_holders}
         free = writable - spare
         assert min(self._num_holders) >= 0, self._num_holders
         assert cached & writable == spare, (cached, writable, spare)
@@ -224,7 +228,7 @@ class BlockPool:
         num_known = len(free) + len(cached) + len(active) + len(arriving)
         assert num_known == self.num_blocks, (free, cached, active, arriving)
         assert (self.num_free, self.num_cached) == (len(free), len(cached))
-        assert not [b for b in free if self.prefix_cache.is_indexed(b)]
+        assert not any(map(self.prefix_cache.is_indexed, free))
 
     def _make_room(self, count: int) -> bool:
         if count > self.num_available:

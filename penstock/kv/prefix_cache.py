@@ -78,6 +78,14 @@ class PrefixCache:
         """Tell whether the block may be overwritten."""
         return block_id in self._spare
 
+    def idle(self) -> set[BlockId]:
+        """Return a copy of all that are there for hits alone."""
+        return self._place_of.keys() | self._spare
+
+    def spare(self) -> set[BlockId]:
+        """Return a copy of those of them that may be overwritten."""
+        return set(self._spare)
+
     def idle_ns(self, block_id: BlockId) -> int:
         """Return how long ago an idle block was let go."""
         return self.retention.now_ns - self._let_go_ns[block_id]

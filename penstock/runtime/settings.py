@@ -164,6 +164,13 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
         self._check_limits()
 
+    def accepts_window(self, facts: "ModelFacts") -> bool:
+        """True when a request may go on without all its KV: `kv_window` and `kv_select`."""
+        groups = facts.layout.groups if facts.layout is not None else ()
+        has_model = self.executor != INSTANT_EXECUTOR
+        is_whole = len(groups) == 1 and not groups[0].window
+        return has_model and is_whole and not self.kv_quality.is_exact
+
     def _check_codecs(self) -> None:
         """Check in what blocks may lie and cross. Raises: `StartupFailed` naming the flags."""
         lossy = {tier.codec for tier in self.tiers} - {"", AUTO, *EXACT_CODECS}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import msgspec
+from msgspec.structs import replace
 
 from penstock.core.errors import BadRequest, PromptTooLong, UnknownModel
 from penstock.core.request import Request, SamplingParams
@@ -22,6 +23,7 @@ from penstock.server.schema import (
     ChatMessage,
     CompletionRequest,
     GenerationBody,
+    KVOptions,
     TokenizeRequest,
     refuse_unsupported,
 )
@@ -223,22 +225,6 @@ class Intake:
             )
         return room if max_tokens is None else max_tokens
 
-    def _check_window(self, body: GenerationBody) -> None:
-        asked = [name for name in ("kv_window", "kv_select") if getattr(body, name)]
-        if not asked:
-            return
-        field = asked[-1]
-        if body.kv_quality is not None:
-            raise BadRequest("a part of the KV is not exact: leave one of the two out", field)
-        if len(asked) > 1:
-            raise BadRequest("ask for `kv_window` or for `kv_select`, not for both", field)
-        if not self.settings.accepts_window:
-            raise BadRequest(
-                "this server lets no request go on without all its KV: that takes --kv-quality and "
-                "a model without sliding windows",
-                field,
-            )
-
     def _params(
         self, body: GenerationBody, max_tokens: int, logprobs: int | None
     ) -> SamplingParams:
@@ -286,11 +272,8 @@ class Intake:
             raise BadRequest(
                 f"{count} choices in one request, {self.settings.max_choices} at most", "n"
             )
-        self._check_window(body)
         ttl_s = caller.retention_s if body.retention_ttl is None else body.retention_ttl
-        pin = body.kv_pin or caller.kv_pin
-        if pin and ttl_s is None:
-            raise BadRequest("`kv_pin` needs a `retention_ttl`: 0 lets go of the pin", "kv_pin")
+        kv = replace(body, retention_ttl=ttl_s, kv_pin=body.kv_pin or caller.kv_pin or None)
         query_id = f"{kind}-{caller.request_id}"
         if caller.is_own_id:
             # It may come twice, for a retry say; what the cluster sees must be unique.
@@ -301,11 +284,6 @@ class Intake:
                 prompt_token_ids=tuple(token_ids),
                 params=_with_seed(params, i),
                 cache_salt=body.cache_salt or "",
-                kv_select=body.kv_select or 0,
-                accepts_loss=self.settings.accepts_loss and body.kv_quality is None,
-                kv_window=body.kv_window or 0,
-                retention_ns=int((ttl_s or 0.0) * NS_PER_S),
-                pin=pin,
                 priority=body.priority or 0,
                 arrived_ns=caller.arrived_ns,
                 fairness_key=caller.fairness_key,
@@ -318,7 +296,7 @@ class Intake:
         return Query(
             query_id=query_id,
             model=model,
-            requests=tuple(requests),
+            requests=tuple(with_kv(request, kv, self.settings) for request in requests),
             prompts=len(asked),
             echoes=tuple(echo for _, _, echo in asked for _ in range(n)),
             is_stream=bool(body.stream),
@@ -336,6 +314,31 @@ def _or(value: float | None, default: float) -> float:
 
 def _are_all(items: Sequence[object], kind: type) -> TypeGuard[list[Any]]:
     return all(type(item) is kind for item in items)
+
+
+def with_kv(request: Request, asked: KVOptions, settings: ServerSettings) -> Request:
+    """Return a request with what is asked of its KV. Raises: `BadRequest`."""
+    parts = [name for name in ("kv_window", "kv_select") if getattr(asked, name)]
+    if parts and asked.kv_quality is not None:
+        raise BadRequest("a part of the KV is not exact: leave one of the two out", parts[-1])
+    if len(parts) > 1:
+        raise BadRequest("ask for `kv_window` or for `kv_select`, not for both", parts[-1])
+    if parts and not settings.accepts_window:
+        raise BadRequest(
+            "no request goes on here without all its KV: that takes --kv-quality and a model "
+            "without sliding windows",
+            parts[-1],
+        )
+    if asked.kv_pin and asked.retention_ttl is None:
+        raise BadRequest("`kv_pin` needs a `retention_ttl`: 0 lets go of the pin", "kv_pin")
+    return replace(
+        request,
+        accepts_loss=settings.accepts_loss and asked.kv_quality is None,
+        kv_window=asked.kv_window or 0,
+        kv_select=asked.kv_select or 0,
+        retention_ns=int((asked.retention_ttl or 0.0) * NS_PER_S),
+        pin=asked.kv_pin or "",
+    )
 
 
 def _with_seed(params: SamplingParams, offset: int) -> SamplingParams:

@@ -54,7 +54,19 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Struct, kw_only=True, forbid_unknown_fields=True):
+class KVOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What may be asked of a request's KV: in a body, and of `LLM` by the same names."""
+
+    kv_quality: Annotated[Literal["exact"], Meta(description=KV_QUALITY)] | None = None
+    kv_window: Annotated[int, Meta(ge=16, le=2**31 - 1, description=KV_WINDOW)] | None = None
+    kv_select: Annotated[int, Meta(ge=64, le=2**31 - 1, description=KV_SELECT)] | None = None
+    retention_ttl: (
+        Annotated[float, Meta(ge=0.0, le=RETENTION_MAX_S, description=RETENTION_TTL)] | None
+    ) = None
+    kv_pin: Annotated[str, Meta(min_length=1, max_length=128, description=KV_PIN)] | None = None
+
+
+class GenerationBody(KVOptions, kw_only=True, forbid_unknown_fields=True):
     """What both ways of asking for text have in common. Null means the default.
 
     `user`, `metadata`, `service_tier`, `safety_identifier` and `prompt_cache_key` are taken and
@@ -83,13 +95,6 @@ class GenerationBody(Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    kv_quality: Annotated[Literal["exact"], Meta(description=KV_QUALITY)] | None = None
-    kv_window: Annotated[int, Meta(ge=16, le=2**31 - 1, description=KV_WINDOW)] | None = None
-    kv_select: Annotated[int, Meta(ge=64, le=2**31 - 1, description=KV_SELECT)] | None = None
-    retention_ttl: (
-        Annotated[float, Meta(ge=0.0, le=RETENTION_MAX_S, description=RETENTION_TTL)] | None
-    ) = None
-    kv_pin: Annotated[str, Meta(min_length=1, max_length=128, description=KV_PIN)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
@@ -215,6 +220,17 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
         raise BadRequest("the body is not JSON: it is not UTF-8") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
+
+
+def kv_options(asked: Mapping[str, object]) -> KVOptions:
+    """Return what is asked of the KV by name.
+
+    Raises: `BadRequest` with the name at fault.
+    """
+    try:
+        return msgspec.convert(asked, KVOptions)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
 
 
 def refuse_unsupported(body: Struct, prefix: str = "") -> None:

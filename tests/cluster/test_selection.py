@@ -14,6 +14,7 @@ import pytest
 from penstock.cli.cluster import BUILTIN_MODEL
 from penstock.core.config import EngineConfig, Handoff
 from penstock.core.request import SamplingParams
+from penstock.core.types import MIB
 from penstock.runtime.local import LocalCluster
 from penstock.runtime.settings import ClusterSettings
 from tests.cluster.client import Stream, balanced
@@ -39,7 +40,9 @@ def prompts() -> list[list[int]]:
 
 
 def run(story: Callable[[LocalCluster], Awaitable[None]], **options) -> None:
-    engine = EngineConfig(model=str(BUILTIN_MODEL), dtype="float32", block_size=BLOCK_SIZE)
+    engine = EngineConfig(
+        model=str(BUILTIN_MODEL), dtype="float32", block_size=BLOCK_SIZE, kv_cache_bytes=64 * MIB
+    )
     settings = ClusterSettings(engine=engine, max_num_batched_tokens=128, **options)
 
     async def tell() -> None:

@@ -13,7 +13,7 @@ import pytest
 from penstock.cli.cluster import BUILTIN_MODEL
 from penstock.core.config import EngineConfig, Handoff
 from penstock.core.request import SamplingParams
-from penstock.core.types import FinishReason
+from penstock.core.types import MIB, FinishReason
 from penstock.runtime.local import LocalCluster
 from penstock.runtime.settings import ClusterSettings
 from tests.cluster.client import Stream, balanced
@@ -30,6 +30,7 @@ TOPOLOGIES = {
 LENGTHS = (1, 2, 5, 31, 32, 33, 64, 65, 100, 300)
 NUM_TOKENS = 40
 VOCAB_SIZE = 4096
+POOL_BYTES = 64 * MIB
 
 
 def prompts() -> list[list[int]]:
@@ -54,7 +55,7 @@ def seeded(index: int) -> SamplingParams:
 
 def settings(**options) -> ClusterSettings:
     # Small steps, so that long prompts go in chunks and share steps with those that decode.
-    engine = EngineConfig(model=str(BUILTIN_MODEL), dtype="float32")
+    engine = EngineConfig(model=str(BUILTIN_MODEL), dtype="float32", kv_cache_bytes=POOL_BYTES)
     return ClusterSettings(engine=engine, max_num_batched_tokens=128, **options)
 
 

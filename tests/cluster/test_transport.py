@@ -11,6 +11,7 @@ import pytest
 from penstock.cli.cluster import BUILTIN_MODEL
 from penstock.core.config import EngineConfig
 from penstock.core.request import SamplingParams
+from penstock.core.types import MIB
 from penstock.runtime.local import LocalCluster
 from penstock.runtime.settings import ClusterSettings
 from penstock.transport.key import VARIABLE
@@ -32,7 +33,7 @@ def test_tokens_do_not_depend_on_the_transport(transport: str, monkeypatch: pyte
     async def tell(folder: Path) -> None:
         log = folder / "log"
         settings = ClusterSettings(
-            engine=EngineConfig(model=str(BUILTIN_MODEL), dtype="float32"),
+            engine=EngineConfig(model=str(BUILTIN_MODEL), dtype="float32", kv_cache_bytes=64 * MIB),
             transport=transport,
             decision_log=str(log),
         )

@@ -214,19 +214,21 @@ class World:
 
 
 def explore(world: World, depth: int, path: list[Choice]) -> int:
-    """Take every choice, `depth` times one after the other; return how many ends were checked."""
+    """Take every choice, `depth` times one after the other; return how many ends were checked.
+
+    Others go on in copies of the world that is given, the last one in the world itself.
+    """
     choices = world.choices() if depth else []
     if not choices:
-        end = deepcopy(world)
         try:
-            end.settle()
-            end.check_end()
+            world.settle()
+            world.check_end()
         except AssertionError as error:
             raise AssertionError(f"{path}: {error}") from error
         return 1
     count = 0
-    for choice in choices:
-        following = deepcopy(world)
+    for number, choice in enumerate(choices, 1):
+        following = world if number == len(choices) else deepcopy(world)
         try:
             following.do(choice)
         except AssertionError as error:

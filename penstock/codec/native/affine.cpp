@@ -4,7 +4,7 @@
 // values have none, so a group is up to 32 channels of one token (KIVI, arXiv 2402.02750).
 // A plane is low [groups] and scale [groups] in float16, then codes [block_size, width]; for int4
 // the codes of tokens 2 i and 2 i + 1 share a byte, the former in its lower half.
-#include "sixteen.h"
+#include "wide.h"
 
 namespace penstock {
 namespace {
@@ -64,9 +64,9 @@ void encode_keys(const Shape& shape, const Plane& plane, const T* rows, uint8_t*
         uint8_t* to = codes + start * width * BITS / 8;
         const int64_t first = start / group * width;
         int64_t c = 0;
-#if defined(PENSTOCK_AVX2)
-        while (group % 4 == 0 && c + GROUP <= width) {
-            const int64_t count = min(CHUNK, (width - c) / GROUP * GROUP);
+#if defined(PENSTOCK_AVX512) || defined(PENSTOCK_AVX2)
+        while (group % 4 == 0 && c + PACK <= width) {
+            const int64_t count = min(CHUNK, (width - c) / PACK * PACK);
             encode_key_rows<T, BITS>(from + c, width, count, group, lows + first + c,
                                      scales + first + c, to + c);
             c += count;
@@ -151,7 +151,7 @@ void encode_values(const Shape& shape, const Plane& plane, const T* rows, uint8_
     const int64_t width = shape.width, group = plane.group, row_groups = width / group;
     float16* lows = (float16*)encoded;
     float16* scales = lows + plane.num_groups;
-#if defined(PENSTOCK_AVX2)
+#if defined(PENSTOCK_AVX512) || defined(PENSTOCK_AVX2)
     if (group == GROUP && row_groups % UNIT == 0) {
         for (int64_t t = 0; t < shape.block_size; t += ROWS)
             encode_value_rows<T, BITS>(rows + t * width, width, lows + t * row_groups,
@@ -215,8 +215,7 @@ inline void decode_half(const Parameters& parameters, int64_t first, int64_t gro
     }
 #endif
     for (; c + 2 * UNIT <= size; c += 2 * UNIT) {
-        // Measured: this far, and all the way up; the codes of int4 are too few for it to pay.
-        if constexpr (BITS == 8) __builtin_prefetch(codes + c + AHEAD, 0, 3);
+        __builtin_prefetch(codes + c + AHEAD, 0, 2);  // measured: this far, and not all the way up
         sink.put(to + c, unit(c), unit(c + UNIT));
     }
     if (c < size) store(to + c, unit(c));

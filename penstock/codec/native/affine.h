@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t GROUP = 32;
 constexpr int64_t CHUNK = 1024;  // groups whose parameters are kept as floats
-constexpr int64_t AHEAD = 1024;  // bytes of codes
+constexpr int64_t AHEAD = 4096;  // bytes of codes
 constexpr float LARGEST = 65504.f;
 
 inline int64_t group_of(int64_t size) {
