@@ -46,6 +46,8 @@ from penstock.runtime.tier_codecs import Chosen, wanted_codecs
 from penstock.runtime.worker import WorkerEngine, WorkerPlace
 
 INTERPRETED_KV_BYTES = 64 * MIB
+CODECS_TIMEOUT_S = 300.0
+"""For loading the model and measuring codecs on it; the host may be silent for twice as long."""
 
 
 def choose_device(engine: EngineConfig) -> EngineConfig:
@@ -114,7 +116,13 @@ def _choose_codecs(settings: ClusterSettings, plan: ModelPlan) -> Chosen:
             return msgspec.json.encode(_Answer(refusal=str(refusal)))
         return msgspec.json.encode(_Answer(found.codecs, found.notes))
 
-    answer = in_child(measure)
+    try:
+        answer = in_child(measure, CODECS_TIMEOUT_S)
+    except TimeoutError as error:
+        raise StartupFailed(
+            f"--kv-tier: the process that measures codecs on the model gave {error}: say "
+            "codec=raw in each --kv-tier to start without codecs"
+        ) from None
     if not answer:
         raise StartupFailed("--kv-tier: the process that measures codecs on the model has died")
     found = msgspec.json.decode(answer, type=_Answer)

@@ -122,6 +122,9 @@ class MoveClass(Enum):
     RELOCATE = "relocate"
     VERIFY = "verify"
 
+    # Members are single objects; Enum's own hash is a call into Python, and queues go by class.
+    __hash__ = object.__hash__
+
 
 class Span(Struct, frozen=True, array_like=True):
     """`num_blocks` adjacent blocks of one group, copied in one call."""

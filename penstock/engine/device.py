@@ -8,6 +8,9 @@ a process that has done so must not be forked: `probe_cuda` asks in a child of i
 from __future__ import annotations
 
 import os
+import select
+import signal
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 CUDA: Final = "cuda"
 INTERPRETER: Final = "interpreter"
 H200_MULTIPROCESSORS: Final = 132
+CUDA_TIMEOUT_S: Final = 120.0
+"""For the driver to say which GPUs there are; the first call may take many seconds."""
+_PIPE_BYTES: Final = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +104,26 @@ def no_cuda(name: str) -> str:
 
 
 def probe_cuda() -> tuple[CudaFacts, ...]:
-    """Return the CUDA devices, asked for in a child process: this one can still be forked."""
+    """Return the CUDA devices, asked for in a child process: this one can still be forked.
+
+    Raises: `StartupFailed` when the driver does not answer.
+    """
     if torch.version.cuda is None:
         return ()
-    return msgspec.json.decode(in_child(_ask) or b"[]", type=tuple[CudaFacts, ...])
+    try:
+        answer = in_child(_ask, CUDA_TIMEOUT_S)
+    except TimeoutError as error:
+        raise StartupFailed(
+            f"--device cuda: the driver gives {error}: see nvidia-smi, or use --device cpu"
+        ) from None
+    return msgspec.json.decode(answer or b"[]", type=tuple[CudaFacts, ...])
 
 
-def in_child(question: Callable[[], bytes]) -> bytes:
-    """Return what a forked child answers, which may use CUDA; nothing from one that died."""
+def in_child(question: Callable[[], bytes], timeout_s: float) -> bytes:
+    """Return what a forked child answers, which may use CUDA; nothing from one that died.
+
+    Raises: `TimeoutError` when it has not ended by then; it is killed.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -115,10 +133,18 @@ def in_child(question: Callable[[], bytes]) -> bytes:
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    return answer
+    deadline, answer = time.monotonic() + timeout_s, b""
+    try:
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                if not (part := pipe.read(_PIPE_BYTES)):
+                    return answer
+                answer += part
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    finally:
+        # One that has answered is ending by itself.
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def is_kernel_compiler_present() -> bool:

@@ -12,6 +12,7 @@ used is experience as well. `worker/tiers.py` asks whether a block is worth keep
 Source: Kaplan and Meier, Nonparametric estimation from incomplete observations, JASA 1958.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 from penstock.kv.tiers import BlockKey
@@ -24,6 +25,13 @@ OBSERVED_MAX: Final = 8192
 """Experience with an age is halved when it is from so many blocks: what is older fades."""
 AGAIN: Final = 1
 """The kind of blocks that were used more than once; those used once are kind 0."""
+
+
+@dataclass(slots=True, eq=False)
+class _Use:
+    key: BlockKey
+    tick: int
+    kind: int
 
 
 class ReuseHistory:
@@ -40,10 +48,11 @@ class ReuseHistory:
         self._chances: dict[tuple[int, int], float] = {}
         """Of each kind and age, until something is learnt."""
         self._tick = 0
-        self._last: dict[BlockKey, tuple[int, int]] = {}
-        """When each block was last used, and which kind it is."""
-        self._ring: list[BlockKey] = []
-        """The block of each of the last `size` ticks, at the tick modulo the size."""
+        self._last: dict[BlockKey, _Use] = {}
+        """The last use of each block."""
+        self._ring: list[_Use] = []
+        """What was used at each of the last `size` ticks, at the tick modulo the size; where the
+        block has been used since, its last use says another tick."""
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._last
@@ -53,18 +62,19 @@ class ReuseHistory:
 
     def use(self, key: BlockKey) -> None:
         """Note a use. O(log size)."""
-        kind = 0
-        if (before := self._last.get(key)) is not None:
-            last, before_kind = before
-            self._observe(before_kind, self._age(last), is_used=True)
-            kind = AGAIN
-        self._last[key] = self._tick, kind
+        self._chances.clear()
+        block = self._last.get(key)
+        if block is None:
+            block = self._last[key] = _Use(key, self._tick, 0)
+        else:
+            self._observe(block.kind, self._age(block.tick), is_used=True)
+            block.tick, block.kind = self._tick, AGAIN
         if self._tick < self._size:
-            self._ring.append(key)
+            self._ring.append(block)
         else:
             place = self._tick % self._size
             self._forget(self._ring[place])
-            self._ring[place] = key
+            self._ring[place] = block
         self._tick += 1
         self._grow_older()
 
@@ -77,14 +87,13 @@ class ReuseHistory:
         """Return how likely a block is used again within the history, given its age; 0 of a block
         that is too old to be remembered. O(log size), O(1) until something is learnt.
         """
-        found = self._last.get(key)
-        if found is None:
+        block = self._last.get(key)
+        if block is None:
             return 0.0
-        last, kind = found
-        of = kind, self._age(last)
+        of = kind, youngest = block.kind, self._age(block.tick)
         if of not in self._chances:
             unused = 1.0
-            for age in range(of[1], self._num_ages):
+            for age in range(youngest, self._num_ages):
                 used = self._used[kind][age] + self._prior_used
                 unused *= 1 - used / (self._observed[kind][age] + PRIOR_WEIGHT)
             self._chances[of] = 1 - unused
@@ -96,26 +105,25 @@ class ReuseHistory:
 
     def _grow_older(self) -> None:
         """Count the blocks that have just lived through a doubling of age unused."""
-        back, age, most = 2, 0, min(self._tick, self._size)
-        while back <= most and age < self._num_ages:
-            tick = self._tick - back
-            last, kind = self._last.get(self._ring[tick % self._size], (-1, 0))
-            if last == tick:
-                self._observe(kind, age, is_used=False)
-            back, age = 2 * back, age + 1
+        # A place before the ring's first is counted from its end, which is the place modulo size.
+        place = self._tick % self._size
+        for age in range(min(self._tick, self._size).bit_length() - 1):
+            back = 2 << age
+            block = self._ring[place - back]
+            if block.tick == self._tick - back:
+                self._observe(block.kind, age, is_used=False)
 
-    def _forget(self, key: BlockKey) -> None:
+    def _forget(self, block: _Use) -> None:
         """Give up a block whose tick is over, if it has not been used since."""
-        last, kind = self._last.get(key, (-1, 0))
-        if last == self._tick - self._size:
-            self._observe(kind, self._age(last), is_used=False)
-            del self._last[key]
+        if block.tick == self._tick - self._size:
+            self._observe(block.kind, self._age(block.tick), is_used=False)
+            del self._last[block.key]
 
     def _observe(self, kind: int, age: int, *, is_used: bool) -> None:
-        self._chances.clear()
-        observed, used = self._observed[kind], self._used[kind]
+        observed = self._observed[kind]
         observed[age] += 1
-        used[age] += is_used
+        if is_used:
+            self._used[kind][age] += 1
         if observed[age] > OBSERVED_MAX:
             observed[age] /= 2
-            used[age] /= 2
+            self._used[kind][age] /= 2

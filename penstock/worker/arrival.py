@@ -1,4 +1,4 @@
-"""`Arrival`: a request on its way to this worker, and what it was given here; its copies under way.
+"""`Arrival`: a request on its way to this worker, and what it was given here; its moves under way.
 
 `worker/decode.py`, its only user, says what becomes of it.
 """
@@ -62,7 +62,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class PendingMove:
     """A move under way: for whom, what (pulls or reshapes), how, and the how many-th try."""
 
     arrival: Arrival

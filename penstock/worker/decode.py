@@ -28,7 +28,7 @@ from penstock.kv.group import Pull
 from penstock.kv.tiers import RAW
 from penstock.transfer.reshape import whole_blocks
 from penstock.transfer.session import SINK, Session, SessionState
-from penstock.worker.arrival import Arrival, Copy
+from penstock.worker.arrival import Arrival, PendingMove
 from penstock.worker.numbers import Numbers
 from penstock.worker.reshaping import Reshaping
 from penstock.worker.sequence import Sequence, SequenceState
@@ -54,7 +54,7 @@ class PullDesk:
     num_recomputed: int = 0
     wires: Wires = field(init=False)
     _layouts: dict[WorkerId, KVLayout] = field(default_factory=dict)
-    _copies: dict[int, Copy] = field(default_factory=dict)
+    _moves: dict[int, PendingMove] = field(default_factory=dict)
     _ended: dict[RequestId, None] = field(default_factory=dict)
     _is_wake_due: bool = False
 
@@ -182,26 +182,26 @@ class PullDesk:
         Its state is HANDING_OFF when it may run now, WAITING when its KV has to be computed here,
         GONE when nobody wants it; the last two hold no blocks.
         """
-        copy = self._copies.pop(done.move_id)
-        arrival = copy.arrival
+        asked = self._moves.pop(done.move_id)
+        arrival = asked.arrival
         arrival.num_moves -= 1
         self.wires.note(arrival.offer.source, done)
         self.num_corrupt += done.is_corrupt
         self.num_stale += done.is_stale
         is_wanted = arrival.outcome is SequenceState.RUNNING
         tries_max = 1 if arrival.offer.is_push else PULLS_MAX
-        if is_wanted and done.is_corrupt and copy.tries < tries_max:
-            return None, [self._submit(replace(copy, codec=RAW, tries=copy.tries + 1))]
+        if is_wanted and done.is_corrupt and asked.tries < tries_max:
+            return None, [self._submit(replace(asked, codec=RAW, tries=asked.tries + 1))]
         arrival.is_spoiled |= is_wanted and done.is_corrupt
         if is_wanted and (done.is_corrupt or done.error is not None):
             self._abort(arrival, SequenceState.WAITING)
         elif is_wanted:
-            self._keep(copy, done)
+            self._keep(asked, done)
         return self._settle(arrival, now_ns)
 
     def source_of(self, move_id: int) -> WorkerId:
         """Return whose blocks a move under way copies."""
-        return self._copies[move_id].arrival.offer.source
+        return self._moves[move_id].arrival.offer.source
 
     def drop(
         self, request_id: RequestId, now_ns: int, *, is_fenced: bool = False
@@ -254,31 +254,31 @@ class PullDesk:
         if arrival.reshaping is not None:
             reshapes = arrival.reshaping.ask(offered)
             is_empty = not any(r.end for r in reshapes)
-            copies = [Copy(arrival, (), reshapes=reshapes)]
+            asked = [PendingMove(arrival, (), reshapes=reshapes)]
         else:
             parts = map(arrival.adoption.pulls, offered)
             pulls = tuple(map(Pull.joined, zip(*parts, strict=True)))
             is_empty = not any(p.source_ids for p in pulls)
-            copies = [Copy(arrival, *p) for p in self.wires.parts(arrival, pulls)]
+            asked = [PendingMove(arrival, *p) for p in self.wires.parts(arrival, pulls)]
         if is_empty and not arrival.is_complete:
             return []
-        return [self._submit(copy) for copy in copies]
+        return [self._submit(each) for each in asked]
 
-    def _submit(self, copy: Copy) -> Command:
-        arrival = copy.arrival
+    def _submit(self, asked: PendingMove) -> Command:
+        arrival = asked.arrival
         if arrival.session.state is not SessionState.IN_FLIGHT:
             arrival.session.move_to(SessionState.IN_FLIGHT)
         arrival.num_moves += 1
         move_id = self.move_ids.next()
-        self._copies[move_id] = copy
-        return SubmitMove(copy.move(move_id))
+        self._moves[move_id] = asked
+        return SubmitMove(asked.move(move_id))
 
-    def _keep(self, copy: Copy, done: MoveDone) -> None:
+    def _keep(self, asked: PendingMove, done: MoveDone) -> None:
         """Count what has landed, and keep the digests of full blocks."""
-        arrival = copy.arrival
+        arrival = asked.arrival
         assert arrival.adoption is not None
         num_full = arrival.offer.num_tokens // self.config.layout.block_size
-        groups = zip(copy.pulls, arrival.adoption.groups, strict=not copy.reshapes)
+        groups = zip(asked.pulls, arrival.adoption.groups, strict=not asked.reshapes)
         for index, (pull, adopted) in enumerate(groups):
             arrival.num_pulled += len(pull.source_ids)
             arrival.is_verified &= pull.is_verified
@@ -288,10 +288,10 @@ class PullDesk:
             digests = done.digests[index] if pull.digests and done.digests else pull.digests
             rows = zip(pull.destination_ids, digests, strict=False)
             self.kv.note_digests(index, [row for row in rows if row[0] != partial_id])
-        for index, (wanted, digests) in enumerate(zip(copy.reshapes, done.digests, strict=False)):
+        for index, (wanted, digests) in enumerate(zip(asked.reshapes, done.digests, strict=False)):
             filled = whole_blocks(wanted, self.config.layout.block_size)
             self.kv.note_digests(index, zip(filled, digests, strict=False))
-        arrival.is_verified &= all(r.is_verified for r in copy.reshapes)
+        arrival.is_verified &= all(r.is_verified for r in asked.reshapes)
         # What was pushed has been copied by the other side, which has stamped how long that took.
         copied_ns = 0 if arrival.offer.is_push else done.finished_ns - done.started_ns
         arrival.offer.timeline.take_pull(

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import time
 
 import msgspec
+import psutil
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from penstock.cli.host import load
 from penstock.core.config import EngineConfig, Handoff
 from penstock.core.errors import StartupFailed
 from penstock.core.types import GIB
-from penstock.engine.device import CudaFacts
+from penstock.engine.device import CudaFacts, in_child
 from penstock.kv.quality import parse_quality
 from penstock.runtime.settings import ClusterSettings, NetworkSettings, TierSettings
 from tests.engine.tiny_models import save_model
@@ -137,6 +139,26 @@ def tiered(model: str, device_name: str, loss: str) -> ClusterSettings:
         tiers=(TierSettings(name="dram", num_bytes=1 << 20, codec="int8"),),
         kv_quality=parse_quality(loss),
     )
+
+
+def test_codecs_that_are_not_measured_in_time_end_the_start(readable, monkeypatch):
+    monkeypatch.setattr(device, "CODECS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(device, "load_model", lambda *_: time.sleep(60))
+    before = psutil.Process().children()
+    with pytest.raises(
+        StartupFailed, match=r"--kv-tier: .* no answer within 0\.2 s: say codec=raw"
+    ):
+        load_on_device(tiered(readable, "interpreter", "1%"))
+    assert psutil.Process().children() == before
+
+
+def test_a_child_answers_or_dies_or_takes_too_long():
+    before = psutil.Process().children()
+    assert in_child(lambda: b"x" * 200_000, 60.0) == b"x" * 200_000
+    assert in_child(lambda: os._exit(1), 60.0) == b""
+    with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+        in_child(lambda: time.sleep(60) or b"late", 0.1)
+    assert psutil.Process().children() == before
 
 
 @pytest.mark.slow
