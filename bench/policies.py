@@ -21,7 +21,8 @@ to short prompts with long answers and back; its rate is what the right split of
 before, which no policy can reach. With `--seeds` every figure is one of each seed, and a ratio one
 of two figures of the same seed. With promises, requests are refused that would come too late,
 which the classic policies may use as well. `day` is a day of an R1-like service in five minutes:
-every twelfth request of an hour into which it was squeezed, twelve times as fast.
+every twelfth request of an hour into which it was squeezed, twelve times as fast; `day_busy` is the
+same at more than twice the rate, where an even split is wrong.
 
 What is asked of us, said with each figure as held or missed: where the ratio of prompts to answers
 swings so that no split is right for long, 1.3 times the best that does not change roles, and it is
@@ -128,6 +129,7 @@ def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
     if options.servegen:
         day = {"duration_s": 300.0, "thinned": 12}
         yield make("day", eight, options.servegen, load=0.5, **day)
+        yield make("day_busy", eight, options.servegen, load=1.2, **day)
     if options.mooncake:
         yield make("mooncake_8", eight, options.mooncake, load=0.6, slo=LONG_SLO)
         wide = {"slo": LONG_SLO, "duration_s": 40.0}
@@ -187,7 +189,10 @@ class Bench:
             is_switching_roles=is_switching,
             max_queued=100_000,
         )
+        # Long enough for the longest answer at the TPOT that is asked for.
+        longest = max(arrival.output_tokens for arrival in self.arrivals)
         limit_s = self.arrivals[-1].at_ns / NS_PER_S + 60 + slo.ttft_ms / 100
+        limit_s += longest * slo.tpot_ms / 1000
         spec = ServeSpec(members=members, controller=controller, sample_ns=5 * NS_PER_S)
         return ModelledCluster(spec, self.arrivals).run(limit_s=limit_s)
 

@@ -2,6 +2,7 @@
 
     python bench/published.py            all, some minutes
     python bench/published.py --quick    a part of each, a few seconds
+    python bench/published.py --only throughput|scenarios|mixed|kvdirect    beside kept results
 
 FlowKV's throughput: Llama-3.1-8B on two A100, one for either part or both for both, prompts of
 1K, 5K and 10K tokens, answers of 256, output tokens per second. Its three scenarios (normal,
@@ -207,15 +208,23 @@ def main() -> None:
     """Simulate both and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a part of each")
+    parser.add_argument("--only", metavar="PART", help="one part, beside kept results")
     parser.add_argument("--output", metavar="FILE", help="where to keep the results")
     options = parser.parse_args()
     gc.set_threshold(200_000, 50, 50)
     report = Report("published", settings={"times of KVDirect's parts": ", ".join(PARTS) + ", ms"})
-    flowkv_throughput(report)
-    flowkv_scenarios(report, 20.0 if options.quick else 120.0)
-    flowkv(report, ["multi_news"] if options.quick else list(FLOWKV_TASKS))
+    if options.only:
+        report.resume(options.output)
     prompts, rates = ([8192], [0.5, 2.0]) if options.quick else ([8192, 16384, 32768], [])
-    kvdirect(report, prompts, rates or [0.25, 0.5, 1.0, 2.0, 4.0])
+    parts = {
+        "throughput": lambda: flowkv_throughput(report),
+        "scenarios": lambda: flowkv_scenarios(report, 20.0 if options.quick else 120.0),
+        "mixed": lambda: flowkv(report, ["multi_news"] if options.quick else list(FLOWKV_TASKS)),
+        "kvdirect": lambda: kvdirect(report, prompts, rates or [0.25, 0.5, 1.0, 2.0, 4.0]),
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            part()
     report.finish(options.output)
 
 

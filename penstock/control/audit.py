@@ -28,7 +28,7 @@ def audit(
         is_queued = record.state is RequestState.QUEUED
         assert is_queued == (record.request_id in queue), record.request_id
         assert is_queued == (record.booking is None), record.request_id
-    bookings = [r.booking for r in requests.values() if r.booking is not None]
+    bookings = [r.booking for r in requests.values() if r.booking is not None and not r.been]
     landing = sum(b.arriving_tokens for b in bookings if not b.is_prefilling)
     assert fleet.landing_tokens == landing, (fleet.landing_tokens, landing)
     for worker in fleet:

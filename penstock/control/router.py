@@ -131,7 +131,6 @@ class Router:
         source.num_requests += 1
         booking.arriving_tokens = record.num_tokens
         to.arriving_tokens += record.num_tokens
-        self._fleet.landing_tokens += record.num_tokens
         self._book_decode(booking, to)
         self._fleet.refresh(source)
 
@@ -161,8 +160,9 @@ class Router:
         if booking is None or decode is None or not booking.arriving_tokens:
             return
         decode.arriving_tokens -= booking.arriving_tokens
-        self._fleet.landing_tokens -= booking.arriving_tokens
-        self._fleet.landed_tokens += booking.arriving_tokens
+        if not record.been:  # what moves waits for nothing: it goes on where it was
+            self._fleet.landing_tokens -= booking.arriving_tokens
+            self._fleet.landed_tokens += booking.arriving_tokens
         booking.arriving_tokens = 0
         self._fleet.refresh(decode)
 
