@@ -97,9 +97,10 @@ QUICK = ControllerConfig(
     policy="predicted",
     is_switching_roles=True,
     role_interval_ms=20,
-    role_cooldown_ms=100,
-    usual_ttft_ms=10,
+    role_cooldown_ms=5000,
+    usual_ttft_ms=1000,
 )
+"""Hand-offs keep this TTFT on a machine with much else to do, and forty prompts do not."""
 
 
 async def press(cluster: LocalCluster, seed: int, until: Callable[[], object]) -> None:
