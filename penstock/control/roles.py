@@ -136,6 +136,7 @@ class Roles:
         self._landing_tokens = 0.0
         self._landed_per_ns = 0.0
         self._landed_tokens = 0
+        self._landing_since_ns = 0
         self._context_tokens = USUAL_TOKENS
         self._favours: Role | None = None
         self._num_looks = 0
@@ -216,7 +217,10 @@ class Roles:
         work_ns = self._fleet.work_ns - self._work_ns
         use = work_ns / (elapsed_ns * max(len(prefill), 1))
         # After a pause the past says nothing.
-        weight = 1.0 if elapsed_ns > 10 * NS_PER_S else SMOOTHING
+        is_after_pause = elapsed_ns > 10 * NS_PER_S
+        weight = 1.0 if is_after_pause else SMOOTHING
+        if is_after_pause or not self._fleet.landing_tokens:
+            self._landing_since_ns = now_ns
         self._use += (use - self._use) * weight
         self._wants_decode += (self._waits_for_decode(prefill) - self._wants_decode) * weight
         wanted_per_ns = (self._fleet.output_tokens - self._output_tokens) / elapsed_ns
@@ -265,8 +269,10 @@ class Roles:
         num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
         held = sum(w.kv_tokens for w in everybody) / max(room, 1)
+        # What is on its way over what arrives; when it begins to come little has arrived yet, but
+        # nothing has been on its way for longer than this.
         landing_ns = self._landing_tokens / max(self._landed_per_ns, 1e-12)
-        late = landing_ns / self._slo_ttft_ns
+        late = min(landing_ns, self._looked_ns - self._landing_since_ns) / self._slo_ttft_ns
         return max(num_decodes / seats, self._wanted_per_ns / most_per_ns, held, late)
 
     @property

@@ -129,7 +129,10 @@ class Orchestrator:
             return Outcome.COMING
         if not self.residency.present(key):
             return Outcome.MISSING
-        if not self._bring(key, MoveClass.ONBOARD, deadline_ns, now_ns):
+        if self._bring(key, MoveClass.ONBOARD, deadline_ns, now_ns):
+            # An earlier need may have waited for room.
+            self._stalled.pop(key, None)
+        else:
             self._stalled[key] = min(deadline_ns, self._stalled.get(key, deadline_ns))
         return Outcome.COMING
 

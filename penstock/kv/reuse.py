@@ -104,14 +104,17 @@ class ReuseHistory:
         return min((self._tick - last).bit_length(), self._num_ages) - 1
 
     def _grow_older(self) -> None:
-        """Count the blocks that have just lived through a doubling of age unused."""
+        """Count the blocks that have just lived through a doubling of age unused, as `_observe`."""
         # A place before the ring's first is counted from its end, which is the place modulo size.
-        place = self._tick % self._size
+        ring, now, place = self._ring, self._tick, self._tick % self._size
         for age in range(min(self._tick, self._size).bit_length() - 1):
             back = 2 << age
-            block = self._ring[place - back]
-            if block.tick == self._tick - back:
-                self._observe(block.kind, age, is_used=False)
+            block = ring[place - back]
+            if block.tick == now - back:
+                observed = self._observed[block.kind]
+                observed[age] += 1
+                if observed[age] > OBSERVED_MAX:
+                    self._fade(block.kind, age)
 
     def _forget(self, block: _Use) -> None:
         """Give up a block whose tick is over, if it has not been used since."""
@@ -120,10 +123,11 @@ class ReuseHistory:
             del self._last[block.key]
 
     def _observe(self, kind: int, age: int, *, is_used: bool) -> None:
-        observed = self._observed[kind]
-        observed[age] += 1
-        if is_used:
-            self._used[kind][age] += 1
-        if observed[age] > OBSERVED_MAX:
-            observed[age] /= 2
-            self._used[kind][age] /= 2
+        self._observed[kind][age] += 1
+        self._used[kind][age] += is_used
+        if self._observed[kind][age] > OBSERVED_MAX:
+            self._fade(kind, age)
+
+    def _fade(self, kind: int, age: int) -> None:
+        self._observed[kind][age] /= 2
+        self._used[kind][age] /= 2

@@ -80,17 +80,15 @@ def test_roles_that_change_under_load_lose_nothing():
         status = cluster.status()
         assert (status.failed, status.retried, status.flips) == (0, 0, 0)
         await balanced(cluster)
-        # What it has cached it still has after twelve flips.
-        cluster.set_role(D1, Role.PREFILL, is_pinned=True)
+        # What it has cached it still has after twelve flips; nobody else is left to be asked.
+        for worker in (P0, D0):
+            cluster.retire_worker(worker)
         was_there = [D1 in (s.timeline.prefill_worker, s.timeline.decode_worker) for s in streams]
-        num_hits = 0
         for prompt, tokens in compress(zip(asked, expected, strict=True), was_there):
             again = Stream(cluster, prompt, greedy(30))
             assert await again.tokens() == tokens
-            if again.timeline.prefill_worker == D1:
-                assert again.timeline.cached_tokens >= 128
-                num_hits += 1
-        assert num_hits
+            assert again.timeline.prefill_worker == D1
+            assert again.timeline.cached_tokens >= 128
 
     run(story, ControllerConfig(policy="predicted"), decode=2)
 
@@ -99,9 +97,10 @@ QUICK = ControllerConfig(
     policy="predicted",
     is_switching_roles=True,
     role_interval_ms=20,
-    role_cooldown_ms=100,
-    usual_ttft_ms=10,
+    role_cooldown_ms=5000,
+    usual_ttft_ms=1000,
 )
+"""Hand-offs keep this TTFT on a machine with much else to do, and forty prompts do not."""
 
 
 async def press(cluster: LocalCluster, seed: int, until: Callable[[], object]) -> None:

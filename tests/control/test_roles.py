@@ -181,6 +181,19 @@ def test_prompts_that_take_long_to_arrive_count_on_the_side_that_pulls(num_looks
     assert (roles(story).count("d") > 1) is (num_looks > 0)
 
 
+def test_what_begins_to_arrive_has_been_on_its_way_no_longer_than_since_then() -> None:
+    story = make("p0", "d0")
+    story.submit("r0", LONG)
+    ((prefill, _),) = story.pairs()
+    story.offered(prefill, "r0")
+    late = []
+    for _ in range(3):
+        story.pass_time(1000, "roles")
+        late.append(story.controller.roles.loads.decode)
+    # Seconds, over the TTFT of half a second.
+    assert late == pytest.approx([2, 4, 6], rel=1e-3)
+
+
 @pytest.mark.parametrize(("num_seats", "num_decodes"), [(200, 80), (20, 8)])
 def test_few_vary_more_than_many(num_seats: int, num_decodes: int) -> None:
     story = make("p0", "d0", "d1", max_num_seqs=num_seats)

@@ -95,6 +95,26 @@ def test_a_hit_waits_for_nothing_and_a_stranger_is_missing():
         orchestrator.use("a", 6)
 
 
+def test_a_block_that_waited_for_room_and_is_needed_again_is_brought_once():
+    orchestrator, _ = make(hbm=2)
+    for key in ("a", "c"):
+        orchestrator.store(key, Tier.HBM, RAW)
+        orchestrator.store(key, Tier.DRAM, RAW)
+        assert orchestrator.need(key, 0, 0) is Outcome.HIT
+    orchestrator.store("b", Tier.DRAM, RAW)
+    assert orchestrator.need("b", 5, 0) is Outcome.COMING
+    assert orchestrator.start(0) == ([], []), "there is no room beside what is needed"
+    for key in ("a", "c"):
+        orchestrator.use(key, 1)
+    assert orchestrator.need("b", 9, 1) is Outcome.COMING
+    carrier = Carrier(orchestrator)
+    carrier.settle(1)
+    assert carrier.moved == [("dram", "hbm", ["b"])]
+    assert orchestrator.num_evicted[Tier.HBM] == 1
+    for _ in range(2):
+        orchestrator.use("b", 2)
+
+
 def test_an_encoded_block_crosses_is_decoded_and_stays_below():
     orchestrator, _ = make()
     orchestrator.store("a", Tier.DRAM, "int8")
