@@ -227,7 +227,7 @@ def run_scenario(report: Report, scenario: Scenario, options: argparse.Namespace
         began_s = time.monotonic()
         kept = by_seed.get(f"{scenario.name}.{seed}", {}) if options.switching else {}
         goodputs = {k: v for k, v in kept.items() if not k.startswith(SWITCH)}
-        goodputs |= measure(scenario, int(seed), options, is_static=not kept)
+        goodputs |= measure(scenario, int(seed), options, is_static=not goodputs)
         by_seed[f"{scenario.name}.{seed}"] = goodputs
         print(f"  ({time.monotonic() - began_s:.0f} s)", flush=True)
         report.keep(options.output)
