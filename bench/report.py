@@ -7,6 +7,7 @@ Used by the scripts beside it; run those, not this.
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,9 +58,13 @@ def machine() -> dict[str, object]:
 
 
 class Report:
-    """Collects figures while a benchmark runs; `finish` prints and keeps them."""
+    """Collects figures while a benchmark runs; `finish` prints and keeps them.
+
+    From its making on the process ends on SIGTERM as on Ctrl-C: the servers it has started with it.
+    """
 
     def __init__(self, name: str, *, settings: dict[str, object] | None = None) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.name = name
         self.settings = settings or {}
         self.figures: dict[str, float] = {}
