@@ -51,12 +51,13 @@ def run_seed(policy: str, seed: int) -> tuple[SimCluster, list[Request]]:
         is_switching_roles=True,
         role_interval_ms=1.0,
         role_cooldown_ms=3.0,
-        usual_ttft_ms=3.0,
-        usual_tpot_ms=6.0,
+        usual_ttft_ms=20.0,
+        usual_tpot_ms=3.0,
         admit_backlog_ms=rng.choice((1.0, 20.0, 1e6)),
     )
     spec = ClusterSpec(
         roles=ROLES,
+        max_num_seqs=64,
         num_blocks=(rng.choice((24, 256)),),
         link_cost=LinkCost(jitter_ns=rng.choice((0, 200_000)), loss=rng.choice((0.0, 0.02))),
     )
