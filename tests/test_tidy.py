@@ -87,7 +87,9 @@ def test_tests_mirror_the_tree():
     _assert_none(check_mirror([source.path for source in SOURCES]))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/ARCHITECTURE.md", "docs/MEASURED.md", "docs/STYLE.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/ARCHITECTURE.md", "docs/MEASURED.md", "docs/STYLE.md"]
+)
 def test_documents_name_what_exists(document: str):
     _assert_none(check_named_paths(document, (ROOT / document).read_text(), ROOT))
 
