@@ -58,8 +58,10 @@ class PromptBlocks:
         self._block_size = block_size
         self._root = root
 
-    def __iter__(self) -> Iterator[BlockHash]:
-        """Yield the names in order; each also names all before it."""
+    def __iter__(self) -> Iterator[tuple[BlockHash, ...]]:
+        """Yield the names in order, those of a known chunk together; each also names all before
+        it.
+        """
         token_ids, size, parent = self._token_ids, self._block_size, self._root
         num_tokens = self.num_blocks * size
         layout = f"<{size}I"
@@ -72,10 +74,10 @@ class PromptBlocks:
                 for begin in range(start, stop, size):
                     parent = name_block(parent, pack(layout, *token_ids[begin : begin + size]))
                     fresh.append(parent)
-                    yield parent
+                    yield (parent,)
                 self._known[key] = tuple(fresh)
             else:
-                yield from names
+                yield names
                 parent = names[-1]
 
 
@@ -156,18 +158,22 @@ class PrefixIndex:
         """
         levels: list[Level] = []
         live, num_blocks, before = self._live, 0, -1
-        young = self._young
-        for name in blocks:
-            having = young.get(name) or self._rejuvenate(name)
-            if having != before:
-                before = having
-                left = live & having
-                if left != live:
-                    levels.append((num_blocks, live ^ left))
-                    live = left
-                    if not live:
-                        return levels
-            num_blocks += 1
+        find = self._young.get
+        for names in blocks:
+            if len(names) > 1 and set(map(find, names)) == {before}:  # as those before, all of them
+                num_blocks += len(names)
+                continue
+            for name in names:
+                having = find(name) or self._rejuvenate(name)
+                if having != before:
+                    before = having
+                    left = live & having
+                    if left != live:
+                        levels.append((num_blocks, live ^ left))
+                        live = left
+                        if not live:
+                            return levels
+                num_blocks += 1
         levels.append((num_blocks, live))
         return levels
 
