@@ -28,7 +28,7 @@ BLOCKS_MAX: Final = 4_000_000
 CHUNK_BLOCKS: Final = 8
 """Blocks that are known or not as one."""
 KNOWN_MAX: Final = 30_000
-"""Chunks whose names are remembered, about 600 bytes each."""
+"""Chunks and blocks whose names are remembered, 600 and 250 bytes each."""
 DEAD_SLOTS_MAX: Final = 64
 FEW_WORKERS: Final = 12
 
@@ -37,16 +37,16 @@ Int64 = npt.NDArray[np.int64]
 
 
 Known = dict[tuple[BlockHash, int], tuple[BlockHash, ...]]
-"""Names of a chunk of blocks by what is before it and a 64-bit hash of its tokens."""
+"""Names of a chunk of blocks, or of one, by what is before it and a 64-bit hash of its tokens."""
 
 
 class PromptBlocks:
     """The names of a prompt's full blocks behind `root`, hashed one after the other as somebody
     asks.
 
-    A chunk that was walked to its end is `known` from then on, and not hashed again: prompts share
-    their beginnings. Should two chunks ever be taken for one another, a prompt goes where its
-    prefix is not, and is computed there.
+    A block that was walked is `known` from then on, and not named again, nor is a chunk that was
+    walked to its end: prompts share their beginnings. Should two ever be taken for one another, a
+    prompt goes where its prefix is not, and is computed there.
     """
 
     def __init__(
@@ -63,22 +63,27 @@ class PromptBlocks:
         it.
         """
         token_ids, size, parent = self._token_ids, self._block_size, self._root
+        known, layout = self._known, f"<{size}I"
         num_tokens = self.num_blocks * size
-        layout = f"<{size}I"
         for start in range(0, num_tokens, CHUNK_BLOCKS * size):
             stop = min(start + CHUNK_BLOCKS * size, num_tokens)
-            key = (parent, hash(tuple(token_ids[start:stop])))
-            names = self._known.get(key)
-            if names is None:
-                fresh = []
-                for begin in range(start, stop, size):
-                    parent = name_block(parent, pack(layout, *token_ids[begin : begin + size]))
-                    fresh.append(parent)
-                    yield (parent,)
-                self._known[key] = tuple(fresh)
-            else:
+            chunk = parent, hash(tuple(token_ids[start:stop]))
+            names = known.get(chunk)
+            if names is not None:
                 yield names
                 parent = names[-1]
+                continue
+            walked = []
+            for begin in range(start, stop, size):
+                tokens = tuple(token_ids[begin : begin + size])
+                block = parent, hash(tokens)
+                if block not in known:
+                    known[block] = (name_block(parent, pack(layout, *tokens)),)
+                names = known[block]
+                yield names
+                (parent,) = names
+                walked.append(parent)
+            known[chunk] = tuple(walked)
 
 
 Level = tuple[int, int]
