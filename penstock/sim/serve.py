@@ -51,9 +51,9 @@ class ServeSpec:
     worker: the result is the same with 1, and takes twenty times as long.
     `is_defragmenting` is off because its plans take as long to make as all else, and what they
     save, microseconds of a pull, is beneath what is asked here. A dead worker stays away for
-    `respawn_ns`, and as long takes one that the controller asks for, on the first host and of the
-    hardware of the first of its role; everybody is looked at once per `sample_ns`. `seed` is of
-    what is drawn where a calibration says how uneven steps and messages are.
+    `respawn_ns`, and as long takes one that the controller asks for, on the host and the hardware
+    of the first of its role; everybody is looked at once per `sample_ns`. `seed` is of what is
+    drawn where a calibration says how uneven steps and messages are.
     """
 
     members: tuple[Member, ...]
@@ -101,8 +101,11 @@ class ModelledWorker:
         hardware = member.hardware
         layout = spec.layout or layout_of(hardware.model, spec.block_size)
         num_blocks = hardware.capacity_tokens // layout.block_size
-        # Pushes are modelled between hosts, too, which workers do only within one.
-        is_named = member.host > 0 and spec.handoff is not Handoff.PUSH
+        # So that roles are spread over hosts. Not where workers come and go, which is for those of
+        # the server's own host, nor for pushes, which workers do only within one: either is
+        # modelled on all of them.
+        is_elastic = spec.controller.workers_max > 0
+        is_named = member.host > 0 and not is_elastic and spec.handoff is not Handoff.PUSH
         self.member = member
         self.config = WorkerConfig(
             worker_id=WorkerId(member.name),
@@ -308,8 +311,7 @@ class ModelledCluster:
         for role in change.start:
             like = next((m for m in self.spec.members if m.role is role), self.spec.members[0])
             names = (f"{role.value}-{number}" for number in count())
-            name = next(filter(self._is_free, names))
-            member = replace(like, name=name, role=role, host=self.spec.members[0].host)
+            member = replace(like, name=next(filter(self._is_free, names)), role=role)
             self._hosts[WorkerId(member.name)] = member.host
             self._coming.add(member.name)
             before = self.workers.get(member.name)

@@ -136,6 +136,24 @@ def test_the_limit_ends_a_run_and_says_what_is_left() -> None:
     assert cluster.run(limit_s=3.0).unfinished == 1
 
 
+def test_workers_of_every_simulated_host_count_and_may_be_retired() -> None:
+    control = ControllerConfig(
+        policy="predicted",
+        workers_min=2,
+        workers_max=4,
+        resize_pause_ms=1000.0,
+        retire_after_ms=2000.0,
+        usual_ttft_ms=1000.0,
+    )
+    members = parse_fleet("2xH100:prefill,2xH100:decode", MODEL, gpus_per_host=2)
+    assert {member.host for member in members} == {0, 1}
+    flood = [Arrival((20 * i) * NS_PER_MS, ((10 + i, 3000),), 30) for i in range(1500)]
+    after = [Arrival(NS_PER_S * (90 + i), ((5000 + i, 300),), 10) for i in range(60)]
+    seen = serve(flood + after, ServeSpec(members=members, controller=control))
+    assert (seen.started, seen.retired) == (0, 2)
+    assert len(seen.samples[-1].roles) == 2
+
+
 def test_workers_come_with_a_wave_of_requests_and_go_after_it() -> None:
     control = ControllerConfig(
         policy="predicted",
