@@ -346,10 +346,12 @@ def main() -> None:
     report = Report("policies", settings={"policies": ", ".join(options.policies)})
     if options.add:
         report.resume(options.output)
-    for scenario in scenarios(options):
-        if options.only in (None, scenario.name):
-            run_scenario(report, scenario, options)
-            report.keep(options.output)
+    asked = [one for one in scenarios(options) if options.only in (None, one.name)]
+    if not asked:
+        parser.error(f"--only {options.only}: no such load, or it needs its recorded FILE")
+    for scenario in asked:
+        run_scenario(report, scenario, options)
+        report.keep(options.output)
     report.finish(options.output)
 
 
