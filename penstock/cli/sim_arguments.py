@@ -198,6 +198,7 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
 
 def _add_policy(group: argparse._ArgumentGroup, *, is_switching: bool) -> None:
     add = group.add_argument
+    default = "they may, as in penstock serve" if is_switching else "they stay: splits are compared"
     add(
         "--policy",
         choices=POLICIES,
@@ -214,10 +215,7 @@ def _add_policy(group: argparse._ArgumentGroup, *, is_switching: bool) -> None:
         "--role-switching",
         action=argparse.BooleanOptionalAction,
         default=is_switching,
-        help="let workers change sides as the load asks for (default: "
-        + (
-            "they may, as in penstock serve)" if is_switching else "they stay: splits are compared)"
-        ),
+        help=f"let workers change sides as the load asks for (default: {default})",
     )
     add("--max-queued", type=_positive, default=100_000, metavar="N", help="default 100000")
 

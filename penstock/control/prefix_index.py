@@ -77,9 +77,9 @@ class PromptBlocks:
             for begin in range(start, stop, size):
                 tokens = tuple(token_ids[begin : begin + size])
                 block = parent, hash(tokens)
-                if block not in known:
-                    known[block] = (name_block(parent, pack(layout, *tokens)),)
-                names = known[block]
+                names = known.get(block)
+                if names is None:
+                    names = known[block] = (name_block(parent, pack(layout, *tokens)),)
                 yield names
                 (parent,) = names
                 walked.append(parent)
