@@ -265,6 +265,8 @@ def show(calibration: Calibration, taken: Taken) -> None:
             f" + {times.e:.4f} batch + {times.f:.2e} context ms"
         )
         assert member.hardware.spread is not None
+        bends = member.hardware.spread.bends
+        print("    bent by", " ".join(f"{batch}: {bend:.2f}" for batch, bend in bends.items()))
         for kind, ratios in member.hardware.spread.ratios.items():
             what = "prefill" if kind.has_prefill else "decode"
             what += " of a newcomer" if kind.has_newcomer else ""
