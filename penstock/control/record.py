@@ -30,9 +30,9 @@ class WorkerRecord:
     `prefill_tokens` are tokens assigned to it whose prefill is not known to be done, `backlog_ns`
     the time expected for them, `free_at_ns` when it should be through. `decode_tokens` are the KV
     slots that the requests decoding there, or on their way, take at most, `kv_tokens` what they are
-    expected to, `held_tokens` what they do so far, `context_tokens` what they look at; `num_decodes` counts them. `arriving_tokens`
-    are those of prompts whose KV is to come from another worker and is not known to be there.
-    `num_requests` counts all.
+    expected to, `held_tokens` what they do so far, `context_tokens` what they look at;
+    `num_decodes` counts them. `arriving_tokens` are those of prompts whose KV is to come from
+    another worker and is not known to be there. `num_requests` counts all.
     """
 
     __slots__ = (
@@ -90,8 +90,8 @@ class WorkerRecord:
 
     @property
     def taken_tokens(self) -> float:
-        """Tokens of its pool that are not to be had for more: what its sequences are expected to hold
-        at most, or hold already, for those that go on are those that turn out longer.
+        """Tokens of its pool that nobody else can have: those that its sequences are expected to
+        hold, or hold already, since those that go on are those that turn out longer.
         """
         ahead_tokens = self.num_decodes * self.info.layout.block_size * BLOCKS_AHEAD
         return max(self.kv_tokens, self.held_tokens + ahead_tokens)
