@@ -46,6 +46,7 @@ def _check_books(worker: WorkerRecord, records: list[RequestRecord]) -> None:
         len(bookings),
         sum(b.decode_tokens for b in bookings),
         sum(b.kv_tokens for b in bookings),
+        sum(r.num_tokens for r in records if r.decode is worker),
         sum(b.context_tokens for b in bookings),
     )
     books = (
@@ -55,6 +56,7 @@ def _check_books(worker: WorkerRecord, records: list[RequestRecord]) -> None:
         worker.num_decodes,
         worker.decode_tokens,
         worker.kv_tokens,
+        worker.held_tokens,
         worker.context_tokens,
     )
     assert books == sums, (worker.info.worker_id, books, sums)

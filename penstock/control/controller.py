@@ -253,7 +253,7 @@ class Controller:
             if record.been and not is_due(record, event.worker_id, output):
                 continue
             record.output_token_ids += output.token_ids
-            self.router.lengths.note_tokens(len(output.token_ids))
+            self.router.note_tokens(record, len(output.token_ids))
             if not record.is_decoding:
                 self._start_decoding(record, output, now_ns)
             elif record.been:

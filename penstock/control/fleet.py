@@ -199,7 +199,7 @@ class Fleet:
         context_ns = per_token * worker.context_tokens
         self.step[slot] = fixed + per_sequence * (worker.num_decodes + 1) + context_ns
         # An idle worker takes what cannot fit anywhere else either.
-        room = worker.capacity_tokens - worker.kv_tokens
+        room = worker.capacity_tokens - worker.taken_tokens
         if worker.num_decodes and self._is_holding:
             self.kv_free[slot] = room
             self.kv_free_least = min(self.kv_free_least, room)
@@ -320,6 +320,7 @@ class Fleet:
                     *books,
                     worker.arriving_tokens,
                     worker.kv_tokens,
+                    worker.held_tokens,
                     worker.context_tokens,
                     worker.num_requests,
                 )

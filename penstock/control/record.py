@@ -13,6 +13,8 @@ from penstock.core.messages import Assign, Load, TokenOutput
 from penstock.core.request import REQUEST_TRANSITIONS, Request, RequestState, Timeline
 from penstock.core.types import RequestId, Role, WorkerId
 
+BLOCKS_AHEAD: Final = 1.5
+"""Of a sequence that decodes: half of its last one, and one that is kept free for it to grow."""
 SEATS_AHEAD: Final = 1.125
 """Decodes on a worker over those that run at once: some of them are still on their way."""
 
@@ -28,9 +30,9 @@ class WorkerRecord:
     `prefill_tokens` are tokens assigned to it whose prefill is not known to be done, `backlog_ns`
     the time expected for them, `free_at_ns` when it should be through. `decode_tokens` are the KV
     slots that the requests decoding there, or on their way, take at most, `kv_tokens` what they are
-    expected to, `context_tokens` what they look at; `num_decodes` counts them. `arriving_tokens`
-    are those of prompts whose KV is to come from another worker and is not known to be there.
-    `num_requests` counts all.
+    expected to, `held_tokens` what they do so far, `context_tokens` what they look at;
+    `num_decodes` counts them. `arriving_tokens` are those of prompts whose KV is to come from
+    another worker and is not known to be there. `num_requests` counts all.
     """
 
     __slots__ = (
@@ -42,6 +44,7 @@ class WorkerRecord:
         "decode_coefficients",
         "decode_tokens",
         "free_at_ns",
+        "held_tokens",
         "info",
         "is_leaving",
         "is_pinned",
@@ -82,7 +85,16 @@ class WorkerRecord:
         self.num_decodes = 0
         self.context_tokens = 0
         self.kv_tokens = 0
+        self.held_tokens = 0
         self.num_requests = 0
+
+    @property
+    def taken_tokens(self) -> float:
+        """Tokens of its pool that nobody else can have: those that its sequences are expected to
+        hold, or hold already, since those that go on are those that turn out longer.
+        """
+        ahead_tokens = self.num_decodes * self.info.layout.block_size * BLOCKS_AHEAD
+        return max(self.kv_tokens, self.held_tokens + ahead_tokens)
 
 
 class Booking:

@@ -268,7 +268,7 @@ class Roles:
         num_decodes = self._wants_decode * len(self._queue)
         num_decodes += sum(w.num_decodes for w in everybody)
         room = sum(w.capacity_tokens for w in workers)
-        held = sum(w.kv_tokens for w in everybody) / max(room, 1)
+        held = sum(w.taken_tokens for w in everybody) / max(room, 1)
         # What is on its way over what arrives; when it begins to come little has arrived yet, but
         # nothing has been on its way for longer than this.
         landing_ns = self._landing_tokens / max(self._landed_per_ns, 1e-12)

@@ -131,7 +131,7 @@ class Router:
         source.num_requests += 1
         booking.arriving_tokens = record.num_tokens
         to.arriving_tokens += record.num_tokens
-        self._book_decode(booking, to)
+        self._book_decode(booking, record, to)
         self._fleet.refresh(source)
 
     def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
@@ -153,6 +153,12 @@ class Router:
         worker.backlog_ns = worker.backlog_ns - booking.prefill_ns if worker.num_prefills else 0.0
         worker.free_at_ns = now_ns + worker.backlog_ns
         self._fleet.refresh(worker)
+
+    def note_tokens(self, record: RequestRecord, num_tokens: int) -> None:
+        """Note tokens that a request has got, which its worker holds from now on."""
+        self.lengths.note_tokens(num_tokens)
+        assert record.decode is not None
+        record.decode.held_tokens += num_tokens
 
     def note_landed(self, record: RequestRecord) -> None:
         """Take a prompt whose KV has arrived off the books of what is on its way."""
@@ -177,6 +183,7 @@ class Router:
         decode.num_decodes -= 1
         decode.decode_tokens -= booking.decode_tokens
         decode.kv_tokens -= booking.kv_tokens
+        decode.held_tokens -= record.num_tokens
         decode.context_tokens -= booking.context_tokens
         decode.num_requests -= 1
         if prefill is not decode:
@@ -201,7 +208,7 @@ class Router:
             prefill.num_requests += 1
             booking.arriving_tokens = record.num_tokens
             decode.arriving_tokens += record.num_tokens
-        self._book_decode(booking, decode)
+        self._book_decode(booking, record, decode)
         if decode is not prefill:
             self._fleet.refresh(prefill)
 
@@ -214,10 +221,11 @@ class Router:
         worker.spare_at_ns = max(worker.spare_at_ns, ask.now_ns) + prefill_ns / spare
         self._fleet.refresh(worker)
 
-    def _book_decode(self, booking: Booking, decode: WorkerRecord) -> None:
+    def _book_decode(self, booking: Booking, record: RequestRecord, decode: WorkerRecord) -> None:
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
         decode.kv_tokens += booking.kv_tokens
+        decode.held_tokens += record.num_tokens
         decode.context_tokens += booking.context_tokens
         decode.num_requests += 1
         self._fleet.refresh(decode)

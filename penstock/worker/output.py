@@ -1,5 +1,7 @@
 """What a client, or the controller, hears of a sequence: told apart from who runs it and where."""
 
+from copy import copy
+
 from penstock.core.config import WorkerConfig
 from penstock.core.events import Command, Send
 from penstock.core.messages import RequestFailed, TokenOutput, Tokens
@@ -19,9 +21,9 @@ def take_token(
     timeline = None
     if not sequence.is_first_token_out:
         sequence.is_first_token_out = True
-        timeline = sequence.timeline
-        timeline.first_token_ns = now_ns
-        timeline.decode_worker = worker_id
+        sequence.timeline.first_token_ns = now_ns
+        sequence.timeline.decode_worker = worker_id
+        timeline = copy(sequence.timeline)  # which may go on elsewhere and be stamped again
     return TokenOutput(
         sequence.request_id,
         (*ahead, sampled.token_id),

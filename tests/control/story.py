@@ -11,6 +11,7 @@ from penstock.core.messages import (
     Assign,
     BlocksChanged,
     Hello,
+    Load,
     Message,
     Offered,
     Submit,
@@ -18,6 +19,7 @@ from penstock.core.messages import (
     Tokens,
 )
 from penstock.core.request import Request, SamplingParams
+from penstock.core.step import StepSample
 from penstock.core.types import NS_PER_MS, BlockHash, FinishReason, RequestId, Role, WorkerId
 from penstock.sim.executor import chain_layout
 
@@ -80,6 +82,13 @@ class Story:
         reason = FinishReason.LENGTH if is_last else None
         output = TokenOutput(RequestId(name), (token_id,), finish_reason=reason)
         self.tell(Tokens(worker_id=WorkerId(worker), outputs=(output,)))
+
+    def grow(self, worker: str, name: str, num_tokens: int) -> None:
+        """Let a request get many tokens at once, and its worker report a step."""
+        output = TokenOutput(RequestId(name), tuple(range(num_tokens)))
+        self.tell(Tokens(worker_id=WorkerId(worker), outputs=(output,)))
+        step = StepSample(0, 0, 1, num_tokens, 5 * NS_PER_MS)
+        self.tell(Load(WorkerId(worker), 0, 1, 0, (1,), (1,), step_samples=(step,)))
 
     def offered(self, worker: str, name: str) -> None:
         self.tell(Offered(request_id=RequestId(name), worker_id=WorkerId(worker)))

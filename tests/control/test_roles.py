@@ -209,6 +209,22 @@ def test_few_vary_more_than_many(num_seats: int, num_decodes: int) -> None:
     assert (roles(story).count("p") > 1) is (num_decodes > 8)
 
 
+def test_a_side_full_of_answers_that_turn_out_longer_gives_nobody() -> None:
+    story = make("p0")
+    story.num_blocks = 1 << 15  # 524,288 tokens
+    for name in ("d0", "d1"):
+        story.join(name, max_num_seqs=1024)
+    for number in range(8):
+        story.submit(f"r{number}", 20, max_tokens=100_000)
+        ((_, decode),) = story.pairs()
+        story.tokens(decode, f"r{number}", 1)
+    for name, record in list(story.controller.requests.items()):
+        story.grow(record.decode.info.worker_id, name, 80_000)
+    press(story, 6, 15)
+    assert story.controller.roles.loads.prefill > 1
+    assert roles(story) == "pdd"
+
+
 def test_those_that_stay_do_not_share_a_link() -> None:
     story = make("p0")
     for number in range(4):

@@ -132,6 +132,21 @@ def test_a_pool_that_is_spoken_for_is_full() -> None:
     assert story.controller.status().queued == 0
 
 
+def test_a_pool_is_full_of_answers_that_turn_out_longer() -> None:
+    story = Story("p0", "d0", num_blocks=64, policy="predicted")  # 1024 tokens
+    story.submit("long", 100, max_tokens=900)
+    story.offered("p0", "long")
+    story.tokens("d0", "long", 1)
+    story.submit("before", 100, max_tokens=200)
+    assert len(story.heard(Assign)) == 2
+    story.tell(Cancel(request_id=RequestId("before")))
+    story.grow("d0", "long", 750)
+    story.submit("after", 100, max_tokens=200)
+    assert story.controller.status().queued == 1
+    story.join("d1")
+    assert story.pairs()[-1][1] == "d1"
+
+
 def test_prompts_wait_at_the_controller_not_at_a_busy_worker() -> None:
     story = make("p0", admit_backlog_ms=50.0)
     story.join("d0", max_num_seqs=64)
