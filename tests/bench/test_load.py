@@ -1,12 +1,13 @@
 """What the load generator makes of a stream: tokens are what was asked for, events may be fewer."""
 
 import asyncio
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCH = str(Path(__file__).parents[2] / "bench")
+LOAD = Path(__file__).parents[2] / "bench" / "load.py"
 TEXT = b'data: {"choices":[{"index":0,"text":"a","logprobs":null,"finish_reason":null}]}\n\n'
 END = b'data: {"choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"length"}]}\n\n'
 BODY = {"prompt": [1], "max_tokens": 5, "ignore_eos": True, "stream": True}
@@ -14,9 +15,12 @@ BODY = {"prompt": [1], "max_tokens": 5, "ignore_eos": True, "stream": True}
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    yield __import__("load")
-    sys.modules.pop("load")
+    """Load the module by its path: what is in `bench/` is no package."""
+    spec = importlib.util.spec_from_file_location("bench_load", LOAD)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_load", module)
+    spec.loader.exec_module(module)
+    return module
 
 
 async def ask(load, *chunks: bytes):
