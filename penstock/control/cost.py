@@ -15,6 +15,7 @@ Source: FlowKV's and Splitwise's step models; the transfer's is FlowKV's table (
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Final
 
 from penstock.control.fit import Fit, Float64
@@ -30,6 +31,10 @@ TRANSFER_PRIOR_NS: Final = (500_000.0, 33_000.0, 0.2)
 PAIRS_MAX: Final = 4096
 OWN_AFTER: Final = 4
 """Transfers of a pair after which its own fit is used instead of that of all pairs."""
+
+ThreeNs = tuple[float, float, float]
+"""T0, alpha and ns per byte."""
+_NOBODY: Final[Mapping[WorkerId, ThreeNs]] = {}
 
 
 def step_row(sample: StepSample) -> tuple[float, ...]:
@@ -66,14 +71,14 @@ class TransferCosts:
     def __init__(self) -> None:
         self.all_pairs = Fit(TRANSFER_PRIOR_NS)
         self._pairs: OrderedDict[tuple[WorkerId, WorkerId], Fit] = OrderedDict()
-        self._known: dict[tuple[WorkerId, WorkerId], tuple[float, float, float]] = {}
+        self._known: dict[WorkerId, dict[WorkerId, ThreeNs]] = {}
         self.others = _three(self.all_pairs)
         """T0, alpha and ns per byte of pairs that have none of their own."""
 
     @property
-    def num_known(self) -> int:
-        """Number of pairs with a transfer of their own."""
-        return len(self._known)
+    def is_mixed(self) -> bool:
+        """True when there are pairs with a transfer of their own."""
+        return bool(self._known)
 
     def learn(self, to: WorkerId, samples: tuple[PullSample, ...]) -> None:
         """Take in pulls that `to` has made. Keeps the `PAIRS_MAX` pairs heard of last."""
@@ -88,30 +93,36 @@ class TransferCosts:
             self._pairs.move_to_end(pair)
             fit.update(row, sample.duration_ns)
             if fit.num_samples >= OWN_AFTER:
-                self._known[pair] = _three(fit)
+                self._known.setdefault(to, {})[sample.source] = _three(fit)
             if len(self._pairs) > PAIRS_MAX:
                 forgotten, _ = self._pairs.popitem(last=False)
-                self._known.pop(forgotten, None)
+                self._drop(*forgotten)
         self.others = _three(self.all_pairs)
 
     def forget(self, worker_id: WorkerId) -> None:
         """Drop what is known of a worker that is gone: its successor may be elsewhere."""
         for pair in [pair for pair in self._pairs if worker_id in pair]:
             del self._pairs[pair]
-            self._known.pop(pair, None)
+            self._drop(*pair)
 
-    def coefficients(self, source: WorkerId, to: WorkerId) -> tuple[float, float, float]:
-        """Return T0, alpha and ns per byte from `source` to `to`."""
-        return self._known.get((source, to), self.others)
+    def _drop(self, source: WorkerId, to: WorkerId) -> None:
+        known = self._known.get(to, {})
+        known.pop(source, None)
+        if not known:
+            self._known.pop(to, None)
+
+    def known_to(self, to: WorkerId) -> Mapping[WorkerId, ThreeNs]:
+        """Return T0, alpha and ns per byte by source, of those that have their own."""
+        return self._known.get(to, _NOBODY)
 
     def predict_ns(
         self, source: WorkerId, to: WorkerId, num_bytes: float, num_spans: float
     ) -> float:
         """Return the expected time of one transfer."""
-        fixed, per_span, per_byte = self._known.get((source, to), self.others)
+        fixed, per_span, per_byte = self.known_to(to).get(source, self.others)
         return fixed + per_span * num_spans + per_byte * num_bytes
 
 
-def _three(fit: Fit) -> tuple[float, float, float]:
+def _three(fit: Fit) -> ThreeNs:
     fixed, per_span, per_byte = fit.coefficients.tolist()
     return fixed, per_span, per_byte

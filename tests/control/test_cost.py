@@ -76,5 +76,6 @@ def test_pairs_are_bounded_and_few_samples_do_not_make_one() -> None:
     assert len(costs._pairs) == PAIRS_MAX
     assert OWN_AFTER > 1
     last = WorkerId(str(PAIRS_MAX + 9))
-    assert costs.coefficients(last, WorkerId("d")) == costs.others
-    assert costs.num_known == 0
+    assert not costs.known_to(WorkerId("d"))
+    assert costs.predict_ns(last, WorkerId("d"), 1, 0) == costs.others[0] + costs.others[2]
+    assert not costs.is_mixed
