@@ -33,8 +33,10 @@ from recorded_run import KEY_TOKENS, Plan, Segment, record, recorded
 from report import Report
 
 from penstock.core.config import ControllerConfig
+from penstock.core.messages import Tokens
 from penstock.core.types import NS_PER_S, WorkerId
 from penstock.sim.calibrate import Calibration, calibrate
+from penstock.sim.fabric import FIRST_TOKENS, MessageTimes
 from penstock.sim.recording import Recording, read_recording
 from penstock.sim.serve import ModelledCluster, ServeSpec
 from penstock.sim.worker_log import Taken, read_worker_logs
@@ -69,9 +71,9 @@ class Request:
     output_tokens: int
     inbound_ns: int
     """From the client to the controller."""
-    outbound_ns: int | None
-    """The first token's way from the controller to the client; None where that cannot be told
-    because some tokens came with others."""
+    outbound_ns: tuple[tuple[int, int], ...]
+    """When the controller was given each token, and how long that took to the client; none where it
+    cannot be told which was which, because some came with others."""
     ttft_ms: float
     tpot_ms: float
 
@@ -90,19 +92,31 @@ def requests_of(segment: Segment, recording: Recording) -> list[Request]:
     for sent in segment.sent:
         request, served = known[sent.key]
         sent_ns = int(sent.answer.sent_s * NS_PER_S)
-        outbound_ns = int(sent.answer.token_s[0] * NS_PER_S) - served.first_token_ns
+        outbound: list[tuple[int, int]] = []
+        if sent.answer.is_token_by_token:
+            heard_ns = recording.tokens_ns[request.request_id]
+            for at_ns, seen_s in zip(heard_ns, sent.answer.token_s, strict=True):
+                outbound.append((at_ns, max(int(seen_s * NS_PER_S) - at_ns, 0)))
         requests.append(
             Request(
                 sent_ns,
                 request.prompt_token_ids,
                 served.num_tokens,
                 max(recording.submitted_ns[request.request_id] - sent_ns, 0),
-                max(outbound_ns, 0) if sent.answer.is_token_by_token else None,
+                tuple(outbound),
                 sent.answer.ttft_s * 1e3,
                 sent.answer.tpot_s * 1e3,
             )
         )
     return requests
+
+
+def front_times(requests: list[Request]) -> MessageTimes:
+    """Return how long tokens took to their clients; first ones are a kind of their own."""
+    firsts = sorted(r.outbound_ns[0] for r in requests if r.outbound_ns)
+    later = sorted(each for r in requests for each in r.outbound_ns[1:])
+    kinds = {FIRST_TOKENS: firsts, Tokens.__name__: later}
+    return MessageTimes({kind: tuple(ns for _, ns in seen) for kind, seen in kinds.items()})
 
 
 def simulate(
@@ -214,9 +228,8 @@ def evaluate(report: Report, name: str, segments: list[Segment], log: Path) -> N
     for segment in turns[own]:
         taken.add(read_worker_logs(str(log), (segment.begin_ns, segment.end_ns)))
         seen += requests_of(segment, recording)
-    front_ns = [r.outbound_ns for r in seen if r.outbound_ns is not None]
     inbound = [request.inbound_ns for request in seen]
-    calibration = calibrate(taken, recording.workers.values(), front_ns)
+    calibration = calibrate(taken, recording.workers.values(), front_times(seen))
     show(calibration, taken)
     requests = {
         rate: [requests_of(turn, recording) for turn in those] for rate, those in turns.items()
@@ -276,7 +289,8 @@ def show(calibration: Calibration, taken: Taken) -> None:
                 f"    {what} below {2**kind.size / 1e6:.2g} ms {where}: {len(ratios)} ratios,"
                 f" median {statistics.median(ratios):.2f}, p99 {p99:.2f}"
             )
-    for kind, seen_ns in taken.messages_ns.items():
+    front = {f"{kind} to clients": ns for kind, ns in calibration.fabric.front.seen_ns.items()}
+    for kind, seen_ns in {**taken.messages_ns, **front}.items():
         print(f"    {kind}: {len(seen_ns)}, median {statistics.median(seen_ns) / 1e3:.0f} us")
 
 

@@ -32,6 +32,7 @@ SEEN_MIN: Final = 16
 """A kind of step seen less often borrows the ratios of kinds like it."""
 PULLS_MIN: Final = 8
 NS_PER_BYTE_MIN: Final = 1e-4
+NO_FRONT: Final = MessageTimes({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,11 @@ class Calibration:
 
 
 def calibrate(
-    taken: Taken, workers: Iterable[WorkerInfo], front_ns: Sequence[int] = ()
+    taken: Taken, workers: Iterable[WorkerInfo], front: MessageTimes = NO_FRONT
 ) -> Calibration:
     """Return workers and links as they were when this was taken.
 
-    `front_ns` is how long it took a token from the controller to its client; without any, what is
+    `front` is how long it took tokens from the controller to their clients; without any, what is
     simulated is what the controller sees.
 
     Raises: `BadRequest` when there are too few steps to go by.
@@ -56,7 +57,7 @@ def calibrate(
         Member(str(info.worker_id), info.role, _hardware(taken, info), host=0) for info in workers
     ]
     messages = MessageTimes({kind: tuple(seen) for kind, seen in taken.messages_ns.items()})
-    return Calibration(tuple(members), _fabric(taken, messages, tuple(front_ns)))
+    return Calibration(tuple(members), _fabric(taken, messages, front))
 
 
 def fit_times(steps: Sequence[TakenStep]) -> tuple[StepTimes, Spread]:
@@ -151,14 +152,14 @@ def _ratios(steps: Sequence[TakenStep], usual_ns: Sequence[float]) -> dict[Kind,
     return ratios
 
 
-def _fabric(taken: Taken, messages: MessageTimes, front_ns: tuple[int, ...]) -> FabricCost:
+def _fabric(taken: Taken, messages: MessageTimes, front: MessageTimes) -> FabricCost:
     """Return links as fast as the pulls were; the usual ones where there were hardly any."""
     # Pulls that shared a link do so in the simulation as well: those alone tell its speed.
     pulls = [pull for pull in taken.pulls if not pull.is_shared]
     if len(pulls) < PULLS_MIN:
         pulls = taken.pulls
     if len(pulls) < PULLS_MIN:
-        return FabricCost(messages=messages, front_ns=front_ns)
+        return FabricCost(messages=messages, front=front)
     rows = np.array([(1.0, pull.num_spans, pull.num_bytes) for pull in pulls])
     durations = np.array([float(pull.duration_ns) for pull in pulls])
     fixed_ns, span_ns, byte_ns = fit(rows, durations)
@@ -169,5 +170,5 @@ def _fabric(taken: Taken, messages: MessageTimes, front_ns: tuple[int, ...]) -> 
         inner_bytes_per_s=bytes_per_s,
         card_bytes_per_s=bytes_per_s,
         messages=messages,
-        front_ns=front_ns,
+        front=front,
     )

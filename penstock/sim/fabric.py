@@ -44,7 +44,7 @@ class FabricCost:
     """What connects hosts (`card`, each way) and the workers of one host (`inner`, shared).
 
     A message takes the latency. With `messages` it takes a time drawn from those of its kind, and
-    what is for the front, in the controller's process, one drawn from `front_ns`, or none.
+    what is for the front, in the controller's process, one drawn from those of `front`, or none.
     """
 
     latency_ns: int = 20_000
@@ -52,7 +52,7 @@ class FabricCost:
     card_bytes_per_s: float = 25e9
     inner_bytes_per_s: float = 300e9
     messages: MessageTimes | None = None
-    front_ns: tuple[int, ...] = ()
+    front: MessageTimes = MessageTimes({})
 
 
 class Fabric:
@@ -102,9 +102,10 @@ class Fabric:
         kind = kind_of(message)
         draws = self._draws.get((sender, to, kind))
         if draws is None:
-            at_front = cost.front_ns or (0,)
-            usual = (cost.latency_ns,)
-            seen = at_front if to == FRONT else cost.messages.seen_ns.get(kind) or usual
+            if to == FRONT:
+                seen = cost.front.seen_ns.get(kind) or (0,)
+            else:
+                seen = cost.messages.seen_ns.get(kind) or (cost.latency_ns,)
             draws = self._draws[sender, to, kind] = Stretches(seen, self._rng)
         at_ns = now_ns + draws.draw()
         at_ns = self._last_ns[sender, to] = max(at_ns, self._last_ns.get((sender, to), 0))

@@ -61,6 +61,8 @@ class Recording:
     requests: list[tuple[Request, Served]] = field(default_factory=list)
     submitted_ns: dict[RequestId, int] = field(default_factory=dict)
     """When the controller was given them, after the server had read, checked and tokenised."""
+    tokens_ns: dict[RequestId, list[int]] = field(default_factory=dict)
+    """When the controller was given each of a request's tokens."""
     workers: dict[WorkerId, WorkerInfo] = field(default_factory=dict)
     steps: dict[WorkerId, list[StepSample]] = field(default_factory=dict)
     pulls: list[PullSample] = field(default_factory=list)
@@ -200,6 +202,8 @@ class _Reader:
                 continue
             request, served = self._open[own_id]
             served.take(len(output.token_ids), output.timeline, now_ns)
+            stamps = self._recording.tokens_ns.setdefault(request.request_id, [])
+            stamps += [now_ns] * len(output.token_ids)
             is_plain = is_plain and len(output.token_ids) == 1
             contexts[own_id] = request.num_tokens + served.num_tokens - 1
             if output.finish_reason is not None:

@@ -14,7 +14,7 @@ from penstock.core.step import Step
 from penstock.core.types import NS_PER_MS, NS_PER_S
 from penstock.sim.calibrate import Calibration, calibrate, fit_times
 from penstock.sim.clock import SimClock
-from penstock.sim.fabric import Fabric, FabricCost, MessageTimes
+from penstock.sim.fabric import FIRST_TOKENS, Fabric, FabricCost, MessageTimes
 from penstock.sim.fleet import Member, parse_fleet
 from penstock.sim.life import introduction
 from penstock.sim.modelled import ModelledExecutor
@@ -35,14 +35,14 @@ UNEVEN = Spread(
         Kind(True, False, True, 0): (1.3, 1.7),
     }
 )
-FRONT_NS = (200_000, 400_000)
+FRONT = MessageTimes({FIRST_TOKENS: (400_000, 800_000), "Tokens": (200_000, 400_000)})
 
 
 def truth() -> tuple[tuple[Member, ...], FabricCost]:
     """A cluster whose steps are uneven and whose messages are slow."""
     members = tuple(replace(m, hardware=replace(m.hardware, spread=UNEVEN)) for m in MEMBERS)
     messages = MessageTimes({"Assign": (2_000_000, 4_000_000), "Offer": (1_000_000,)})
-    return members, FabricCost(inner_bytes_per_s=20e9, messages=messages, front_ns=FRONT_NS)
+    return members, FabricCost(inner_bytes_per_s=20e9, messages=messages, front=FRONT)
 
 
 def load(rate: float, seed: int) -> list[Arrival]:
@@ -90,7 +90,7 @@ def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
     monkeypatch.setattr(ModelledWorker, "start", start_with_log)
     serve(*truth(), load(8.0, 1), journal("log"))
     monkeypatch.undo()
-    return calibrate(read_worker_logs(str(path)), infos, FRONT_NS)
+    return calibrate(read_worker_logs(str(path)), infos, FRONT)
 
 
 def test_another_load_is_predicted(calibration: Calibration) -> None:
@@ -109,7 +109,7 @@ def test_messages_and_links_are_those_of_the_run(calibration: Calibration) -> No
     assert set(messages.seen_ns["Assign"]) >= {2_000_000, 4_000_000}
     assert min(messages.seen_ns["Offer"]) == 1_000_000
     assert calibration.fabric.inner_bytes_per_s == pytest.approx(20e9, rel=0.1)
-    assert calibration.fabric.front_ns == FRONT_NS
+    assert calibration.fabric.front == FRONT
 
 
 def taken(rng: random.Random, duration_ns: Callable[[TakenStep], float]) -> list[TakenStep]:

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from penstock.core.events import Move, MoveClass, MoveDone, Span
 from penstock.core.messages import TokenOutput, Tokens
 from penstock.core.request import Timeline
-from penstock.core.types import CONTROLLER, BlockId, RequestId, WorkerId
+from penstock.core.types import CONTROLLER, FRONT, BlockId, RequestId, WorkerId
 from penstock.sim.clock import SimClock
 from penstock.sim.fabric import FIRST_TOKENS, Fabric, FabricCost, MessageTimes
 
@@ -72,14 +72,19 @@ def test_comparing_what_is_here_asks_nobody() -> None:
     assert not any(fabric.links.bytes_carried.values())
 
 
-def test_first_tokens_take_the_time_of_first_tokens() -> None:
+@pytest.mark.parametrize(("to", "first_ns", "later_ns"), [(CONTROLLER, 900, 300), (FRONT, 70, 20)])
+def test_first_tokens_take_the_time_of_first_tokens(
+    to: WorkerId, first_ns: int, later_ns: int
+) -> None:
+    """On their way to the front too: one slow start of a stream is not every token's."""
     clock, heard = SimClock(), []
-    times = MessageTimes({"Tokens": (300,), FIRST_TOKENS: (900,)})
-    fabric = Fabric(clock, FabricCost(messages=times), {})
-    fabric.join(CONTROLLER, 0, lambda _: heard.append(clock.now_ns()))
+    messages = MessageTimes({"Tokens": (300,), FIRST_TOKENS: (900,)})
+    front = MessageTimes({"Tokens": (20,), FIRST_TOKENS: (70,)})
+    fabric = Fabric(clock, FabricCost(messages=messages, front=front), {})
+    fabric.join(to, 0, lambda _: heard.append(clock.now_ns()))
     for at_ns, timeline in ((0, Timeline(arrived_ns=1)), (2000, None)):
         output = TokenOutput(RequestId("r"), (5,), timeline=timeline)
         said = Tokens(worker_id=A, outputs=(output,))
-        clock.call_at(at_ns, lambda said=said: fabric.send(CONTROLLER, said, A))
+        clock.call_at(at_ns, lambda said=said: fabric.send(to, said, A))
     assert clock.run(until_ns=10**6)
-    assert heard == [900, 2300]
+    assert heard == [first_ns, 2000 + later_ns]

@@ -36,6 +36,10 @@ def test_a_run_read_back_is_the_run_and_simulates_to_the_same_figures(tmp_path: 
         # The log is written where the controller stands, one message before the client.
         assert one.ttft_s == pytest.approx(other.ttft_s, abs=1e-4)
         assert one.e2e_s == pytest.approx(other.e2e_s, abs=1e-4)
+    for request, served in recording.requests:
+        first_ns, *_, last_ns = stamps = recording.tokens_ns[request.request_id]
+        assert (first_ns, last_ns) == (served.first_token_ns, served.finished_ns)
+        assert (len(stamps), stamps) == (served.num_tokens, sorted(stamps))
     members = recording.members()
     assert [m.role for m in members] == [Role.PREFILL, Role.DECODE]
     truth = MEMBERS[0].hardware.times
