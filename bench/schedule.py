@@ -1,6 +1,7 @@
 """What does one routing decision cost? Clusters of 10, 100 and 1000 workers with full indexes.
 
-Half of the workers prefill, half decode, eight on a host; all have run steps and pulls, so that costs are their own.
+Half of the workers prefill, half decode, eight on a host; all have run steps and pulls, so that
+costs are their own.
 The prefix index names 100,000 blocks a worker, up to `--names` of them in all (a controller bounds
 its index too): prompts of many conversations, whose first blocks all workers share. Requests are
 half new conversations and half later turns, of 32 to 4,096 tokens. One decision is all that the
