@@ -28,6 +28,8 @@ A, B, C, D, E, F = range(6)
 
 TRANSFER_PRIOR_NS: Final = (500_000.0, 33_000.0, 0.2)
 """T0, alpha and ns per byte of a pair that nobody has measured: 5 GB/s."""
+NEARER: Final = 0.5
+"""Of what a byte takes between hosts, what it is taken to need within one until that is known."""
 PAIRS_MAX: Final = 4096
 OWN_AFTER: Final = 4
 """Transfers of a pair after which its own fit is used instead of that of all pairs."""
@@ -76,7 +78,8 @@ class TransferCosts:
         self._hosts: dict[WorkerId, str] = {}
         self._pairs: OrderedDict[tuple[WorkerId, WorkerId], Fit] = OrderedDict()
         self._known: dict[WorkerId, dict[WorkerId, ThreeNs]] = {}
-        self.within = self.between = _three(self._within)
+        self.between = _three(self._between)
+        self.within = _nearer(self.between)
         """T0, alpha and ns per byte of pairs that have none of their own."""
 
     @property
@@ -116,8 +119,9 @@ class TransferCosts:
                 forgotten, _ = self._pairs.popitem(last=False)
                 self._drop(*forgotten)
         self.between = _three(self._between)
-        # Until there was one within a host, it takes at most what it takes between them.
-        self.within = _three(self._within) if self._within.num_samples else self.between
+        self.within = _three(self._within)
+        if not self._within.num_samples:
+            self.within = _nearer(self.between)
 
     def known_to(self, to: WorkerId) -> Mapping[WorkerId, ThreeNs]:
         """Return T0, alpha and ns per byte by source, of those that have their own."""
@@ -141,6 +145,12 @@ class TransferCosts:
         known.pop(source, None)
         if not known:
             self._known.pop(to, None)
+
+
+def _nearer(between: ThreeNs) -> ThreeNs:
+    """Return what is expected within a host while there is nothing else to go by."""
+    fixed, per_span, per_byte = between
+    return fixed, per_span, per_byte * NEARER
 
 
 def _three(fit: Fit) -> ThreeNs:

@@ -89,7 +89,7 @@ def test_a_pair_of_which_nobody_has_heard_is_like_those_within_or_between_hosts(
     costs.learn(here, tuple(PullSample(far, size, 1, 200_000 + size) for size in sizes))
     between = costs.predict_ns(far, near, 30e6, 1)
     assert between == pytest.approx(30.2e6, rel=0.2)
-    assert costs.predict_ns(new, near, 30e6, 1) == between  # at most, as long as nobody knows
+    assert between / 3 < costs.predict_ns(new, near, 30e6, 1) < between  # nobody knows yet
     costs.learn(here, tuple(PullSample(near, size, 1, 200_000 + size // 20) for size in sizes))
     assert costs.predict_ns(new, near, 30e6, 1) == pytest.approx(1.7e6, rel=0.2)
     assert costs.predict_ns(far, near, 30e6, 1) == between
