@@ -14,12 +14,37 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Answer:
-    """What one streamed request got: when it was sent and when its tokens came, in seconds."""
+    """What one streamed request got: when it was sent, when its text came, a stamp for each event,
+    and when its end was said, in seconds.
+
+    A token that ends within a character has no event: its text comes with the next. So
+    `num_tokens` is what was asked for once the end says that it was reached, 0 otherwise, and no
+    count of events.
+    """
 
     sent_s: float
+    num_tokens: int = 0
     token_s: list[float] = field(default_factory=list)
+    ended_s: float = 0.0
     status: int = 0
     body: bytes = b""
+
+    def take(self, data: bytes, now_s: float) -> None:
+        """Note the events in some of the answer; the one that ends the choice has no text."""
+        num_events, num_empty = data.count(b'"text":"'), data.count(b'"text":""')
+        self.token_s += [now_s] * (num_events - num_empty)
+        if b'"finish_reason":"length"' in data:
+            self.ended_s = now_s
+
+    @property
+    def is_complete(self) -> bool:
+        """True when all that was asked for has been generated."""
+        return self.status == 200 and self.num_tokens > 0 and bool(self.token_s)
+
+    @property
+    def is_token_by_token(self) -> bool:
+        """True when every token had an event of its own, the first one among them."""
+        return len(self.token_s) == self.num_tokens
 
     @property
     def ttft_s(self) -> float:
@@ -29,11 +54,11 @@ class Answer:
     @property
     def tpot_s(self) -> float:
         """Mean time per output token after the first."""
-        return (self.token_s[-1] - self.token_s[0]) / max(1, len(self.token_s) - 1)
+        return (self.ended_s - self.token_s[0]) / max(1, self.num_tokens - 1)
 
     @property
     def itl_s(self) -> list[float]:
-        """Times between tokens."""
+        """Times between events with text."""
         return [b - a for a, b in zip(self.token_s, self.token_s[1:], strict=False)]
 
 
@@ -45,8 +70,8 @@ class Client:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def complete(self, body: dict[str, object], path: str = "/v1/completions") -> Answer:
-        """Send one request and read its answer to the end. Streamed events that carry text are
-        stamped.
+        """Send one request, which has `max_tokens`, and read its answer to the end. Streamed events
+        that carry text are stamped, and so is the one that ends the choice.
         """
         payload = json.dumps(body).encode()
         head = (
@@ -64,7 +89,10 @@ class Client:
         else:
             length = int(headers.split(b"content-length:")[1].split(b"\r\n")[0])
             answer.body = await reader.readexactly(length)
-            answer.token_s.append(time.perf_counter())
+            answer.take(answer.body, time.perf_counter())
+        if answer.ended_s:
+            answer.num_tokens = int(str(body["max_tokens"]))
+            answer.token_s = answer.token_s or [answer.ended_s]
         self._idle.append((reader, writer))
         return answer
 
@@ -77,9 +105,7 @@ class Client:
             data = await reader.readexactly(size + 2)
             if not size:
                 return
-            now_s = time.perf_counter()
-            # One HTTP chunk may carry several events; only those with a choice carry a token.
-            answer.token_s += [now_s] * data.count(b'"text":"')
+            answer.take(data, time.perf_counter())
 
     def close(self) -> None:
         """Close all connections."""

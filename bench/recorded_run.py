@@ -69,7 +69,10 @@ def record(flags: list[str], plan: Plan, log: Path) -> list[Segment]:
 
 def recorded(log: Path) -> list[Segment]:
     """Return the segments of a run that has been recorded before."""
-    return msgspec.json.decode(_segments_of(log).read_bytes(), type=list[Segment])
+    segments = msgspec.json.decode(_segments_of(log).read_bytes(), type=list[Segment])
+    for segment in segments:
+        _check(segment)
+    return segments
 
 
 def _segments_of(log: Path) -> Path:
@@ -112,10 +115,14 @@ async def _poisson(port: int, rate: float, seconds: float, rng: random.Random) -
     )
     there_s = (segment.end_ns - segment.begin_ns) / 1e9 * (os.cpu_count() or 1)
     segment.others_share = max(everybody_s - ours_s, 0.0) / there_s
-    bad = [s.answer.status for s in segment.sent if s.answer.status != 200 or not s.answer.token_s]
+    _check(segment)
+    return segment
+
+
+def _check(segment: Segment) -> None:
+    bad = [s.answer.status for s in segment.sent if not s.answer.is_complete]
     if bad:
         raise SystemExit(f"{len(bad)} of {len(segment.sent)} requests failed: {bad[:5]}")
-    return segment
 
 
 def _body(rng: random.Random) -> dict[str, object]:

@@ -257,7 +257,7 @@ def main() -> None:
             answers, _ = asyncio.run(closed_loop(port, warm, args.concurrency))
             answers += asyncio.run(flip_under_load(port, stems, args.concurrency, flips, every_s))
         log = read_log(path)
-    failed = sum(answer.status != 200 or not answer.token_s for answer in answers)
+    failed = sum(not answer.is_complete for answer in answers)
     report.add("requests", [float(len(answers))])
     report.add("flips", [float(len(log.flips))])
     report.add("requests_failed", [float(failed + log.failed)])

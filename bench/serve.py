@@ -117,7 +117,7 @@ async def closed_loop(
 
 def summary(answers: list[Answer], seconds: float) -> dict[str, float]:
     """Return the figures of one run; times in milliseconds."""
-    bad = [answer.status for answer in answers if answer.status != 200 or not answer.token_s]
+    bad = [answer.status for answer in answers if not answer.is_complete]
     if bad:
         raise SystemExit(f"{len(bad)} of {len(answers)} requests failed: {bad[:5]}")
     ttft = [answer.ttft_s * 1e3 for answer in answers]
@@ -130,7 +130,7 @@ def summary(answers: list[Answer], seconds: float) -> dict[str, float]:
         "tpot_p99_ms": percentile(tpot, 0.99),
         "itl_p50_ms": statistics.median(itl),
         "itl_p99_ms": percentile(itl, 0.99),
-        "output_tokens_per_s": sum(len(answer.token_s) for answer in answers) / seconds,
+        "output_tokens_per_s": sum(answer.num_tokens for answer in answers) / seconds,
     }
 
 
@@ -179,11 +179,11 @@ def bench_front(report: Report, runs: int, num_requests: int) -> None:
             answers, took_s = asyncio.run(closed_loop(port, single, 64))
             rows["front_requests_per_s"].append(len(answers) / took_s)
             answers, took_s = asyncio.run(closed_loop(port, streamed, 64))
-            tokens = sum(len(answer.token_s) for answer in answers)
+            tokens = sum(answer.num_tokens for answer in answers)
             rows["front_streamed_requests_per_s"].append(len(answers) / took_s)
             rows["front_streamed_tokens_per_s"].append(tokens / took_s)
             answers, took_s = asyncio.run(closed_loop(port, long, 64))
-            tokens = sum(len(answer.token_s) for answer in answers)
+            tokens = sum(answer.num_tokens for answer in answers)
             rows["front_streamed_tokens_per_s_long"].append(tokens / took_s)
     for key, values in rows.items():
         report.add(key, values, "per s")

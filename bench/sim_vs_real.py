@@ -69,8 +69,9 @@ class Request:
     output_tokens: int
     inbound_ns: int
     """From the client to the controller."""
-    outbound_ns: int
-    """The first token's way from the controller to the client."""
+    outbound_ns: int | None
+    """The first token's way from the controller to the client; None where that cannot be told
+    because some tokens came with others."""
     ttft_ms: float
     tpot_ms: float
 
@@ -89,14 +90,14 @@ def requests_of(segment: Segment, recording: Recording) -> list[Request]:
     for sent in segment.sent:
         request, served = known[sent.key]
         sent_ns = int(sent.answer.sent_s * NS_PER_S)
-        first_ns = int(sent.answer.token_s[0] * NS_PER_S)
+        outbound_ns = int(sent.answer.token_s[0] * NS_PER_S) - served.first_token_ns
         requests.append(
             Request(
                 sent_ns,
                 request.prompt_token_ids,
                 served.num_tokens,
                 max(recording.submitted_ns[request.request_id] - sent_ns, 0),
-                max(first_ns - served.first_token_ns, 0),
+                max(outbound_ns, 0) if sent.answer.is_token_by_token else None,
                 sent.answer.ttft_s * 1e3,
                 sent.answer.tpot_s * 1e3,
             )
@@ -213,7 +214,7 @@ def evaluate(report: Report, name: str, segments: list[Segment], log: Path) -> N
     for segment in turns[own]:
         taken.add(read_worker_logs(str(log), (segment.begin_ns, segment.end_ns)))
         seen += requests_of(segment, recording)
-    front_ns = [request.outbound_ns for request in seen]
+    front_ns = [r.outbound_ns for r in seen if r.outbound_ns is not None]
     inbound = [request.inbound_ns for request in seen]
     calibration = calibrate(taken, recording.workers.values(), front_ns)
     show(calibration, taken)
@@ -264,6 +265,8 @@ def show(calibration: Calibration, taken: Taken) -> None:
             f" + {times.e:.4f} batch + {times.f:.2e} context ms"
         )
         assert member.hardware.spread is not None
+        bends = member.hardware.spread.bends
+        print("    bent by", " ".join(f"{batch}: {bend:.2f}" for batch, bend in bends.items()))
         for kind, ratios in member.hardware.spread.ratios.items():
             what = "prefill" if kind.has_prefill else "decode"
             what += " of a newcomer" if kind.has_newcomer else ""

@@ -6,10 +6,10 @@ asks. Bounded: the oldest request is forgotten first.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from msgspec import Struct
 
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED
@@ -26,8 +26,7 @@ CANDIDATES_MAX: Final = 4
 """Of each part, best first."""
 
 
-@dataclass(slots=True)
-class Decision:
+class Decision(Struct, gc=False):
     """One assignment as it was decided, and what came of it. `names` are those of all slots then;
     `expected_ns` is the TTFT that was predicted when the request came, before it had waited.
 

@@ -17,7 +17,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from penstock.control.cost import D, TransferCosts
+from penstock.control.columns import Columns
+from penstock.control.cost import TransferCosts
 from penstock.control.fit import Float64
 from penstock.control.prefix_index import PrefixIndex
 from penstock.control.record import WorkerRecord
@@ -32,44 +33,13 @@ CLOSED: Final = 1e18
 PREFILLS_MIN: Final = 4
 """Prefills that a worker is given however long they are expected to take."""
 
-SCRATCH_ROWS: Final = 5
-SCRATCH_NUMBERS: Final = 3
 
-_COLUMNS: Final = (
-    "arriving",
-    "backlog",
-    "backlog_least",
-    "free_at",
-    "spare_at",
-    "step",
-    "seats",
-    "kv_free",
-    "prefill_closed",
-    "prefill_barred",
-    "decode_closed",
-    "alone_closed",
-    "prefill_tokens",
-    "decode_tokens",
-    "alone_charge",
-)
+Slots = npt.NDArray[np.int64]
 
 
-class Scratch:
-    """Room for what a policy works out on its way, so that nothing is allocated for it: `rows` of
-    [num_slots], and `numbers`, which numpy takes several times as fast out of arrays without
-    dimensions as it takes Python's.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self.rows: tuple[Float64, ...] = tuple(np.empty((SCRATCH_ROWS, num_slots)))
-        self.numbers: tuple[Float64, ...] = tuple(np.empty(()) for _ in range(SCRATCH_NUMBERS))
-
-
-class Fleet:
+class Fleet(Columns):
     """All workers by name, in order of joining, and what the router needs of them by slot.
 
-    Columns are float64, [num_slots]. `coefficients` is [6, num_slots], as in `control/cost.py`, and
-    `rows` are its rows.
     `step` is the time of a decode step with one sequence more, without its context. The closed
     columns are 0 or `CLOSED`, each for one part a worker can have in a request; `prefill_barred` is
     so for those that prompts are not meant for, however busy the others are. `alone_charge` is 1
@@ -77,28 +47,16 @@ class Fleet:
     has less room than `kv_free_least`, and none is behind after `spare_until_ns`.
     """
 
-    arriving: Float64
-    backlog: Float64
-    backlog_least: Float64
-    free_at: Float64
-    spare_at: Float64
-    step: Float64
-    seats: Float64
-    kv_free: Float64
-    prefill_closed: Float64
-    prefill_barred: Float64
-    decode_closed: Float64
-    alone_closed: Float64
-    prefill_tokens: Float64
-    decode_tokens: Float64
-    alone_charge: Float64
-
     def __init__(self, config: ControllerConfig, *, is_holding: bool = True) -> None:
+        super().__init__()
         self.workers: dict[WorkerId, WorkerRecord] = {}
         self.index = PrefixIndex()
         self.transfers = TransferCosts()
         self.names: tuple[WorkerId, ...] = ()
         """Of every slot; empty where nobody is."""
+        self.host_of: tuple[str, ...] = ()
+        self.hosts: dict[str, Slots] = {}
+        """The slots on every host."""
         self.token_bytes = 1
         self.has_pairs = False
         self.kv_free_least = CLOSED
@@ -117,10 +75,11 @@ class Fleet:
         self.leaving: list[WorkerRecord] = []
         self._by_slot: list[WorkerRecord | None] = []
         self._open: list[bool] = []
+        self._has_turn: list[bool] = []
+        self._has_seat: list[bool] = []
         self._block_sizes: tuple[int, ...] = ()
         self._is_holding = is_holding
         self._admit_ns = config.admit_backlog_ms * NS_PER_MS
-        self._resize(0)
 
     def __iter__(self) -> Iterator[WorkerRecord]:
         return iter(self.workers.values())
@@ -132,9 +91,15 @@ class Fleet:
         worker = WorkerRecord(info, self.index.add_worker())
         self.workers[info.worker_id] = worker
         if self.index.num_slots > len(self._by_slot):
-            self._resize(self.index.num_slots)
+            added = self.index.num_slots - len(self._by_slot)
+            self._by_slot += [None] * added
+            self._open += [False] * added
+            self._has_turn += [True] * added
+            self._has_seat += [True] * added
+            self.resize(self.index.num_slots)
         self._by_slot[worker.slot] = worker
         self.token_bytes = info.layout.token_bytes
+        self.transfers.join(info.worker_id, info.host)
         self._learn(worker, ())
         self.reopen()
         return worker
@@ -164,11 +129,18 @@ class Fleet:
             self._open[worker.slot] = True
         self._block_sizes = tuple(dict.fromkeys(w.info.layout.block_size for w in self))
         self.names = tuple(w.info.worker_id if w else WorkerId("") for w in self._by_slot)
+        self.host_of = tuple(w.info.host if w else "" for w in self._by_slot)
+        hosts = dict.fromkeys(w.info.host for w in self)
+        self.hosts = {
+            host: np.array([w.slot for w in self if w.info.host == host]) for host in hosts
+        }
         for slot, worker_there in enumerate(self._by_slot):
             if worker_there is not None:
                 self.refresh(worker_there)
+                self._admit(worker_there)
             else:
                 self._close(slot)
+                self.kv_free[slot] = CLOSED
 
     def at(self, slot: int) -> WorkerRecord:
         """Return the worker in a slot."""
@@ -184,40 +156,55 @@ class Fleet:
 
     def refresh(self, worker: WorkerRecord) -> None:
         """Bring a worker's columns up to date with its record. O(1)."""
-        slot = worker.slot
+        self.refresh_prefills(worker)
+        self.refresh_decodes(worker)
+
+    def refresh_prefills(self, worker: WorkerRecord) -> None:
+        """Do so with what is about prompts."""
+        slot, backlog_ns = worker.slot, worker.backlog_ns
         if self._by_slot[slot] is not worker:
             return  # what a dead worker had is taken off its books, which nobody reads any more
-        self.arriving[slot] = worker.arriving_tokens * self.token_bytes
-        self.backlog[slot] = worker.backlog_ns
-        self.backlog_least[slot] = worker.backlog_ns / 2
-        self.free_at[slot] = worker.free_at_ns
-        self.spare_at[slot] = worker.spare_at_ns
-        self.seats[slot] = worker.num_decodes
-        self.prefill_tokens[slot] = worker.prefill_tokens
-        self.decode_tokens[slot] = worker.decode_tokens
-        fixed, per_sequence, per_token = worker.decode_coefficients
-        context_ns = per_token * worker.context_tokens
-        self.step[slot] = fixed + per_sequence * (worker.num_decodes + 1) + context_ns
-        # An idle worker takes what cannot fit anywhere else either.
-        room = worker.capacity_tokens - worker.taken_tokens
-        if worker.num_decodes and self._is_holding:
-            self.kv_free[slot] = room
-            self.kv_free_least = min(self.kv_free_least, room)
-        else:
-            self.kv_free[slot] = CLOSED
+        backlog_least, free_at, prefill_tokens, spare_at = self.prefill_books
+        backlog_least[slot] = backlog_ns / 2
+        free_at[slot] = worker.free_at_ns
+        prefill_tokens[slot] = worker.prefill_tokens
+        spare_at[slot] = worker.spare_at_ns
         if worker.spare_at_ns > self.spare_until_ns:
             self.spare_until_ns = worker.spare_at_ns
-        self._admit(worker)
+        has_turn = worker.num_prefills < PREFILLS_MIN or backlog_ns < self._admit_ns
+        if has_turn is not self._has_turn[slot]:
+            self._has_turn[slot] = has_turn
+            self._admit(worker)
+
+    def refresh_decodes(self, worker: WorkerRecord) -> None:
+        """Do so with what is about sequences."""
+        slot, num_decodes = worker.slot, worker.num_decodes
+        if self._by_slot[slot] is not worker:
+            return
+        arriving, step, seats, kv_free, decode_tokens = self.decode_books
+        arriving[slot] = worker.arriving_tokens * self.token_bytes
+        step[slot] = worker.step_ns
+        seats[slot] = num_decodes
+        decode_tokens[slot] = worker.decode_tokens
+        # An idle worker takes what cannot fit anywhere else either.
+        kv_free[slot] = CLOSED
+        if num_decodes and self._is_holding:
+            kv_free[slot] = room = worker.capacity_tokens - worker.taken_tokens
+            if room < self.kv_free_least:
+                self.kv_free_least = room
+        has_seat = num_decodes < worker.seats_max
+        if has_seat is not self._has_seat[slot]:
+            self._has_seat[slot] = has_seat
+            self._admit(worker)
 
     def _admit(self, worker: WorkerRecord) -> None:
+        """Write who may be given what, which changes far less often than books do."""
         slot, role = worker.slot, worker.role
-        has_turn = worker.num_prefills < PREFILLS_MIN or worker.backlog_ns < self._admit_ns
-        has_seat = worker.num_decodes < worker.seats_max
-        has_turn |= not self._is_holding
-        has_seat |= not self._is_holding
         if not self._open[slot]:
             self._close(slot)
             return
+        has_turn = self._has_turn[slot] or not self._is_holding
+        has_seat = self._has_seat[slot] or not self._is_holding
         takes_prompts = self.has_pairs and role is Role.PREFILL
         takes_decodes = self.has_pairs and role is Role.DECODE
         takes_both = not takes_prompts
@@ -229,21 +216,20 @@ class Fleet:
 
     def _close(self, slot: int) -> None:
         self.prefill_closed[slot] = self.prefill_barred[slot] = CLOSED
-        self.decode_closed[slot] = self.alone_closed[slot] = self.kv_free[slot] = CLOSED
+        self.decode_closed[slot] = self.alone_closed[slot] = CLOSED
 
     def wait_ns(self, now_ns: int) -> Float64:
         """Return how long a prompt would wait for its turn on each worker, [num_slots].
 
-        Until the work before it should be done; while that has been due for long it is half of it
-        at least, for it is not done yet.
+        Until the work before it should be done, which is never later than from now on; while that
+        has been due for long it is half of it at least, for it is not done yet.
         """
         return self.put_wait(np.array(float(now_ns)), np.empty(len(self.free_at)))
 
     def put_wait(self, now_ns: Float64, out: Float64) -> Float64:
         """Write that to `out`, and return it."""
         np.subtract(self.free_at, now_ns, out)
-        np.maximum(out, self.backlog_least, out=out)
-        return np.minimum(out, self.backlog, out=out)
+        return np.maximum(out, self.backlog_least, out=out)
 
     def has_room(self, num_tokens: int) -> bool:
         """True when every worker has room for the KV of so many tokens more."""
@@ -270,8 +256,8 @@ class Fleet:
     def _learn(self, worker: WorkerRecord, samples: tuple[StepSample, ...]) -> None:
         coefficients = worker.cost.learn(samples)
         self.coefficients[:, worker.slot] = coefficients
-        fixed, per_sequence, per_token = coefficients[D:].tolist()
-        worker.decode_coefficients = (fixed, per_sequence, per_token)
+        a, b, c, d, e, f = coefficients.tolist()
+        worker.prefill_coefficients, worker.decode_coefficients = (a, b, c), (d, e, f)
 
     def note_blocks(self, event: BlocksChanged) -> None:
         """Take in which blocks a worker has; what a former incarnation says is not heard."""
@@ -283,7 +269,7 @@ class Fleet:
         """Return the latest errors of predicted steps, mean of all workers, and of transfers."""
         errors = [w.cost.fit.error for w in self if w.cost.fit.num_samples]
         step_error = sum(errors) / len(errors) if errors else 0.0
-        return step_error, self.transfers.all_pairs.error
+        return step_error, self.transfers.error
 
     def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Float64:
         """Return how many tokens of a prompt behind `root` every slot has, [num_slots]."""
@@ -293,25 +279,13 @@ class Fleet:
             tokens = found if tokens is None else np.maximum(tokens, found)
         return np.zeros(len(self._by_slot)) if tokens is None else tokens
 
-    def _resize(self, num_slots: int) -> None:
-        added = num_slots - len(self._by_slot)
-        self._by_slot += [None] * added
-        self._open += [False] * added
-        for name in _COLUMNS:
-            column: npt.NDArray[np.float64] = getattr(self, name, np.zeros(0))
-            setattr(self, name, np.concatenate([column, np.zeros(added)]))
-        old = getattr(self, "coefficients", np.zeros((6, 0)))
-        self.coefficients: Float64 = np.concatenate([old, np.zeros((6, added))], axis=1)
-        self.rows: tuple[Float64, ...] = tuple(self.coefficients)
-        self.scratch = Scratch(num_slots)
-
     def check(self) -> None:
         """Assert that columns are what the records say, and that slots are one to one."""
         self.index.check()
         for worker in self:
             slot = worker.slot
             assert self._by_slot[slot] is worker, worker.info.worker_id
-            columns = (self.backlog[slot], self.seats[slot], self.prefill_tokens[slot])
+            columns = (2 * self.backlog_least[slot], self.seats[slot], self.prefill_tokens[slot])
             books = (worker.backlog_ns, worker.num_decodes, worker.prefill_tokens)
             assert columns == books, (worker.info.worker_id, columns, books)
             assert self.arriving[slot] == worker.arriving_tokens * self.token_bytes

@@ -62,12 +62,12 @@ class PromptBlocks:
         """Yield the names in order, those of a known chunk together; each also names all before
         it.
         """
-        token_ids, size, parent = self._token_ids, self._block_size, self._root
+        token_ids, size, parent = tuple(self._token_ids), self._block_size, self._root
         known, layout = self._known, f"<{size}I"
         num_tokens = self.num_blocks * size
         for start in range(0, num_tokens, CHUNK_BLOCKS * size):
             stop = min(start + CHUNK_BLOCKS * size, num_tokens)
-            chunk = parent, hash(tuple(token_ids[start:stop]))
+            chunk = parent, hash(token_ids[start:stop])
             names = known.get(chunk)
             if names is not None:
                 yield names
@@ -75,7 +75,7 @@ class PromptBlocks:
                 continue
             walked = []
             for begin in range(start, stop, size):
-                tokens = tuple(token_ids[begin : begin + size])
+                tokens = token_ids[begin : begin + size]
                 block = parent, hash(tokens)
                 names = known.get(block)
                 if names is None:
@@ -159,16 +159,23 @@ class PrefixIndex:
     def levels(self, blocks: PromptBlocks) -> list[Level]:
         """Return which workers have how much of a prompt, least first; each worker is in one level.
 
-        O(blocks that somebody has).
+        Workers evict no block before those that follow it: who has the last block of a known chunk
+        has all of it, and the ends of most chunks tell what is between. O(blocks that somebody
+        has).
         """
         levels: list[Level] = []
         live, num_blocks, before = self._live, 0, -1
         find = self._young.get
         for names in blocks:
-            if len(names) > 1 and set(map(find, names)) == {before}:  # as those before, all of them
-                num_blocks += len(names)
-                continue
-            for name in names:
+            alike = len(names)
+            if alike > 1:
+                last = find(names[-1])
+                if last == before:
+                    num_blocks += alike
+                    continue
+                if last is None or last != find(names[0]):
+                    alike = 1
+            for name in names[::alike]:
                 having = find(name) or self._rejuvenate(name)
                 if having != before:
                     before = having
@@ -178,12 +185,13 @@ class PrefixIndex:
                         live = left
                         if not live:
                             return levels
-                num_blocks += 1
+                num_blocks += alike
         levels.append((num_blocks, live))
         return levels
 
     def tokens(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Float64:
-        """Return how many tokens of a prompt each slot has, [num_slots]; not to be written to.
+        """Return how many tokens of a prompt each slot has, [num_slots]; not to be written to. All
+        but one at most, for the last is computed in any case.
 
         A prompt is asked about several times, when it comes and while it waits at the head of the
         queue: until blocks or workers change the answer is the same.
@@ -202,14 +210,18 @@ class PrefixIndex:
             self._known.clear()
         levels = self.levels(PromptBlocks(token_ids, block_size, root, self._known))
         # Most workers have the same: a beginning that is everybody's, or nothing.
-        usual, _ = max(levels, key=_num_workers)
+        usual, num_usual = 0, -1
+        for num_blocks, workers in levels:
+            if (num_workers := workers.bit_count()) > num_usual:
+                usual, num_usual = num_blocks, num_workers
+        most = len(token_ids) - 1
         tokens = np.empty(self._num_slots)
-        tokens.fill(usual * block_size)
-        if usual:
+        tokens.fill(min(usual * block_size, most))
+        if usual and self._dead:
             _put(tokens, (1 << self._num_slots) - 1 ^ self._live, 0)
         for num_blocks, workers in levels:
             if num_blocks != usual:
-                _put(tokens, workers, num_blocks * block_size)
+                _put(tokens, workers, min(num_blocks * block_size, most))
         return tokens
 
     def _rejuvenate(self, name: BlockHash) -> int:
@@ -238,10 +250,6 @@ class PrefixIndex:
         live = [slot for slot in range(self._num_slots) if self._live >> slot & 1]
         assert sorted(live + self._free + self._dead) == list(range(self._num_slots))
         assert not self._young.keys() & self._old.keys()
-
-
-def _num_workers(level: Level) -> int:
-    return level[1].bit_count()
 
 
 def _put(tokens: Float64, workers: int, num_tokens: int) -> None:

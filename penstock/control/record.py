@@ -4,7 +4,7 @@ worker that is up.
 
 from typing import Final
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from penstock.control.cost import WorkerCost
 from penstock.core.descriptors import WorkerInfo
@@ -36,6 +36,7 @@ class WorkerRecord:
     """
 
     __slots__ = (
+        "_ahead_tokens",
         "arriving_tokens",
         "backlog_ns",
         "capacity_tokens",
@@ -54,6 +55,7 @@ class WorkerRecord:
         "num_decodes",
         "num_prefills",
         "num_requests",
+        "prefill_coefficients",
         "prefill_tokens",
         "role",
         "seats_max",
@@ -70,10 +72,13 @@ class WorkerRecord:
         self.is_suspected = False
         self.load: Load | None = None
         self.cost = WorkerCost(info.profile)
+        self.prefill_coefficients = (0.0, 0.0, 0.0)
+        """a, b and c of its prefills, in ns."""
         self.decode_coefficients = (0.0, 0.0, 0.0)
         """d, e and f of its decode steps, in ns."""
         self.capacity_tokens = info.capacity_tokens
         self.seats_max = info.max_num_seqs * SEATS_AHEAD
+        self._ahead_tokens = info.layout.block_size * BLOCKS_AHEAD
         self.prefill_tokens = 0
         self.num_prefills = 0
         self.backlog_ns = 0.0
@@ -89,33 +94,28 @@ class WorkerRecord:
         self.num_requests = 0
 
     @property
+    def step_ns(self) -> float:
+        """The time of a decode step with one sequence more, without that one's context."""
+        fixed, per_sequence, per_token = self.decode_coefficients
+        return fixed + per_sequence * (self.num_decodes + 1) + per_token * self.context_tokens
+
+    @property
     def taken_tokens(self) -> float:
         """Tokens of its pool that nobody else can have: those that its sequences are expected to
         hold, or hold already, since those that go on are those that turn out longer.
         """
-        ahead_tokens = self.num_decodes * self.info.layout.block_size * BLOCKS_AHEAD
-        return max(self.kv_tokens, self.held_tokens + ahead_tokens)
+        return max(self.kv_tokens, self.held_tokens + self.num_decodes * self._ahead_tokens)
 
 
-class Booking:
+class Booking(Struct, gc=False):
     """What one attempt of a request has put on its workers' books; taken off as it was put on."""
 
-    __slots__ = (
-        "arriving_tokens",
-        "context_tokens",
-        "decode_tokens",
-        "is_prefilling",
-        "kv_tokens",
-        "prefill_ns",
-    )
-
-    def __init__(self, prefill_ns: float, decode_tokens: int, kv_tokens: int, context: int) -> None:
-        self.prefill_ns = prefill_ns
-        self.decode_tokens = decode_tokens
-        self.kv_tokens = kv_tokens
-        self.context_tokens = context
-        self.is_prefilling = True
-        self.arriving_tokens = 0
+    prefill_ns: float
+    decode_tokens: int
+    kv_tokens: int
+    context_tokens: int
+    is_prefilling: bool = True
+    arriving_tokens: int = 0
 
 
 class RequestRecord:

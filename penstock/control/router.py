@@ -84,7 +84,7 @@ class Router:
             prediction.prefill_ns,
             decode_tokens=record.request.num_tokens + record.request.params.max_tokens,
             kv_tokens=ask.num_tokens + ask.expected_output_tokens,
-            context=ask.num_tokens + ask.expected_output_tokens // 2,
+            context_tokens=ask.num_tokens + ask.expected_output_tokens // 2,
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
         if prefill is decode and fleet.has_pairs:
@@ -132,7 +132,6 @@ class Router:
         booking.arriving_tokens = record.num_tokens
         to.arriving_tokens += record.num_tokens
         self._book_decode(booking, record, to)
-        self._fleet.refresh(source)
 
     def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
         """Note that a request that moves is heard from where it was to go."""
@@ -152,7 +151,7 @@ class Router:
         worker.prefill_tokens -= record.request.num_tokens
         worker.backlog_ns = worker.backlog_ns - booking.prefill_ns if worker.num_prefills else 0.0
         worker.free_at_ns = now_ns + worker.backlog_ns
-        self._fleet.refresh(worker)
+        self._fleet.refresh_prefills(worker)
 
     def note_tokens(self, record: RequestRecord, num_tokens: int) -> None:
         """Note tokens that a request has got, which its worker holds from now on."""
@@ -170,7 +169,7 @@ class Router:
             self._fleet.landing_tokens -= booking.arriving_tokens
             self._fleet.landed_tokens += booking.arriving_tokens
         booking.arriving_tokens = 0
-        self._fleet.refresh(decode)
+        self._fleet.refresh_decodes(decode)
 
     def release(self, record: RequestRecord, now_ns: int) -> None:
         """Take all that a request has booked off again: it is over, or begins anew."""
@@ -188,7 +187,7 @@ class Router:
         decode.num_requests -= 1
         if prefill is not decode:
             prefill.num_requests -= 1
-        self._fleet.refresh(decode)
+        self._fleet.refresh_decodes(decode)
 
     def _book(
         self,
@@ -204,13 +203,12 @@ class Router:
         prefill.prefill_tokens += record.request.num_tokens
         prefill.backlog_ns += booking.prefill_ns
         prefill.free_at_ns = max(prefill.free_at_ns, now_ns) + booking.prefill_ns
+        self._fleet.refresh_prefills(prefill)
         if prefill is not decode:
             prefill.num_requests += 1
             booking.arriving_tokens = record.num_tokens
             decode.arriving_tokens += record.num_tokens
         self._book_decode(booking, record, decode)
-        if decode is not prefill:
-            self._fleet.refresh(prefill)
 
     def _note_stall(self, worker: WorkerRecord, prefill_ns: float, ask: Ask) -> None:
         """Note a prompt on a worker that decodes: its sequences are behind, and catch up in what
@@ -219,7 +217,7 @@ class Router:
         budget_ns = ask.slo_tpot_ns * TPOT_SHARE
         spare = max(1 - self._fleet.step.item(worker.slot) / budget_ns, SPARE_MIN)
         worker.spare_at_ns = max(worker.spare_at_ns, ask.now_ns) + prefill_ns / spare
-        self._fleet.refresh(worker)
+        self._fleet.refresh_prefills(worker)
 
     def _book_decode(self, booking: Booking, record: RequestRecord, decode: WorkerRecord) -> None:
         decode.num_decodes += 1
@@ -228,7 +226,7 @@ class Router:
         decode.held_tokens += record.num_tokens
         decode.context_tokens += booking.context_tokens
         decode.num_requests += 1
-        self._fleet.refresh(decode)
+        self._fleet.refresh_decodes(decode)
 
     def _ask(
         self,

@@ -1,13 +1,17 @@
 """`Calibration`: a cluster as one of its runs has shown it, for the simulator to run again.
 
 Step times are fitted to every step that the workers took, as their cores saw them
-(`penstock/sim/worker_log.py`); what a step took beside that is kept as a ratio and drawn from, and
-so are the times of messages. Nothing else is added: no factor makes a simulation fit.
+(`penstock/sim/worker_log.py`), and bent to what decode steps of each number of sequences usually
+took; what a step took beside that is kept as a ratio and drawn from, and so are the times of
+messages. Nothing else is added: no factor makes a simulation fit. The router's own prediction
+(`penstock/control/cost.py`) stays a line: it is to choose between workers after a few steps, and
+a table would have to be seen in full first.
 
 Called by `bench/sim_vs_real.py`. `penstock/sim/recording.py` does with less where there is only
 the controller's log.
 """
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -70,7 +74,13 @@ def fit_times(steps: Sequence[TakenStep]) -> tuple[StepTimes, Spread]:
     coefficients = fit(rows, durations)
     fitted = np.maximum(rows @ np.array(coefficients), 1.0)
     times = StepTimes(*(value / NS_PER_MS for value in coefficients))
-    return times, _spread(steps, fitted.tolist())
+    bends = _bends(steps, (durations / fitted).tolist())
+    line = Spread({}, bends)
+    usual = [
+        time_ns * (1.0 if step.prefill_tokens else line.bend(step.decodes))
+        for step, time_ns in zip(steps, fitted.tolist(), strict=True)
+    ]
+    return times, Spread(_ratios(steps, usual), bends)
 
 
 def _hardware(taken: Taken, info: WorkerInfo) -> Hardware:
@@ -101,7 +111,22 @@ def _row(step: TakenStep) -> tuple[float, ...]:
     )
 
 
-def _spread(steps: Sequence[TakenStep], fitted_ns: Sequence[float]) -> Spread:
+def _bends(steps: Sequence[TakenStep], ratios: Sequence[float]) -> dict[int, float]:
+    """Return the median ratio of decode steps without newcomers, by their number of sequences; of
+    numbers seen seldom there is none.
+    """
+    seen: dict[int, list[float]] = {}
+    for step, ratio in zip(steps, ratios, strict=True):
+        if not (step.prefill_tokens or step.has_newcomer):
+            seen.setdefault(step.decodes, []).append(ratio)
+    return {
+        batch: statistics.median(seen[batch])
+        for batch in sorted(seen)
+        if len(seen[batch]) >= SEEN_MIN
+    }
+
+
+def _ratios(steps: Sequence[TakenStep], usual_ns: Sequence[float]) -> dict[Kind, tuple[float, ...]]:
     """Return how far each step lay from its time, by kind.
 
     A kind with few steps has those of its size beside them, crowded or not; a size that is rare in
@@ -109,7 +134,7 @@ def _spread(steps: Sequence[TakenStep], fitted_ns: Sequence[float]) -> Spread:
     """
     seen: dict[Kind, list[float]] = {}
     either: dict[Kind, list[float]] = {}
-    for step, time_ns in zip(steps, fitted_ns, strict=True):
+    for step, time_ns in zip(steps, usual_ns, strict=True):
         ratio, has_prefill = step.duration_ns / time_ns, step.prefill_tokens > 0
         kind = Kind(has_prefill, step.has_newcomer, step.is_crowded, size_of(time_ns))
         seen.setdefault(kind, []).append(ratio)
@@ -123,7 +148,7 @@ def _spread(steps: Sequence[TakenStep], fitted_ns: Sequence[float]) -> Spread:
             own_kind = kind._replace(is_crowded=is_crowded)
             own = seen.get(own_kind, [])
             ratios[own_kind] = tuple(own if len(own) >= SEEN_MIN else both)
-    return Spread(ratios)
+    return ratios
 
 
 def _fabric(taken: Taken, messages: MessageTimes, front_ns: tuple[int, ...]) -> FabricCost:

@@ -86,6 +86,7 @@ class ModelledExecutor:
         first_ns = times.duration_ns(new, quadratic, batch, context) / speed
         if self._spread is not None:
             assert step.repeats == 1, f"step {step.step_id} is drawn, and may not be repeated"
+            first_ns *= 1.0 if new else self._spread.bend(batch)
             has_newcomer = self._batches.has_newcomer(all_new, all_computed) and not new
             kind = Kind(new > 0, has_newcomer, self._is_crowded(), size_of(first_ns))
             first_ns *= self._draw(self._spread, kind)

@@ -8,8 +8,10 @@ Called by `penstock/sim/fleet.py`; it knows no cluster and no request.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
+
+import numpy as np
 
 from penstock.control.profiles import KERNEL_TIMES
 from penstock.core.block import KVGroup, KVLayout
@@ -78,13 +80,26 @@ class Batches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spread:
-    """How far real steps lay from their times, as ratios by kind in the order they were seen.
+    """How far real steps lay from their times, as ratios by kind in the order they were seen; of
+    one that only decodes its time is bent first.
 
     Workers that share processors and memory slow each other down, and what takes a processor away
     for some milliseconds is much for a short step and little for a long one.
     """
 
     ratios: Mapping[Kind, tuple[float, ...]]
+    bends: Mapping[int, float] = field(default_factory=dict)
+    """What steps that only decode usually took, over their times, by their number of sequences, in
+    rising order. Kernels change their ways with it, and no line goes through all of that.
+    """
+
+    def bend(self, batch: int) -> float:
+        """Return the bend at a number of sequences: between those of the numbers beside it, beyond
+        the last that of the last; 1 where there is none.
+        """
+        if not self.bends:
+            return 1.0
+        return float(np.interp(batch, list(self.bends), list(self.bends.values())))
 
     def like(self, kind: Kind) -> tuple[float, ...]:
         """Return the ratios of a kind, or of the nearest size of it; nothing when there is none.

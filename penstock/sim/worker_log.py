@@ -20,8 +20,10 @@ from typing import Any, Final
 import msgspec
 
 from penstock.core.errors import BadRequest
+from penstock.core.messages import TokenOutput, Tokens
 from penstock.core.node import LogEntry
 from penstock.core.types import FRONT, WorkerId
+from penstock.sim.fabric import FIRST_TOKENS
 from penstock.sim.profile import Batches
 
 Between = tuple[int, int]
@@ -130,7 +132,7 @@ class _Reader:
                 if self._is_wanted(begun_ns):
                     self._note_pull(event, now_ns - begun_ns, is_shared=event["move_id"] in shared)
             elif kind not in _WANTED:
-                self._heard.append((kind, _identity(event), now_ns))
+                self._heard.append((_kind(event), _identity(event), now_ns))
             for command in msgspec.convert(entry.commands, list[dict[str, Any]]):
                 if command["type"] == "RunStep":
                     step = _step(command["step"], batches, now_ns)
@@ -196,6 +198,15 @@ def _step(step: _Struct, batches: Batches, now_ns: int) -> TakenStep:
             taken.prefill_work += new * (new + 2 * computed)
             taken.has_newcomer = False
     return taken
+
+
+def _kind(message: _Struct) -> str:
+    """Return what `kind_of` says of a message, of its entry in a log."""
+    kind: str = message["type"]
+    is_first = kind == Tokens.__name__ and any(
+        msgspec.convert(output, TokenOutput).timeline for output in message["outputs"]
+    )
+    return FIRST_TOKENS if is_first else kind
 
 
 def _identity(message: _Struct) -> bytes:

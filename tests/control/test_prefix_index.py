@@ -35,7 +35,8 @@ def prompt(kind: int, num_blocks: int) -> list[int]:
 
 
 def found(index: PrefixIndex, token_ids: list[int], salt: str = "") -> list[int]:
-    return index.tokens(token_ids, SIZE, root_hash(salt)).tolist()
+    """Of a prompt with one token more, which is to be computed in any case."""
+    return index.tokens([*token_ids, 1], SIZE, root_hash(salt)).tolist()
 
 
 def test_every_worker_gets_its_own_longest_prefix() -> None:
@@ -135,8 +136,38 @@ def test_only_what_somebody_has_is_hashed() -> None:
         assert blocks.num_hashed == expected
 
 
+def test_the_last_token_is_never_found() -> None:
+    index = PrefixIndex()
+    index.apply(index.add_worker(), chain(prompt(1, 20)))
+    assert index.tokens(prompt(1, 20), SIZE, root_hash("")).tolist() == [20 * SIZE - 1]
+    assert index.tokens(prompt(1, 21), SIZE, root_hash("")).tolist() == [20 * SIZE]
+
+
+def test_the_ends_of_a_known_chunk_tell_what_is_between() -> None:
+    index = PrefixIndex()
+    slots = [index.add_worker() for _ in range(4)]
+    names = chain(prompt(1, 64))
+    for slot, length in zip(slots, (64, 31, 12, 8), strict=True):
+        index.apply(slot, names[:length])
+    for _ in range(2):  # what was walked once is known from then on
+        assert found(index, prompt(1, 64)) == [64 * SIZE, 31 * SIZE, 12 * SIZE, 8 * SIZE]
+    index.apply(slots[1], names[31:])
+    index.apply(slots[3], (), names[5:8])
+    assert found(index, prompt(1, 64)) == [64 * SIZE, 64 * SIZE, 12 * SIZE, 5 * SIZE]
+    looked_up = []
+
+    class Watched(dict[BlockHash, int]):
+        def get(self, name: BlockHash, default: int | None = None) -> int | None:  # type: ignore[override]
+            looked_up.append(name)
+            return super().get(name, default)
+
+    index._young = Watched(index._young)
+    assert found(index, prompt(1, 64))[0] == 64 * SIZE
+    assert len(looked_up) < 64 / 2
+
+
 def test_who_asks_again_hears_the_same_until_something_changes() -> None:
-    index, token_ids = PrefixIndex(), prompt(1, 20)
+    index, token_ids = PrefixIndex(), [*prompt(1, 20), 1]
     names = chain(token_ids)
 
     def ask() -> list[float]:

@@ -5,16 +5,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from penstock.core.errors import BadRequest
 from penstock.core.node import DecisionLog
-from penstock.core.types import NS_PER_S
+from penstock.core.step import Step
+from penstock.core.types import NS_PER_MS, NS_PER_S
 from penstock.sim.calibrate import Calibration, calibrate, fit_times
 from penstock.sim.clock import SimClock
 from penstock.sim.fabric import Fabric, FabricCost, MessageTimes
 from penstock.sim.fleet import Member, parse_fleet
 from penstock.sim.life import introduction
+from penstock.sim.modelled import ModelledExecutor
 from penstock.sim.observe import Observation
 from penstock.sim.profile import Kind, Spread, StepTimes, size_of
 from penstock.sim.serve import ModelledCluster, ModelledWorker, ServeSpec
@@ -161,6 +164,37 @@ def test_a_stall_is_much_for_a_short_step_and_little_for_a_long_one() -> None:
         ratios = spread.like(Kind(True, False, False, size_of(expected_ns)))
         mean_ns = expected_ns * sum(ratios) / len(ratios)
         assert mean_ns == pytest.approx(new * 10_000 + 500_000, rel=0.01)
+
+
+def test_steps_take_what_steps_of_as_many_sequences_took() -> None:
+    """Up to four cost the same here: a line through all is too high for two, too low for one and
+    for eight, and steps of about as long as each other must not share what it is off by.
+    """
+    truth_ms = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.05, 6: 1.6, 8: 2.4}
+    steps = [
+        TakenStep(0, 0, batch, 100 * batch, 0, int(ms * 1e6) + number)
+        for batch, ms in truth_ms.items()
+        for number in range(40)
+    ]
+    times, spread = fit_times(steps)
+    for batch, ms in truth_ms.items() | {(5, 1.325), (7, 2.0), (9, 2.65)}:
+        assert step_ms(batch, times, spread) == pytest.approx(ms, rel=0.03), batch
+
+
+def step_ms(batch: int, times: StepTimes, spread: Spread) -> float:
+    clock, ended = SimClock(), []
+    executor = ModelledExecutor(clock, times, spread)
+    step = Step(
+        step_id=1,
+        token_ids=np.zeros(batch, np.int64),
+        num_new=np.ones(batch, np.int32),
+        num_computed=np.full(batch, 99, np.int32),
+        block_tables=(),
+        samples=(),
+    )
+    executor.run(step, ended.append)
+    assert clock.run(until_ns=NS_PER_S)
+    return float(ended[0].finished_ns / NS_PER_MS)
 
 
 def test_too_few_steps_are_said() -> None:

@@ -4,9 +4,11 @@ import pytest
 from msgspec.structs import replace
 
 from penstock.core.events import Move, MoveClass, MoveDone, Span
-from penstock.core.types import BlockId, RequestId, WorkerId
+from penstock.core.messages import TokenOutput, Tokens
+from penstock.core.request import Timeline
+from penstock.core.types import CONTROLLER, BlockId, RequestId, WorkerId
 from penstock.sim.clock import SimClock
-from penstock.sim.fabric import Fabric, FabricCost
+from penstock.sim.fabric import FIRST_TOKENS, Fabric, FabricCost, MessageTimes
 
 A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
 COST = FabricCost(latency_ns=1000, span_ns=100, card_bytes_per_s=1e9, inner_bytes_per_s=10e9)
@@ -68,3 +70,16 @@ def test_comparing_what_is_here_asks_nobody() -> None:
     done, fabric = carry(replace(move(C, epoch=2), kind=MoveClass.VERIFY))
     assert done.error is None
     assert not any(fabric.links.bytes_carried.values())
+
+
+def test_first_tokens_take_the_time_of_first_tokens() -> None:
+    clock, heard = SimClock(), []
+    times = MessageTimes({"Tokens": (300,), FIRST_TOKENS: (900,)})
+    fabric = Fabric(clock, FabricCost(messages=times), {})
+    fabric.join(CONTROLLER, 0, lambda _: heard.append(clock.now_ns()))
+    for at_ns, timeline in ((0, Timeline(arrived_ns=1)), (2000, None)):
+        output = TokenOutput(RequestId("r"), (5,), timeline=timeline)
+        said = Tokens(worker_id=A, outputs=(output,))
+        clock.call_at(at_ns, lambda said=said: fabric.send(CONTROLLER, said, A))
+    assert clock.run(until_ns=10**6)
+    assert heard == [900, 2300]

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import BadRequest
-from penstock.core.types import WorkerId
+from penstock.core.events import Send, Woken
+from penstock.core.messages import TokenOutput, Tokens
+from penstock.core.node import DecisionLog
+from penstock.core.request import Timeline
+from penstock.core.types import CONTROLLER, RequestId, WorkerId
+from penstock.sim.fabric import FIRST_TOKENS, kind_of
 from penstock.sim.worker_log import TakenPull, read_worker_logs
 
 
@@ -71,6 +76,28 @@ def test_a_step_a_pull_and_a_message_last_from_event_to_event(tmp_path: Path) ->
     # Equal words in order; stamps that one side has seen and the other not make no difference;
     # what the controller says to the front is no message.
     assert taken.messages_ns == {"Tokens": [400, 250], "Assign": [100]}
+
+
+def test_messages_with_a_first_token_are_a_kind_of_their_own(tmp_path: Path) -> None:
+    """The simulated fabric has to look for their times under the same name."""
+    output = TokenOutput(RequestId("r"), (5,), timeline=Timeline(arrived_ns=1))
+    later = TokenOutput(RequestId("s"), (6,))
+    said = [
+        Tokens(worker_id=WorkerId("mixed-0"), outputs=outputs)
+        for outputs in ((output, later), (later,))
+    ]
+    written: dict[str, list[bytes]] = {"log.mixed-0.1": [], "log": []}
+    worker, controller = (DecisionLog(sink=lines.append) for lines in written.values())
+    for number, message in enumerate(said, 1):
+        worker.record(1000 * number, Woken("step"), [Send(CONTROLLER, message)])
+        controller.record(1100 * number, message, [])
+    for name, lines in written.items():
+        (tmp_path / name).write_bytes(b"".join(lines))
+    assert read_worker_logs(str(tmp_path / "log")).messages_ns == {
+        kind_of(said[0]): [100],
+        kind_of(said[1]): [200],
+    }
+    assert [kind_of(message) for message in said] == [FIRST_TOKENS, "Tokens"]
 
 
 def test_a_step_beside_another_worker_s_is_told_from_one_alone(tmp_path: Path) -> None:
