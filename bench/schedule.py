@@ -1,6 +1,7 @@
 """What does one routing decision cost? Clusters of 10, 100 and 1000 workers with full indexes.
 
-Half of the workers prefill, half decode; all have run steps and pulls, so that costs are their own.
+Half of the workers prefill, half decode, eight on a host; all have run steps and pulls, so that
+costs are their own.
 The prefix index names 100,000 blocks a worker, up to `--names` of them in all (a controller bounds
 its index too): prompts of many conversations, whose first blocks all workers share. Requests are
 half new conversations and half later turns, of 32 to 4,096 tokens. One decision is all that the
@@ -39,6 +40,7 @@ from penstock.core.types import BlockHash, RequestId, Role, WorkerId
 
 BLOCK_SIZE = 32
 BLOCKS_PER_WORKER = 100_000
+WORKERS_PER_HOST = 8
 RUNS = 5
 VOCABULARY = 32_000
 STEM_TOKENS = 256
@@ -62,6 +64,7 @@ def make_fleet(count: int, config: ControllerConfig, rng: random.Random) -> Flee
             max_model_len=131_072,
             max_num_seqs=256,
             profile=profiles[number % len(profiles)],
+            host=f"host-{number // WORKERS_PER_HOST}",
         )
         worker = fleet.join(info)
         worker.backlog_ns = rng.uniform(0, 2e8)

@@ -12,11 +12,11 @@ import numpy as np
 
 from penstock.control.fit import Float64
 
-SCRATCH_ROWS: Final = 5
+SCRATCH_ROWS: Final = 3
 SCRATCH_NUMBERS: Final = 3
 
 _COEFFICIENTS: Final = ("a", "b", "c", "d", "e", "f")
-_LANDING: Final = ("f", "step", "arriving", "decode_closed")
+_LANDING: Final = ("f", "step", "arriving", "fresh", "decode_closed")
 _PREFILLS: Final = ("backlog_least", "free_at", "prefill_tokens", "spare_at")
 _DECODES: Final = ("arriving", "step", "seats", "kv_free", "decode_tokens")
 _DOORS: Final = (
@@ -40,6 +40,7 @@ class Columns:
     """
 
     arriving: Float64
+    fresh: Float64
     backlog_least: Float64
     free_at: Float64
     spare_at: Float64
@@ -67,7 +68,7 @@ class Columns:
         old = self._table
         self._table = np.zeros((len(_NAMES), num_slots))
         self._table[:, : old.shape[1]] = old
-        for name in _PREFILLS + _DECODES + _DOORS:
+        for name in ("fresh", *_PREFILLS, *_DECODES, *_DOORS):
             setattr(self, name, self._row(name))
         self.coefficients = self._rows(_COEFFICIENTS)
         self.rows: tuple[Float64, ...] = tuple(self.coefficients)
@@ -76,10 +77,14 @@ class Columns:
         self.decode_books = tuple(_cells(self._row(name)) for name in _DECODES)
         self.scratch: tuple[Float64, ...] = tuple(np.empty((SCRATCH_ROWS, num_slots)))
 
-    def weigh_landing(self, per_context: float, per_step: float, per_byte: float) -> Float64:
-        """Return the sum of `landing` with these weights, [num_slots]."""
+    def weigh_landing(
+        self, per_context: float, per_step: float, per_byte: float, per_fresh: float
+    ) -> Float64:
+        """Return the sum of a step's context, the step, what is arriving and what is `fresh`, with
+        these weights, and of `decode_closed`, [num_slots].
+        """
         weights = self._weight_cells
-        weights[0], weights[1], weights[2] = per_context, per_step, per_byte
+        weights[0], weights[1], weights[2], weights[3] = per_context, per_step, per_byte, per_fresh
         total: Float64 = np.dot(self._weights, self._landing)
         return total
 

@@ -28,6 +28,8 @@ A, B, C, D, E, F = range(6)
 
 TRANSFER_PRIOR_NS: Final = (500_000.0, 33_000.0, 0.2)
 """T0, alpha and ns per byte of a pair that nobody has measured: 5 GB/s."""
+NEARER: Final = 0.5
+"""Of what a byte takes between hosts, what it is taken to need within one until that is known."""
 PAIRS_MAX: Final = 4096
 OWN_AFTER: Final = 4
 """Transfers of a pair after which its own fit is used instead of that of all pairs."""
@@ -66,30 +68,49 @@ class WorkerCost:
 
 
 class TransferCosts:
-    """The transfer times between workers, per pair where there is something to go by."""
+    """The transfer times between workers: per pair where there is something to go by, else those of
+    all pairs within a host, or between hosts.
+    """
 
     def __init__(self) -> None:
-        self.all_pairs = Fit(TRANSFER_PRIOR_NS)
+        self._within = Fit(TRANSFER_PRIOR_NS)
+        self._between = Fit(TRANSFER_PRIOR_NS)
+        self._hosts: dict[WorkerId, str] = {}
         self._pairs: OrderedDict[tuple[WorkerId, WorkerId], Fit] = OrderedDict()
         self._known: dict[WorkerId, dict[WorkerId, ThreeNs]] = {}
-        self.others = _three(self.all_pairs)
+        self.between = _three(self._between)
+        self.within = _nearer(self.between)
         """T0, alpha and ns per byte of pairs that have none of their own."""
 
     @property
-    def is_mixed(self) -> bool:
-        """True when there are pairs with a transfer of their own."""
-        return bool(self._known)
+    def error(self) -> float:
+        """The latest error of predicted transfers, mean of those within and between hosts."""
+        fits = [fit for fit in (self._within, self._between) if fit.num_samples]
+        return sum(fit.error for fit in fits) / max(len(fits), 1)
+
+    def join(self, worker_id: WorkerId, host: str) -> None:
+        """Note where a worker is."""
+        self._hosts[worker_id] = host
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """Drop what is known of a worker that is gone: its successor may be elsewhere."""
+        self._hosts.pop(worker_id, None)
+        for pair in [pair for pair in self._pairs if worker_id in pair]:
+            del self._pairs[pair]
+            self._drop(*pair)
 
     def learn(self, to: WorkerId, samples: tuple[PullSample, ...]) -> None:
         """Take in pulls that `to` has made. Keeps the `PAIRS_MAX` pairs heard of last."""
         for sample in samples:
             row = (1.0, sample.num_spans, sample.num_bytes)
-            if not self.all_pairs.update(row, sample.duration_ns):
+            is_within = self._is_within(sample.source, to)
+            usual = self._within if is_within else self._between
+            if not usual.update(row, sample.duration_ns):
                 continue
             pair = (sample.source, to)
             fit = self._pairs.get(pair)
             if fit is None:
-                fit = self._pairs[pair] = Fit(self.all_pairs.coefficients)
+                fit = self._pairs[pair] = Fit(usual.coefficients)
             self._pairs.move_to_end(pair)
             fit.update(row, sample.duration_ns)
             if fit.num_samples >= OWN_AFTER:
@@ -97,19 +118,10 @@ class TransferCosts:
             if len(self._pairs) > PAIRS_MAX:
                 forgotten, _ = self._pairs.popitem(last=False)
                 self._drop(*forgotten)
-        self.others = _three(self.all_pairs)
-
-    def forget(self, worker_id: WorkerId) -> None:
-        """Drop what is known of a worker that is gone: its successor may be elsewhere."""
-        for pair in [pair for pair in self._pairs if worker_id in pair]:
-            del self._pairs[pair]
-            self._drop(*pair)
-
-    def _drop(self, source: WorkerId, to: WorkerId) -> None:
-        known = self._known.get(to, {})
-        known.pop(source, None)
-        if not known:
-            self._known.pop(to, None)
+        self.between = _three(self._between)
+        self.within = _three(self._within)
+        if not self._within.num_samples:
+            self.within = _nearer(self.between)
 
     def known_to(self, to: WorkerId) -> Mapping[WorkerId, ThreeNs]:
         """Return T0, alpha and ns per byte by source, of those that have their own."""
@@ -119,8 +131,26 @@ class TransferCosts:
         self, source: WorkerId, to: WorkerId, num_bytes: float, num_spans: float
     ) -> float:
         """Return the expected time of one transfer."""
-        fixed, per_span, per_byte = self.known_to(to).get(source, self.others)
+        known = self._known.get(to, _NOBODY).get(source)
+        if known is None:
+            known = self.within if self._is_within(source, to) else self.between
+        fixed, per_span, per_byte = known
         return fixed + per_span * num_spans + per_byte * num_bytes
+
+    def _is_within(self, source: WorkerId, to: WorkerId) -> bool:
+        return self._hosts.get(source) == self._hosts.get(to)
+
+    def _drop(self, source: WorkerId, to: WorkerId) -> None:
+        known = self._known.get(to, {})
+        known.pop(source, None)
+        if not known:
+            self._known.pop(to, None)
+
+
+def _nearer(between: ThreeNs) -> ThreeNs:
+    """Return what is expected within a host while there is nothing else to go by."""
+    fixed, per_span, per_byte = between
+    return fixed, per_span, per_byte * NEARER
 
 
 def _three(fit: Fit) -> ThreeNs:

@@ -83,9 +83,9 @@ class Fit:
 
     def update(self, x: Sequence[float], duration: float) -> bool:
         """Learn from one sample; False, and nothing changed, when it can be none."""
-        row = np.array(x, dtype=np.float64)
-        if not (isfinite(duration) and duration > 0 and row.min() >= 0 and row.max() > 0):
+        if not (isfinite(duration) and duration > 0 and min(x) >= 0 and max(x) > 0):
             return False
+        row = np.array(x, dtype=np.float64)
         predicted = max(float(self._learnt @ row), 1e-9)
         of_prior = float(self.prior @ row)
         residual = log(duration / predicted)
@@ -124,12 +124,13 @@ def _solve(gram: Float64, moment: Float64, scale: float) -> Float64:
     """
     # The prior weighs little beside parts of the size that `scale` makes them, and never so little
     # that there is no solution.
-    weight = max(PRIOR_WEIGHT / scale**2, SOLVABLE * float(gram.max()))
     gram = gram.copy()
-    gram.ravel()[:: len(gram) + 1] += weight
+    squares = gram.ravel()[:: len(gram) + 1]  # the largest number of all is one of these
+    weight = max(PRIOR_WEIGHT / scale**2, SOLVABLE * max(squares.tolist()))
+    squares += weight
     moment = moment + scale * weight
     solution = np.linalg.solve(gram, moment)
-    if solution.min() >= 0:
+    if min(solution.tolist()) >= 0:
         learnt: Float64 = np.maximum(solution, scale * FLOOR)
         return learnt
     kept = np.arange(len(gram))

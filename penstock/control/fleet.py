@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.control.columns import Columns
 from penstock.control.cost import TransferCosts
@@ -31,6 +32,9 @@ CLOSED: Final = 1e18
 """Added to the cost of what may not be taken; more than any cost."""
 PREFILLS_MIN: Final = 4
 """Prefills that a worker is given however long they are expected to take."""
+
+
+Slots = npt.NDArray[np.int64]
 
 
 class Fleet(Columns):
@@ -50,6 +54,9 @@ class Fleet(Columns):
         self.transfers = TransferCosts()
         self.names: tuple[WorkerId, ...] = ()
         """Of every slot; empty where nobody is."""
+        self.host_of: tuple[str, ...] = ()
+        self.hosts: dict[str, Slots] = {}
+        """The slots on every host."""
         self.token_bytes = 1
         self.has_pairs = False
         self.kv_free_least = CLOSED
@@ -92,6 +99,7 @@ class Fleet(Columns):
             self.resize(self.index.num_slots)
         self._by_slot[worker.slot] = worker
         self.token_bytes = info.layout.token_bytes
+        self.transfers.join(info.worker_id, info.host)
         self._learn(worker, ())
         self.reopen()
         return worker
@@ -121,6 +129,11 @@ class Fleet(Columns):
             self._open[worker.slot] = True
         self._block_sizes = tuple(dict.fromkeys(w.info.layout.block_size for w in self))
         self.names = tuple(w.info.worker_id if w else WorkerId("") for w in self._by_slot)
+        self.host_of = tuple(w.info.host if w else "" for w in self._by_slot)
+        hosts = dict.fromkeys(w.info.host for w in self)
+        self.hosts = {
+            host: np.array([w.slot for w in self if w.info.host == host]) for host in hosts
+        }
         for slot, worker_there in enumerate(self._by_slot):
             if worker_there is not None:
                 self.refresh(worker_there)
@@ -256,7 +269,7 @@ class Fleet(Columns):
         """Return the latest errors of predicted steps, mean of all workers, and of transfers."""
         errors = [w.cost.fit.error for w in self if w.cost.fit.num_samples]
         step_error = sum(errors) / len(errors) if errors else 0.0
-        return step_error, self.transfers.all_pairs.error
+        return step_error, self.transfers.error
 
     def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Float64:
         """Return how many tokens of a prompt behind `root` every slot has, [num_slots]."""

@@ -62,12 +62,12 @@ class PromptBlocks:
         """Yield the names in order, those of a known chunk together; each also names all before
         it.
         """
-        token_ids, size, parent = self._token_ids, self._block_size, self._root
+        token_ids, size, parent = tuple(self._token_ids), self._block_size, self._root
         known, layout = self._known, f"<{size}I"
         num_tokens = self.num_blocks * size
         for start in range(0, num_tokens, CHUNK_BLOCKS * size):
             stop = min(start + CHUNK_BLOCKS * size, num_tokens)
-            chunk = parent, hash(tuple(token_ids[start:stop]))
+            chunk = parent, hash(token_ids[start:stop])
             names = known.get(chunk)
             if names is not None:
                 yield names
@@ -75,7 +75,7 @@ class PromptBlocks:
                 continue
             walked = []
             for begin in range(start, stop, size):
-                tokens = tuple(token_ids[begin : begin + size])
+                tokens = token_ids[begin : begin + size]
                 block = parent, hash(tokens)
                 names = known.get(block)
                 if names is None:
@@ -210,7 +210,10 @@ class PrefixIndex:
             self._known.clear()
         levels = self.levels(PromptBlocks(token_ids, block_size, root, self._known))
         # Most workers have the same: a beginning that is everybody's, or nothing.
-        usual = levels[0][0] if len(levels) == 1 else max(levels, key=_num_workers)[0]
+        usual, num_usual = 0, -1
+        for num_blocks, workers in levels:
+            if (num_workers := workers.bit_count()) > num_usual:
+                usual, num_usual = num_blocks, num_workers
         most = len(token_ids) - 1
         tokens = np.empty(self._num_slots)
         tokens.fill(min(usual * block_size, most))
@@ -247,10 +250,6 @@ class PrefixIndex:
         live = [slot for slot in range(self._num_slots) if self._live >> slot & 1]
         assert sorted(live + self._free + self._dead) == list(range(self._num_slots))
         assert not self._young.keys() & self._old.keys()
-
-
-def _num_workers(level: Level) -> int:
-    return level[1].bit_count()
 
 
 def _put(tokens: Float64, workers: int, num_tokens: int) -> None:

@@ -64,7 +64,7 @@ def test_a_pair_has_its_own_transfer_once_it_was_heard_of() -> None:
     assert costs.predict_ns(fast, to, 30e6, 1) == pytest.approx(1.7e6, rel=0.2)
     assert costs.predict_ns(slow, to, 30e6, 1) == pytest.approx(30.2e6, rel=0.2)
     stranger = costs.predict_ns(WorkerId("new"), to, 30e6, 1)
-    assert stranger == pytest.approx(costs.all_pairs.predict((1.0, 1.0, 30e6)))
+    assert stranger == pytest.approx(costs._within.predict((1.0, 1.0, 30e6)))
     costs.forget(slow)
     assert costs.predict_ns(slow, to, 30e6, 1) == stranger
 
@@ -77,5 +77,20 @@ def test_pairs_are_bounded_and_few_samples_do_not_make_one() -> None:
     assert OWN_AFTER > 1
     last = WorkerId(str(PAIRS_MAX + 9))
     assert not costs.known_to(WorkerId("d"))
-    assert costs.predict_ns(last, WorkerId("d"), 1, 0) == costs.others[0] + costs.others[2]
-    assert not costs.is_mixed
+    assert costs.predict_ns(last, WorkerId("d"), 1, 0) == costs.within[0] + costs.within[2]
+
+
+def test_a_pair_of_which_nobody_has_heard_is_like_those_within_or_between_hosts() -> None:
+    costs = TransferCosts()
+    here, near, far, new = map(WorkerId, ("here", "near", "far", "new"))
+    for name, host in ((here, "a"), (near, "a"), (new, "a"), (far, "b")):
+        costs.join(name, host)
+    sizes = [size * 1_000_000 for size in range(1, 60)]
+    costs.learn(here, tuple(PullSample(far, size, 1, 200_000 + size) for size in sizes))
+    between = costs.predict_ns(far, near, 30e6, 1)
+    assert between == pytest.approx(30.2e6, rel=0.2)
+    assert between / 3 < costs.predict_ns(new, near, 30e6, 1) < between  # nobody knows yet
+    costs.learn(here, tuple(PullSample(near, size, 1, 200_000 + size // 20) for size in sizes))
+    assert costs.predict_ns(new, near, 30e6, 1) == pytest.approx(1.7e6, rel=0.2)
+    assert costs.predict_ns(far, near, 30e6, 1) == between
+    assert costs.error < 0.2

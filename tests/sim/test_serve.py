@@ -120,6 +120,20 @@ def test_moves_out_of_one_host_share_its_card() -> None:
     assert pulls[1] == pytest.approx(2 * pulls[2], rel=1e-3)
 
 
+def test_nobody_waits_for_a_full_worker_while_one_that_is_new_has_room() -> None:
+    """Answers that turn out longer fill the one that has had them all the time."""
+    members = parse_fleet("L20:prefill,2xL20:decode", MODEL)
+    control = ControllerConfig(policy="predicted")
+    spec = ServeSpec(members=members, controller=control, respawn_ns=95 * NS_PER_S)
+    long = [Arrival(2 * NS_PER_S + i * NS_PER_S // 5, ((i, 100),), 4000) for i in range(56)]
+    after = [
+        Arrival((100 * NS_PER_S + i * NS_PER_S // 5), ((99 + i, 1000),), 300) for i in range(200)
+    ]
+    seen = serve(long + after, spec, [Fault("decode-1", NS_PER_S)])
+    assert max(s.held_share for s in (x.workers["decode-0"] for x in seen.samples)) > 0.97
+    assert max(served.ttft_s for served in seen.served) < 5
+
+
 def test_samples_say_who_was_busy_and_with_what() -> None:
     arrivals = make_workload(WorkloadSpec(source="fixed:in=4000", rate=4.0, duration_s=20.0))
     seen = serve(arrivals)

@@ -74,17 +74,18 @@ def predict(fleet: Fleet, ask: Ask, prefill: int, decode: int) -> Prediction:
     fixed, per_token, per_work = at.prefill_coefficients
     compute_ns = fixed + per_token * (num_tokens - cached) + per_work * (num_tokens**2 - cached**2)
     step_ns = onto.step_ns + onto.decode_coefficients[2] * ask.num_tokens
-    transfer_ns = 0.0
+    transfer_ns = first_decode_ns = 0.0
     if not is_alone:
         num_bytes = (num_tokens - cached_on_decode) * fleet.token_bytes
-        names = at.info.worker_id, onto.info.worker_id
-        transfer_ns = fleet.transfers.predict_ns(*names, num_bytes, 1)
+        source, to = fleet.names[prefill], fleet.names[decode]
+        transfer_ns = fleet.transfers.predict_ns(source, to, num_bytes, 1)
+        # A step is under way when the KV arrives; it has to end first.
+        first_decode_ns = step_ns * 1.5 if onto.num_decodes else step_ns
     return Prediction(
         queue_ns=max(at.free_at_ns - ask.now_ns, at.backlog_ns / 2),
         prefill_ns=compute_ns if num_tokens else 0.0,
         transfer_ns=transfer_ns,
-        # A step is under way when the KV arrives; it has to end first.
-        first_decode_ns=0.0 if is_alone else step_ns + step_ns / 2 * bool(onto.num_decodes),
+        first_decode_ns=first_decode_ns,
         tpot_ns=step_ns,
     )
 
@@ -94,11 +95,6 @@ def breaks_tpot(fleet: Fleet, ask: Ask, step_ns: Float64) -> Float64:
     the others. A worker without a sequence is within any budget: no other could do better.
     """
     return np.multiply((step_ns > ask.tpot_bound_ns) & (fleet.seats > 0), CLOSED)
-
-
-def has_room(fleet: Fleet, ask: Ask) -> bool:
-    """True when nobody lacks room, and `lacks_room` would tell nothing."""
-    return fleet.has_room(ask.num_tokens + ask.expected_output_tokens)
 
 
 def lacks_room(fleet: Fleet, ask: Ask) -> Float64:

@@ -13,6 +13,7 @@ Source: the regimes of FlowKV, Arrow's loads in SLOs, conditional disaggregation
 AMPD; the rule is ours.
 """
 
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -20,10 +21,8 @@ import numpy as np
 from penstock.control.cost import F
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
-from penstock.control.policies.policy import Ask, Choice, breaks_tpot, has_room, lacks_room
+from penstock.control.policies.policy import Ask, Choice, breaks_tpot, lacks_room
 
-FINALISTS: Final = 3
-"""Of either side, looked at in pairs."""
 WAIT_SHARE: Final = 0.25
 """Of the TTFT's SLO: who has waited so long may go wherever there is time for it."""
 FIRST_STEPS: Final = 1.5
@@ -32,13 +31,14 @@ FIRST_STEPS: Final = 1.5
 
 def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
     """Return the pair or the worker with the least predicted TTFT. O(workers), vectorised."""
-    compute, wait, begin, fresh, _ = fleet.scratch
+    compute, wait, begin = fleet.scratch
     now, size, _ = fleet.numbers
     now[()], size[()] = ask.now_ns, ask.num_tokens
-    _put_compute(fleet, ask, compute, fresh)
+    _put_compute(fleet, ask, compute)
     fleet.put_wait(now, wait)
     np.add(wait, compute, begin)
-    closed = None if has_room(fleet, ask) else lacks_room(fleet, ask)
+    has_room = fleet.has_room(ask.num_tokens + ask.expected_output_tokens)
+    closed = None if has_room else lacks_room(fleet, ask)
     alone = _alone(fleet, ask)
     if ask.tpot_bound_ns < CLOSED:
         step = fleet.step + fleet.rows[F] * ask.num_tokens
@@ -53,7 +53,7 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
     choice, cost = (best, best), alone.item(best)
     if fleet.has_pairs and ask.num_tokens > 1:
         costs["prefill"] = first = begin + fleet.prefill_closed
-        costs["decode"] = land = _land(fleet, ask, fresh)
+        costs["decode"] = land = _land(fleet, ask)
         if closed is not None:
             land += closed
         pair, pair_cost = _pair(fleet, ask, first, land)
@@ -64,12 +64,12 @@ def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
     return Choice(*choice, costs) if cost < CLOSED else None
 
 
-def _put_compute(fleet: Fleet, ask: Ask, compute: Float64, fresh: Float64) -> None:
+def _put_compute(fleet: Fleet, ask: Ask, compute: Float64) -> None:
     """Write the time of the prompt itself, `a + b * S + c * (S^2 + 2 * S * P)`, and its tokens S
     that are not there yet.
     """
     fixed, per_token, per_work, *_ = fleet.rows
-    size = fleet.numbers[1]
+    size, fresh = fleet.numbers[1], fleet.fresh
     if ask.cached_tokens is None:
         fresh.fill(ask.num_tokens)
         np.multiply(per_work, size, compute)
@@ -98,7 +98,7 @@ def _alone(fleet: Fleet, ask: Ask) -> Float64:
     that decode have to catch up first with the one before; and who has waited for long is in
     nobody's way any more.
     """
-    compute, wait, begin, *_ = fleet.scratch
+    compute, wait, begin = fleet.scratch
     now, _, number = fleet.numbers
     number[()] = ask.slo_ttft_ns / (ask.expected_output_tokens * ask.slo_tpot_ns)
     cost = fleet.seats * number
@@ -116,7 +116,7 @@ def _alone(fleet: Fleet, ask: Ask) -> Float64:
     return cost
 
 
-def _land(fleet: Fleet, ask: Ask, fresh: Float64) -> Float64:
+def _land(fleet: Fleet, ask: Ask) -> Float64:
     """Return what comes after the prompt is computed, for each slot that could decode: the first
     steps, and the transfers that are on their way and to come.
 
@@ -125,29 +125,28 @@ def _land(fleet: Fleet, ask: Ask, fresh: Float64) -> Float64:
     long from a worker that was crowded once, or send all to one that is new.
     """
     steps = FIRST_STEPS + ask.slo_ttft_ns / ask.slo_tpot_ns
-    per_byte = fleet.transfers.others[2]
-    land = fleet.weigh_landing(steps * ask.num_tokens, steps, per_byte)
-    number, coming = fleet.numbers[2], fleet.scratch[4]
-    number[()] = per_byte * fleet.token_bytes
-    land += np.multiply(fresh, number, coming)
-    return land
+    per_byte = _usual(fleet)[2]
+    return fleet.weigh_landing(
+        steps * ask.num_tokens, steps, per_byte, per_byte * fleet.token_bytes
+    )
 
 
 def _pair(fleet: Fleet, ask: Ask, first: Float64, land: Float64) -> tuple[tuple[int, int], float]:
     """Return the best pair and its TTFT, of which the transfer is per pair."""
-    transfers, token_bytes, fresh = fleet.transfers, fleet.token_bytes, fleet.scratch[3]
-    others = transfers.others
-    per_byte = others[2]
-    finalists = FINALISTS if transfers.is_mixed else 1
-    starts, names = _least(first, finalists), fleet.names
+    transfers, token_bytes, fresh = fleet.transfers, fleet.token_bytes, fleet.fresh
+    per_byte = _usual(fleet)[2]
+    starts, ends = _finalists(fleet, first, land)
+    names, host_of = fleet.names, fleet.host_of
     best, best_cost, best_ns = (0, 0), 4 * CLOSED, 4 * CLOSED
-    for decode, decode_ns in _least(land, finalists):
-        num_bytes, known = fresh.item(decode) * token_bytes, transfers.known_to(names[decode])
+    for decode, decode_ns in ends:
+        num_bytes, host = fresh.item(decode) * token_bytes, host_of[decode]
+        known = transfers.known_to(names[decode])
         land_ns = decode_ns - per_byte * num_bytes
         for prefill, begin_ns in starts:
             if begin_ns + land_ns >= best_cost:
                 break  # whatever the transfer takes, and that goes for those that begin later
-            fixed, per_span, each = known.get(names[prefill], others)
+            usual = transfers.within if host_of[prefill] == host else transfers.between
+            fixed, per_span, each = known.get(names[prefill], usual)
             took_ns = begin_ns + fixed + per_span + each * num_bytes
             if took_ns + land_ns < best_cost:
                 best, best_cost, best_ns = (prefill, decode), took_ns + land_ns, took_ns
@@ -158,13 +157,42 @@ def _pair(fleet: Fleet, ask: Ask, first: Float64, land: Float64) -> tuple[tuple[
     return best, best_ns + FIRST_STEPS * step_ns
 
 
-def _least(costs: Float64, count: int) -> list[tuple[int, float]]:
-    """Return the slots of least cost, and their costs, least first."""
-    least: list[tuple[int, float]] = []
-    for _ in range(min(count, len(costs))):
-        slot = int(costs.argmin())
-        least.append((slot, costs.item(slot)))
-        costs[slot] = np.inf
-    for slot, cost in least:
-        costs[slot] = cost
-    return least
+def _usual(fleet: Fleet) -> tuple[float, float, float]:
+    """Return what a transfer takes as far as it does not depend on the pair."""
+    return fleet.transfers.between if len(fleet.hosts) > 1 else fleet.transfers.within
+
+
+Costs = list[tuple[int, float]]
+"""Slots and their costs, least first."""
+
+
+def _finalists(fleet: Fleet, first: Float64, land: Float64) -> tuple[Costs, Costs]:
+    """Return who is looked at in pairs: the best of either side, and the best that are on the host
+    of the other side's best, for it may be far from the others.
+    """
+    starts, ends = _least(first), _least(land)
+    if len(fleet.hosts) > 1 and max(starts[0][1], ends[0][1]) < CLOSED:
+        near_end, near_start = _neighbour(fleet, ends[0], first), _neighbour(fleet, starts[0], land)
+        if near_end not in starts:
+            starts.append(near_end)
+        if near_start not in ends:
+            ends.append(near_start)
+    return starts, ends
+
+
+def _neighbour(fleet: Fleet, of: tuple[int, float], costs: Float64) -> tuple[int, float]:
+    """Return the slot of least cost on the host of another, and its cost."""
+    slots = fleet.hosts[fleet.host_of[of[0]]]
+    slot = slots.item(costs[slots].argmin())
+    return slot, costs.item(slot)
+
+
+def _least(costs: Float64) -> Costs:
+    """Return the two slots of least cost, and their costs, least first."""
+    first = int(costs.argmin())
+    least = costs.item(first)
+    costs[first] = inf
+    second = int(costs.argmin())
+    found = [(first, least), (second, costs.item(second))]
+    costs[first] = least
+    return found

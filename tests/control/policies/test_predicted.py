@@ -99,6 +99,24 @@ def test_the_transfer_is_that_of_the_pair() -> None:
     assert story.pairs() == [("p1", "d0")]
 
 
+def test_a_pair_within_a_host_is_found_among_workers_that_are_less_busy() -> None:
+    story = make()
+    for number in range(6):
+        for role in "pd":
+            story.join(f"{role}{number}", host=f"host-{number}")
+    for size in range(1, 30):
+        num_bytes = size << 12
+        for source, ns_per_byte in (("p0", 1), ("p1", 1000)):
+            sample = PullSample(WorkerId(source), num_bytes, 1, 10**5 + num_bytes * ns_per_byte)
+            story.tell(load("d0", pull_samples=(sample,)))
+    for number in range(3):  # d0 and others decode already: the best of either side are apart
+        story.submit(f"short{number}", 3)
+    for number in range(6):
+        story.submit(f"r{number}", LONG)
+    pairs = [pair for pair in story.pairs() if pair[0] != pair[1]]
+    assert sorted(pairs) == [(f"p{number}", f"d{number}") for number in range(6)]
+
+
 def test_the_tpot_budget_closes_a_worker_and_the_request_waits_for_it() -> None:
     story = make("p0", "d0", slo_tpot_ms=6.2)  # two sequences of this length on an H100, not three
     for name in "abcde":
