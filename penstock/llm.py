@@ -32,7 +32,7 @@ from penstock.server.chat_template import Message
 from penstock.server.choice import Choice
 from penstock.server.intake import Query, with_kv
 from penstock.server.residency import KVResidencyView, make_query, view
-from penstock.server.schema import kv_options
+from penstock.server.schema import RequestOptions, request_options
 from penstock.server.settings import ServedModel, ServerSettings
 from penstock.server.tokenizer import Tokenizer
 
@@ -134,14 +134,15 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
-        **kv: Any,  # noqa: ANN401  checked by KVOptions
+        **options: Any,  # noqa: ANN401  checked by RequestOptions
     ) -> list[RequestOutput]:
         """Continue each prompt, a text or its token ids; outputs are in the order of the prompts.
 
-        A prompt whose `max_tokens` do not fit the context window gets as many as fit. `kv` is what
-        is asked of their KV, as in a body: `kv_quality="exact"`, `kv_window` or `kv_select` tokens
-        (both take a `kv_quality` in `cluster_options` that allows a loss), `retention_ttl` seconds
-        and `kv_pin`, its name.
+        A prompt whose `max_tokens` do not fit the context window gets as many as fit. `options`
+        are as in a body: `priority` (lower goes first), `cache_salt` (prefixes are shared among
+        those of one), and of their KV `kv_quality="exact"`, `kv_window` or `kv_select` tokens (both
+        take a `kv_quality` in `cluster_options` that allows a loss), `retention_ttl` seconds and
+        `kv_pin`, its name.
 
         Raises: `BadRequest` or a subclass for a prompt that cannot be served, then for none.
         """
@@ -150,7 +151,7 @@ class LLM:
             (prompt, tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
-        return self._run(asked, params, progress, kv)
+        return self._run(asked, params, progress, options)
 
     def chat(
         self,
@@ -158,9 +159,9 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
-        **kv: Any,  # noqa: ANN401  checked by KVOptions
+        **options: Any,  # noqa: ANN401  checked by RequestOptions
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several; `kv` as for `generate`.
+        """Answer one conversation, or each of several; `options` as for `generate`.
 
         Raises: `BadRequest` or a subclass, as `generate`.
         """
@@ -168,7 +169,7 @@ class LLM:
         conversations: Any = [messages] if is_one else messages
         texts = [self.tokenizer.apply_chat_template(each) for each in conversations]
         asked = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        return self._run(asked, params, progress, kv)
+        return self._run(asked, params, progress, options)
 
     def close(self) -> None:
         """End the cluster and all its processes; closing twice is fine."""
@@ -185,13 +186,13 @@ class LLM:
         asked: Sequence[tuple[str | None, Sequence[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
-        kv: Mapping[str, object],
+        asked_by_name: Mapping[str, object],
     ) -> list[RequestOutput]:
         if not self._finalizer.alive:
             raise WorkersUnavailable("this LLM is closed")
-        each, options = _params_for(asked, params), kv_options(kv)
+        each, options = _params_for(asked, params), request_options(asked_by_name)
         requests = [
-            with_kv(self._request(token_ids, one), options, self._allows)
+            with_kv(self._request(token_ids, one, options), options, self._allows)
             for (_, token_ids), one in zip(asked, each, strict=True)
         ]
         jobs = [
@@ -201,7 +202,9 @@ class LLM:
         with _counting(len(jobs), progress) as advance:
             return self._background.call(_serve_all(self._background.cluster, jobs, advance))
 
-    def _request(self, token_ids: Sequence[int], params: SamplingParams) -> Request:
+    def _request(
+        self, token_ids: Sequence[int], params: SamplingParams, options: RequestOptions
+    ) -> Request:
         facts = self.model
         room = facts.max_model_len - len(token_ids)
         if not token_ids:
@@ -219,6 +222,8 @@ class LLM:
             request_id=RequestId(f"llm-{secrets.token_hex(8)}"),
             prompt_token_ids=tuple(token_ids),
             params=replace(params, seed=seed, max_tokens=min(params.max_tokens, room)),
+            cache_salt=options.cache_salt or "",
+            priority=options.priority or 0,
         )
 
 

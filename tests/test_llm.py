@@ -138,6 +138,18 @@ def test_where_its_kv_blocks_are(llm: LLM):
         llm.kv_residency(limit=1, prefix="what")
 
 
+def test_prefixes_are_shared_among_those_of_one_salt(llm: LLM):
+    prompt = [[50 + (3 * n) % 400 for n in range(200)]]
+
+    def cached(**options: object) -> int:
+        (output,) = llm.generate(prompt, GREEDY, **options)
+        return output.cached_tokens
+
+    assert cached(cache_salt="one", priority=3) == 0
+    assert cached(cache_salt="one") > 128
+    assert cached(cache_salt="another") == cached() == 0
+
+
 def test_an_exact_cluster_refuses_what_leaves_kv_out(llm: LLM):
     exact, whole = (
         llm.generate("The", GREEDY, **asked)[0] for asked in ({"kv_quality": "exact"}, {})
@@ -157,9 +169,11 @@ def test_an_exact_cluster_refuses_what_leaves_kv_out(llm: LLM):
         ({"kv_pin": "system"}, "needs a `retention_ttl`"),
         ({"retention_ttl": -1.0}, "`retention_ttl`: Expected `float` >= 0.0"),
         ({"kv_windows": 64}, "unknown field `kv_windows`"),
+        ({"priority": "high"}, "`priority`: Expected `int | null`"),
+        ({"cache_salt": ""}, "`cache_salt`: Expected `str` of length >= 1"),
     ],
 )
-def test_what_is_asked_of_the_kv_is_refused_as_in_a_body(llm: LLM, asked, message):
+def test_what_is_asked_is_refused_as_in_a_body(llm: LLM, asked, message):
     with pytest.raises(BadRequest, match=message):
         llm.generate("The", GREEDY, **asked)
     with pytest.raises(BadRequest, match=message):

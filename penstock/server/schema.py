@@ -55,7 +55,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 
 class KVOptions(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What may be asked of a request's KV: in a body, and of `LLM` by the same names."""
+    """What may be asked of a request's KV."""
 
     kv_quality: Annotated[Literal["exact"], Meta(description=KV_QUALITY)] | None = None
     kv_window: Annotated[int, Meta(ge=16, le=2**31 - 1, description=KV_WINDOW)] | None = None
@@ -66,7 +66,17 @@ class KVOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     kv_pin: Annotated[str, Meta(min_length=1, max_length=128, description=KV_PIN)] | None = None
 
 
-class GenerationBody(KVOptions, kw_only=True, forbid_unknown_fields=True):
+class RequestOptions(KVOptions, kw_only=True, forbid_unknown_fields=True):
+    """What may be asked of a request besides its text: in a body, and of `LLM` by the same names.
+
+    Prefixes are shared among those of one `cache_salt`; a lower `priority` goes first.
+    """
+
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+
+
+class GenerationBody(RequestOptions, kw_only=True, forbid_unknown_fields=True):
     """What both ways of asking for text have in common. Null means the default.
 
     `user`, `metadata`, `service_tier`, `safety_identifier` and `prompt_cache_key` are taken and
@@ -93,8 +103,6 @@ class GenerationBody(KVOptions, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
@@ -222,13 +230,13 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
         raise BadRequest("the body is nested too deeply") from None
 
 
-def kv_options(asked: Mapping[str, object]) -> KVOptions:
-    """Return what is asked of the KV by name.
+def request_options(asked: Mapping[str, object]) -> RequestOptions:
+    """Return what is asked of a request by name.
 
     Raises: `BadRequest` with the name at fault.
     """
     try:
-        return msgspec.convert(asked, KVOptions)
+        return msgspec.convert(asked, RequestOptions)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from None
 
