@@ -8,7 +8,8 @@ For a policy that holds requests back (ours; the classic ones push), a worker is
 while it has less than `admit_backlog_ms` of them ahead (a few are
 always let in): enough to keep it busy until the next can reach it, and what waits longer waits at
 the controller, where it can still go anywhere and where priorities count. It is open for decodes
-while it has a seat, and for a request whose KV, as far as its output can be expected, has room.
+while it has a seat, and for a request whose KV, as far as its output can be expected, has room
+beside what is expected of the others, or is there already where that is more.
 """
 
 from collections.abc import Iterator
