@@ -1,6 +1,7 @@
 """Who is given what when workers of one host are near each other and hosts are far apart?
 
     python bench/hosts.py [--quick] [--links GBPS ...] [--seeds N] [--output FILE]
+    python bench/hosts.py --ours --add        our rule and the limit anew, beside kept results
 
 Simulated: the controller and workers that serve, over kernel times of H100 with Llama-3.1-8B and
 links that are shared. Four hosts, each with two prefill and two decode workers behind one network
@@ -42,11 +43,11 @@ class Way:
     card_bytes_per_s: float
 
 
-def ways(link_gbps: float, *, is_quick: bool) -> list[Way]:
+def ways(link_gbps: float, num_others: int) -> list[Way]:
     """Return what is compared over one kind of link, ours first and last."""
     others = [name for name in POLICIES if name != "predicted"]
     card = link_gbps * BYTES_PER_GB
-    found = [Way(name, name, card) for name in ["predicted", *others[: 1 if is_quick else None]]]
+    found = [Way(name, name, card) for name in ["predicted", *others[:num_others]]]
     return [*found, Way("limit", "predicted", FabricCost().inner_bytes_per_s)]
 
 
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one link, two rules, within 45 s")
     parser.add_argument("--links", type=float, nargs="+", metavar="GBPS", help="of a host's card")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from 1 on")
+    parser.add_argument("--ours", action="store_true", help="not the classic rules")
+    parser.add_argument("--add", action="store_true", help="to the results that are kept already")
     parser.add_argument("--output", metavar="FILE", help="where to keep the results")
     options = parser.parse_args()
     gc.set_threshold(200_000, 50, 50)
@@ -83,9 +86,12 @@ def main() -> None:
     duration_s = QUICK_S if options.quick else DURATION_S
     settings = {"cluster": f"{NUM_HOSTS} hosts of {HOST}", "requests_per_s": RATE}
     report = Report("hosts", settings=settings)
+    if options.add:
+        report.resume(options.output)
+    num_others = 0 if options.ours else 1 if options.quick else len(POLICIES)
     for link_gbps in links:
         print(f"\ncards of {link_gbps:g} Gb/s; TTFT within {SLO.ttft_ms:g} ms")
-        for way in ways(link_gbps, is_quick=options.quick):
+        for way in ways(link_gbps, num_others):
             runs = [measure(way, seed, duration_s) for seed in range(1, options.seeds + 1)]
             name = f"{way.name}_{link_gbps:g}"
             report.add(f"{name}.good_per_s", [run.goodput_per_s for run in runs], "good/s")

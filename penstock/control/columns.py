@@ -16,7 +16,7 @@ SCRATCH_ROWS: Final = 3
 SCRATCH_NUMBERS: Final = 3
 
 _COEFFICIENTS: Final = ("a", "b", "c", "d", "e", "f")
-_LANDING: Final = ("f", "step", "arriving", "fresh", "decode_closed")
+_LANDING: Final = ("f", "step", "fresh", "arriving", "decode_closed")
 _PREFILLS: Final = ("backlog_least", "free_at", "prefill_tokens", "spare_at")
 _DECODES: Final = ("arriving", "step", "seats", "kv_free", "decode_tokens")
 _DOORS: Final = (
@@ -32,11 +32,12 @@ _NAMES: Final = tuple(dict.fromkeys(_COEFFICIENTS + _LANDING + _PREFILLS + _DECO
 class Columns:
     """Columns are float64, [num_slots]; those that are read together are [columns, num_slots].
 
-    `coefficients` are as in `control/cost.py`, and `rows` are its rows. `books` and `doors`
-    are the cells of what changes with every request, in the order of `_BOOKS` and `_DOORS`.
-    `scratch` is room for [num_slots] at a time and
-    `numbers` for one, which numpy takes several times as fast out of arrays without dimensions as
-    it takes Python's: nothing is allocated for what a policy works out on its way.
+    `coefficients` are as in `control/cost.py`, and `rows` are its rows. `prefill_books` and
+    `decode_books` are the cells of what changes with every request, in the order of `_PREFILLS` and
+    `_DECODES`. `fresh` is a policy's own: the tokens of a prompt that each slot does not have.
+    `scratch` is room for [num_slots] at a time and `numbers` for one, which numpy takes several
+    times as fast out of arrays without dimensions as it takes Python's: nothing is allocated for
+    what a policy works out on its way.
     """
 
     arriving: Float64
@@ -77,14 +78,12 @@ class Columns:
         self.decode_books = tuple(_cells(self._row(name)) for name in _DECODES)
         self.scratch: tuple[Float64, ...] = tuple(np.empty((SCRATCH_ROWS, num_slots)))
 
-    def weigh_landing(
-        self, per_context: float, per_step: float, per_byte: float, per_fresh: float
-    ) -> Float64:
-        """Return the sum of a step's context, the step, what is arriving and what is `fresh`, with
-        these weights, and of `decode_closed`, [num_slots].
+    def weigh_landing(self, per_context: float, per_step: float, per_fresh: float) -> Float64:
+        """Return the sum of a step's context, the step and what is `fresh` with these weights, and
+        of `arriving` and `decode_closed`, [num_slots].
         """
         weights = self._weight_cells
-        weights[0], weights[1], weights[2], weights[3] = per_context, per_step, per_byte, per_fresh
+        weights[0], weights[1], weights[2] = per_context, per_step, per_fresh
         total: Float64 = np.dot(self._weights, self._landing)
         return total
 

@@ -32,11 +32,13 @@ class WorkerRecord:
     slots that the requests decoding there, or on their way, take at most, `kv_tokens` what they are
     expected to, `held_tokens` what they do so far, `context_tokens` what they look at;
     `num_decodes` counts them. `arriving_tokens` are those of prompts whose KV is to come from
-    another worker and is not known to be there. `num_requests` counts all.
+    another worker and is not known to be there, `arriving_ns` the time expected for that.
+    `num_requests` counts all.
     """
 
     __slots__ = (
         "_ahead_tokens",
+        "arriving_ns",
         "arriving_tokens",
         "backlog_ns",
         "capacity_tokens",
@@ -86,6 +88,7 @@ class WorkerRecord:
         self.spare_at_ns = 0.0
         """When what it decodes has made up for the prompts that it has computed beside."""
         self.arriving_tokens = 0
+        self.arriving_ns = 0.0
         self.decode_tokens = 0
         self.num_decodes = 0
         self.context_tokens = 0
@@ -116,6 +119,7 @@ class Booking(Struct, gc=False):
     context_tokens: int
     is_prefilling: bool = True
     arriving_tokens: int = 0
+    arriving_ns: float = 0.0
 
 
 class RequestRecord:

@@ -85,6 +85,8 @@ class Router:
             decode_tokens=record.request.num_tokens + record.request.params.max_tokens,
             kv_tokens=ask.num_tokens + ask.expected_output_tokens,
             context_tokens=ask.num_tokens + ask.expected_output_tokens // 2,
+            arriving_tokens=0 if prefill is decode else record.num_tokens,
+            arriving_ns=prediction.transfer_ns,
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
         if prefill is decode and fleet.has_pairs:
@@ -129,8 +131,11 @@ class Router:
         record.been += record.holders
         record.prefill, record.decode, record.booking = source, to, booking
         source.num_requests += 1
+        num_bytes = record.num_tokens * self._fleet.token_bytes
         booking.arriving_tokens = record.num_tokens
-        to.arriving_tokens += record.num_tokens
+        booking.arriving_ns = self._fleet.transfers.predict_ns(
+            source.info.worker_id, to.info.worker_id, num_bytes, 1
+        )
         self._book_decode(booking, record, to)
 
     def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
@@ -165,6 +170,9 @@ class Router:
         if booking is None or decode is None or not booking.arriving_tokens:
             return
         decode.arriving_tokens -= booking.arriving_tokens
+        decode.arriving_ns -= booking.arriving_ns
+        if not decode.arriving_tokens:
+            decode.arriving_ns = 0.0
         if not record.been:  # what moves waits for nothing: it goes on where it was
             self._fleet.landing_tokens -= booking.arriving_tokens
             self._fleet.landed_tokens += booking.arriving_tokens
@@ -206,8 +214,6 @@ class Router:
         self._fleet.refresh_prefills(prefill)
         if prefill is not decode:
             prefill.num_requests += 1
-            booking.arriving_tokens = record.num_tokens
-            decode.arriving_tokens += record.num_tokens
         self._book_decode(booking, record, decode)
 
     def _note_stall(self, worker: WorkerRecord, prefill_ns: float, ask: Ask) -> None:
@@ -220,6 +226,8 @@ class Router:
         self._fleet.refresh_prefills(worker)
 
     def _book_decode(self, booking: Booking, record: RequestRecord, decode: WorkerRecord) -> None:
+        decode.arriving_tokens += booking.arriving_tokens
+        decode.arriving_ns += booking.arriving_ns
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
         decode.kv_tokens += booking.kv_tokens

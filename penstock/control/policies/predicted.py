@@ -125,10 +125,8 @@ def _land(fleet: Fleet, ask: Ask) -> Float64:
     long from a worker that was crowded once, or send all to one that is new.
     """
     steps = FIRST_STEPS + ask.slo_ttft_ns / ask.slo_tpot_ns
-    per_byte = _usual(fleet)[2]
-    return fleet.weigh_landing(
-        steps * ask.num_tokens, steps, per_byte, per_byte * fleet.token_bytes
-    )
+    per_fresh = _usual(fleet)[2] * fleet.token_bytes
+    return fleet.weigh_landing(steps * ask.num_tokens, steps, per_fresh)
 
 
 def _pair(fleet: Fleet, ask: Ask, first: Float64, land: Float64) -> tuple[tuple[int, int], float]:
