@@ -78,12 +78,14 @@ class Columns:
         self.decode_books = tuple(_cells(self._row(name)) for name in _DECODES)
         self.scratch: tuple[Float64, ...] = tuple(np.empty((SCRATCH_ROWS, num_slots)))
 
-    def weigh_landing(self, per_context: float, per_step: float, per_fresh: float) -> Float64:
-        """Return the sum of a step's context, the step and what is `fresh` with these weights, and
-        of `arriving` and `decode_closed`, [num_slots].
+    def weigh_landing(
+        self, per_context: float, per_step: float, per_fresh: float, per_byte: float
+    ) -> Float64:
+        """Return the sum of a step's context, the step, what is `fresh` and what is arriving, with
+        these weights, and of `decode_closed`, [num_slots].
         """
         weights = self._weight_cells
-        weights[0], weights[1], weights[2] = per_context, per_step, per_fresh
+        weights[0], weights[1], weights[2], weights[3] = per_context, per_step, per_fresh, per_byte
         total: Float64 = np.dot(self._weights, self._landing)
         return total
 

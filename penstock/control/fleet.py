@@ -44,8 +44,9 @@ class Fleet(Columns):
     `step` is the time of a decode step with one sequence more, without its context. The closed
     columns are 0 or `CLOSED`, each for one part a worker can have in a request; `prefill_barred` is
     so for those that prompts are not meant for, however busy the others are. `alone_charge` is 1
-    where a prompt is not meant to be computed. `arriving` is the time that what is on its way to it
-    takes. No worker has less room than `kv_free_least`, and none is behind after `spare_until_ns`.
+    where a prompt is not meant to be computed. `arriving` are bytes on their way to it, as many as
+    take that long over the usual link. No worker has less room than `kv_free_least`, and none is
+    behind after `spare_until_ns`.
     """
 
     def __init__(self, config: ControllerConfig, *, is_holding: bool = True) -> None:
@@ -143,6 +144,12 @@ class Fleet(Columns):
                 self._close(slot)
                 self.kv_free[slot] = CLOSED
 
+    @property
+    def link_ns_per_byte(self) -> float:
+        """What a byte takes over the usual link: between hosts, where there are several."""
+        transfers = self.transfers
+        return (transfers.between if len(self.hosts) > 1 else transfers.within)[2]
+
     def at(self, slot: int) -> WorkerRecord:
         """Return the worker in a slot."""
         worker = self._by_slot[slot]
@@ -183,7 +190,7 @@ class Fleet(Columns):
         if self._by_slot[slot] is not worker:
             return
         arriving, step, seats, kv_free, decode_tokens = self.decode_books
-        arriving[slot] = worker.arriving_ns
+        arriving[slot] = worker.arriving_bytes
         step[slot] = worker.step_ns
         seats[slot] = num_decodes
         decode_tokens[slot] = worker.decode_tokens
@@ -289,12 +296,12 @@ class Fleet(Columns):
             columns = (2 * self.backlog_least[slot], self.seats[slot], self.prefill_tokens[slot])
             books = (worker.backlog_ns, worker.num_decodes, worker.prefill_tokens)
             assert columns == books, (worker.info.worker_id, columns, books)
-            assert self.arriving[slot] == worker.arriving_ns
+            assert self.arriving[slot] == worker.arriving_bytes
             assert (
                 min(
                     *books,
                     worker.arriving_tokens,
-                    worker.arriving_ns + 1.0,
+                    worker.arriving_bytes + 1.0,
                     worker.kv_tokens,
                     worker.held_tokens,
                     worker.context_tokens,

@@ -32,13 +32,14 @@ class WorkerRecord:
     slots that the requests decoding there, or on their way, take at most, `kv_tokens` what they are
     expected to, `held_tokens` what they do so far, `context_tokens` what they look at;
     `num_decodes` counts them. `arriving_tokens` are those of prompts whose KV is to come from
-    another worker and is not known to be there, `arriving_ns` the time expected for that.
+    another worker and is not known to be there, `arriving_bytes` as many as take that
+    long over the usual link.
     `num_requests` counts all.
     """
 
     __slots__ = (
         "_ahead_tokens",
-        "arriving_ns",
+        "arriving_bytes",
         "arriving_tokens",
         "backlog_ns",
         "capacity_tokens",
@@ -88,7 +89,7 @@ class WorkerRecord:
         self.spare_at_ns = 0.0
         """When what it decodes has made up for the prompts that it has computed beside."""
         self.arriving_tokens = 0
-        self.arriving_ns = 0.0
+        self.arriving_bytes = 0.0
         self.decode_tokens = 0
         self.num_decodes = 0
         self.context_tokens = 0
@@ -119,7 +120,7 @@ class Booking(Struct, gc=False):
     context_tokens: int
     is_prefilling: bool = True
     arriving_tokens: int = 0
-    arriving_ns: float = 0.0
+    arriving_bytes: float = 0.0
 
 
 class RequestRecord:

@@ -86,7 +86,7 @@ class Router:
             kv_tokens=ask.num_tokens + ask.expected_output_tokens,
             context_tokens=ask.num_tokens + ask.expected_output_tokens // 2,
             arriving_tokens=0 if prefill is decode else record.num_tokens,
-            arriving_ns=prediction.transfer_ns,
+            arriving_bytes=0.0 if prefill is decode else self._link_bytes(record, prefill, decode),
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
         if prefill is decode and fleet.has_pairs:
@@ -131,12 +131,15 @@ class Router:
         record.been += record.holders
         record.prefill, record.decode, record.booking = source, to, booking
         source.num_requests += 1
-        num_bytes = record.num_tokens * self._fleet.token_bytes
         booking.arriving_tokens = record.num_tokens
-        booking.arriving_ns = self._fleet.transfers.predict_ns(
-            source.info.worker_id, to.info.worker_id, num_bytes, 1
-        )
+        booking.arriving_bytes = self._link_bytes(record, source, to)
         self._book_decode(booking, record, to)
+
+    def _link_bytes(self, record: RequestRecord, source: WorkerRecord, to: WorkerRecord) -> float:
+        """Return the bytes of a transfer, as many as take that long over the usual link."""
+        fleet = self._fleet
+        *_, per_byte = fleet.transfers.usual(source.info.worker_id, to.info.worker_id)
+        return record.num_tokens * fleet.token_bytes * per_byte / fleet.link_ns_per_byte
 
     def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
         """Note that a request that moves is heard from where it was to go."""
@@ -170,9 +173,9 @@ class Router:
         if booking is None or decode is None or not booking.arriving_tokens:
             return
         decode.arriving_tokens -= booking.arriving_tokens
-        decode.arriving_ns -= booking.arriving_ns
+        decode.arriving_bytes -= booking.arriving_bytes
         if not decode.arriving_tokens:
-            decode.arriving_ns = 0.0
+            decode.arriving_bytes = 0.0
         if not record.been:  # what moves waits for nothing: it goes on where it was
             self._fleet.landing_tokens -= booking.arriving_tokens
             self._fleet.landed_tokens += booking.arriving_tokens
@@ -227,7 +230,7 @@ class Router:
 
     def _book_decode(self, booking: Booking, record: RequestRecord, decode: WorkerRecord) -> None:
         decode.arriving_tokens += booking.arriving_tokens
-        decode.arriving_ns += booking.arriving_ns
+        decode.arriving_bytes += booking.arriving_bytes
         decode.num_decodes += 1
         decode.decode_tokens += booking.decode_tokens
         decode.kv_tokens += booking.kv_tokens

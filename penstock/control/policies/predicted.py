@@ -125,14 +125,16 @@ def _land(fleet: Fleet, ask: Ask) -> Float64:
     long from a worker that was crowded once, or send all to one that is new.
     """
     steps = FIRST_STEPS + ask.slo_ttft_ns / ask.slo_tpot_ns
-    per_fresh = _usual(fleet)[2] * fleet.token_bytes
-    return fleet.weigh_landing(steps * ask.num_tokens, steps, per_fresh)
+    per_byte = fleet.link_ns_per_byte
+    return fleet.weigh_landing(
+        steps * ask.num_tokens, steps, per_byte * fleet.token_bytes, per_byte
+    )
 
 
 def _pair(fleet: Fleet, ask: Ask, first: Float64, land: Float64) -> tuple[tuple[int, int], float]:
     """Return the best pair and its TTFT, of which the transfer is per pair."""
     transfers, token_bytes, fresh = fleet.transfers, fleet.token_bytes, fleet.fresh
-    per_byte = _usual(fleet)[2]
+    per_byte = fleet.link_ns_per_byte
     starts, ends = _finalists(fleet, first, land)
     names, host_of = fleet.names, fleet.host_of
     best, best_cost, best_ns = (0, 0), 4 * CLOSED, 4 * CLOSED
@@ -153,11 +155,6 @@ def _pair(fleet: Fleet, ask: Ask, first: Float64, land: Float64) -> tuple[tuple[
     worker = fleet.at(best[1])
     step_ns = worker.step_ns + worker.decode_coefficients[2] * ask.num_tokens
     return best, best_ns + FIRST_STEPS * step_ns
-
-
-def _usual(fleet: Fleet) -> tuple[float, float, float]:
-    """Return what a transfer takes as far as it does not depend on the pair."""
-    return fleet.transfers.between if len(fleet.hosts) > 1 else fleet.transfers.within
 
 
 Costs = list[tuple[int, float]]

@@ -283,7 +283,7 @@ def test_what_is_on_its_way_goes_through_the_same_link_first() -> None:
     story.tell(Cancel(request_id=RequestId("b")))
     assert not fleet.arriving.any()
     crowded = fleet.workers[WorkerId("d1")]
-    crowded.arriving_ns = 1e9
+    crowded.arriving_bytes = 1e9
     fleet.refresh(crowded)
     story.submit("c", LONG)  # d1 decodes nothing, yet
     assert story.pairs() == [("p0", "d0")]
