@@ -41,6 +41,7 @@ from penstock.core.types import BlockHash, RequestId, Role, WorkerId
 BLOCK_SIZE = 32
 BLOCKS_PER_WORKER = 100_000
 WORKERS_PER_HOST = 8
+NOW_NS = 1000
 RUNS = 5
 VOCABULARY = 32_000
 STEM_TOKENS = 256
@@ -136,7 +137,7 @@ def make_requests(
             prompt_token_ids=tokens,
             params=SamplingParams(max_tokens=400, seed=1),
         )
-        records.append(RequestRecord(request, 0))
+        records.append(RequestRecord(request, NOW_NS))
     return records
 
 
@@ -146,11 +147,11 @@ def decide(router: Router, records: list[RequestRecord]) -> list[float]:
     gc.disable()
     for record in records:
         begin = time.perf_counter_ns()
-        chosen = router.choose(record, 1000)
+        chosen = router.choose(record, NOW_NS)
         assert chosen is not None
         router.assign(record, *chosen)
         times.append((time.perf_counter_ns() - begin) / 1e3)
-        router.release(record, 1000)
+        router.release(record, NOW_NS)
         record.attempts = 0
     gc.enable()
     return times

@@ -132,12 +132,10 @@ class TransferCosts:
     ) -> float:
         """Return the expected time of one transfer."""
         known = self._known.get(to, _NOBODY).get(source)
-        fixed, per_span, per_byte = self.usual(source, to) if known is None else known
+        if known is None:
+            known = self.within if self._is_within(source, to) else self.between
+        fixed, per_span, per_byte = known
         return fixed + per_span * num_spans + per_byte * num_bytes
-
-    def usual(self, source: WorkerId, to: WorkerId) -> ThreeNs:
-        """Return T0, alpha and ns per byte of pairs that are as far from each other."""
-        return self.within if self._is_within(source, to) else self.between
 
     def _is_within(self, source: WorkerId, to: WorkerId) -> bool:
         return self._hosts.get(source) == self._hosts.get(to)

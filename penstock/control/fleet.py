@@ -150,6 +150,15 @@ class Fleet(Columns):
         transfers = self.transfers
         return (transfers.between if len(self.hosts) > 1 else transfers.within)[2]
 
+    def link_bytes(self, source: WorkerRecord, to: WorkerRecord, num_tokens: int) -> float:
+        """Return the bytes of a transfer, as many as take that long over the usual link."""
+        if source is to:
+            return 0.0
+        num_bytes = num_tokens * self.token_bytes
+        if len(self.hosts) > 1 and source.info.host == to.info.host:
+            return num_bytes * self.transfers.within[2] / self.transfers.between[2]
+        return num_bytes
+
     def at(self, slot: int) -> WorkerRecord:
         """Return the worker in a slot."""
         worker = self._by_slot[slot]
@@ -281,11 +290,13 @@ class Fleet(Columns):
 
     def cached_tokens(self, token_ids: tuple[int, ...], root: BlockHash) -> Float64:
         """Return how many tokens of a prompt behind `root` every slot has, [num_slots]."""
-        tokens: Float64 | None = None
-        for size in self._block_sizes:
-            found = self.index.tokens(token_ids, size, root)
-            tokens = found if tokens is None else np.maximum(tokens, found)
-        return np.zeros(len(self._by_slot)) if tokens is None else tokens
+        if not self._block_sizes:
+            return np.zeros(len(self._by_slot))
+        size, *others = self._block_sizes
+        tokens = self.index.tokens(token_ids, size, root)
+        for size in others:
+            tokens = np.maximum(tokens, self.index.tokens(token_ids, size, root))
+        return tokens
 
     def check(self) -> None:
         """Assert that columns are what the records say, and that slots are one to one."""

@@ -40,50 +40,38 @@ Known = dict[tuple[BlockHash, int], tuple[BlockHash, ...]]
 """Names of a chunk of blocks, or of one, by what is before it and a 64-bit hash of its tokens."""
 
 
-class PromptBlocks:
-    """The names of a prompt's full blocks behind `root`, hashed one after the other as somebody
-    asks.
+def walk_names(
+    token_ids: Sequence[int], block_size: int, root: BlockHash, known: Known
+) -> Iterator[tuple[BlockHash, ...]]:
+    """Yield the names of a prompt's full blocks behind `root` in order, those of a known chunk
+    together; each also names all before it, and is hashed when somebody asks for it.
 
     A block that was walked is `known` from then on, and not named again, nor is a chunk that was
     walked to its end: prompts share their beginnings. Should two ever be taken for one another, a
     prompt goes where its prefix is not, and is computed there.
     """
-
-    def __init__(
-        self, token_ids: Sequence[int], block_size: int, root: BlockHash, known: Known | None = None
-    ) -> None:
-        self._known: Known = {} if known is None else known
-        self.num_blocks = len(token_ids) // block_size
-        self._token_ids = token_ids
-        self._block_size = block_size
-        self._root = root
-
-    def __iter__(self) -> Iterator[tuple[BlockHash, ...]]:
-        """Yield the names in order, those of a known chunk together; each also names all before
-        it.
-        """
-        token_ids, size, parent = tuple(self._token_ids), self._block_size, self._root
-        known, layout = self._known, f"<{size}I"
-        num_tokens = self.num_blocks * size
-        for start in range(0, num_tokens, CHUNK_BLOCKS * size):
-            stop = min(start + CHUNK_BLOCKS * size, num_tokens)
-            chunk = parent, hash(token_ids[start:stop])
-            names = known.get(chunk)
-            if names is not None:
-                yield names
-                parent = names[-1]
-                continue
-            walked = []
-            for begin in range(start, stop, size):
-                tokens = token_ids[begin : begin + size]
-                block = parent, hash(tokens)
-                names = known.get(block)
-                if names is None:
-                    names = known[block] = (name_block(parent, pack(layout, *tokens)),)
-                yield names
-                (parent,) = names
-                walked.append(parent)
-            known[chunk] = tuple(walked)
+    token_ids, size, parent = tuple(token_ids), block_size, root
+    layout = f"<{size}I"
+    num_tokens = len(token_ids) // size * size
+    for start in range(0, num_tokens, CHUNK_BLOCKS * size):
+        stop = min(start + CHUNK_BLOCKS * size, num_tokens)
+        chunk = parent, hash(token_ids[start:stop])
+        names = known.get(chunk)
+        if names is not None:
+            yield names
+            parent = names[-1]
+            continue
+        walked = []
+        for begin in range(start, stop, size):
+            tokens = token_ids[begin : begin + size]
+            block = parent, hash(tokens)
+            names = known.get(block)
+            if names is None:
+                names = known[block] = (name_block(parent, pack(layout, *tokens)),)
+            yield names
+            (parent,) = names
+            walked.append(parent)
+        known[chunk] = tuple(walked)
 
 
 Level = tuple[int, int]
@@ -156,7 +144,7 @@ class PrefixIndex:
         if len(young) > self._generation_max:
             self._age()
 
-    def levels(self, blocks: PromptBlocks) -> list[Level]:
+    def levels(self, blocks: Iterable[tuple[BlockHash, ...]]) -> list[Level]:
         """Return which workers have how much of a prompt, least first; each worker is in one level.
 
         Workers evict no block before those that follow it: who has the last block of a known chunk
@@ -208,7 +196,7 @@ class PrefixIndex:
     def _look_up(self, token_ids: Sequence[int], block_size: int, root: BlockHash) -> Float64:
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
-        levels = self.levels(PromptBlocks(token_ids, block_size, root, self._known))
+        levels = self.levels(walk_names(token_ids, block_size, root, self._known))
         # Most workers have the same: a beginning that is everybody's, or nothing.
         usual, num_usual = 0, -1
         for num_blocks, workers in levels:

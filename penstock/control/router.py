@@ -86,7 +86,7 @@ class Router:
             kv_tokens=ask.num_tokens + ask.expected_output_tokens,
             context_tokens=ask.num_tokens + ask.expected_output_tokens // 2,
             arriving_tokens=0 if prefill is decode else record.num_tokens,
-            arriving_bytes=0.0 if prefill is decode else self._link_bytes(record, prefill, decode),
+            arriving_bytes=fleet.link_bytes(prefill, decode, record.num_tokens),
         )
         self._book(record.booking, record, prefill, decode, ask.now_ns)
         if prefill is decode and fleet.has_pairs:
@@ -132,14 +132,8 @@ class Router:
         record.prefill, record.decode, record.booking = source, to, booking
         source.num_requests += 1
         booking.arriving_tokens = record.num_tokens
-        booking.arriving_bytes = self._link_bytes(record, source, to)
+        booking.arriving_bytes = self._fleet.link_bytes(source, to, record.num_tokens)
         self._book_decode(booking, record, to)
-
-    def _link_bytes(self, record: RequestRecord, source: WorkerRecord, to: WorkerRecord) -> float:
-        """Return the bytes of a transfer, as many as take that long over the usual link."""
-        fleet = self._fleet
-        *_, per_byte = fleet.transfers.usual(source.info.worker_id, to.info.worker_id)
-        return record.num_tokens * fleet.token_bytes * per_byte / fleet.link_ns_per_byte
 
     def note_moved(self, record: RequestRecord, speaker: WorkerId) -> None:
         """Note that a request that moves is heard from where it was to go."""

@@ -13,8 +13,8 @@ from penstock.control.prefix_index import (
     DEAD_SLOTS_MAX,
     Known,
     PrefixIndex,
-    PromptBlocks,
     slots_of,
+    walk_names,
 )
 from penstock.core.block import extend_hashes, root_hash
 from penstock.core.types import BlockHash
@@ -101,7 +101,7 @@ def test_memory_is_bounded_and_what_is_in_use_stays() -> None:
     assert found(index, prompt(99, 100)) == [100 * SIZE]
 
 
-def names_of(blocks: PromptBlocks) -> list[BlockHash]:
+def names_of(blocks: Iterator[tuple[BlockHash, ...]]) -> list[BlockHash]:
     return [name for names in blocks for name in names]
 
 
@@ -109,11 +109,11 @@ def test_names_are_those_that_workers_give() -> None:
     token_ids = [*prompt(1, 37), 1, 2]
     known: Known = {}
     for _ in range(2):
-        blocks = PromptBlocks(token_ids, SIZE, root_hash("tenant"), known)
+        blocks = walk_names(token_ids, SIZE, root_hash("tenant"), known)
         assert names_of(blocks) == chain(token_ids, "tenant")
     other = [*token_ids[:-40], 5, *token_ids[-39:]]
     for salt in ("tenant", "another"):
-        blocks = PromptBlocks(other, SIZE, root_hash(salt), known)
+        blocks = walk_names(other, SIZE, root_hash(salt), known)
         assert names_of(blocks) == chain(other, salt)
     assert known
 
@@ -122,18 +122,17 @@ def test_only_what_somebody_has_is_hashed() -> None:
     index = PrefixIndex()
     index.apply(index.add_worker(), chain(prompt(1, 40)))
 
-    class Counted(PromptBlocks):
-        num_hashed = 0
+    walked: list[BlockHash] = []
 
-        def __iter__(self) -> Iterator[tuple[BlockHash, ...]]:
-            for names in super().__iter__():
-                self.num_hashed += len(names)
-                yield names
+    def walk(token_ids: list[int]) -> Iterator[tuple[BlockHash, ...]]:
+        for names in walk_names(token_ids, SIZE, root_hash(""), {}):
+            walked.extend(names)
+            yield names
 
     for token_ids, expected in (([5] * 1000 * SIZE, 1), (prompt(1, 200), 41)):
-        blocks = Counted(token_ids, SIZE, root_hash(""))
-        index.levels(blocks)
-        assert blocks.num_hashed == expected
+        walked.clear()
+        index.levels(walk(token_ids))
+        assert len(walked) == expected
 
 
 def test_the_last_token_is_never_found() -> None:

@@ -104,7 +104,8 @@ def _alone(fleet: Fleet, ask: Ask) -> Float64:
     cost = fleet.seats * number
     cost += fleet.alone_charge
     if ask.waited_ns and fleet.has_pairs:
-        cost *= max(0.0, 1 - ask.waited_ns / (WAIT_SHARE * ask.slo_ttft_ns))
+        number[()] = max(0.0, 1 - ask.waited_ns / (WAIT_SHARE * ask.slo_ttft_ns))
+        cost *= number
     cost *= compute
     if fleet.has_pairs and fleet.spare_until_ns > ask.now_ns:
         until = fleet.spare_at - now
@@ -166,8 +167,10 @@ def _finalists(fleet: Fleet, first: Float64, land: Float64) -> tuple[Costs, Cost
     of the other side's best, for it may be far from the others.
     """
     starts, ends = _least(first), _least(land)
-    if len(fleet.hosts) > 1 and max(starts[0][1], ends[0][1]) < CLOSED:
-        near_end, near_start = _neighbour(fleet, ends[0], first), _neighbour(fleet, starts[0], land)
+    (start, start_ns), (end, end_ns) = starts[0], ends[0]
+    is_near = fleet.host_of[start] == fleet.host_of[end]
+    if not is_near and start_ns < CLOSED and end_ns < CLOSED:
+        near_end, near_start = _neighbour(fleet, end, first), _neighbour(fleet, start, land)
         if near_end not in starts:
             starts.append(near_end)
         if near_start not in ends:
@@ -175,9 +178,9 @@ def _finalists(fleet: Fleet, first: Float64, land: Float64) -> tuple[Costs, Cost
     return starts, ends
 
 
-def _neighbour(fleet: Fleet, of: tuple[int, float], costs: Float64) -> tuple[int, float]:
+def _neighbour(fleet: Fleet, of: int, costs: Float64) -> tuple[int, float]:
     """Return the slot of least cost on the host of another, and its cost."""
-    slots = fleet.hosts[fleet.host_of[of[0]]]
+    slots = fleet.hosts[fleet.host_of[of]]
     slot = slots.item(costs[slots].argmin())
     return slot, costs.item(slot)
 
