@@ -73,18 +73,22 @@ def make_fleet(count: int, config: ControllerConfig, rng: random.Random) -> Flee
         worker.num_prefills = 3
         worker.num_decodes = rng.randrange(64)
         worker.context_tokens = worker.kv_tokens = worker.num_decodes * 2000
-        fleet.note_load(_report(worker.info.worker_id, rng, count))
+        fleet.note_load(_report(number, worker.info.worker_id, rng, count))
         fleet.refresh(worker)
     return fleet
 
 
-def _report(worker_id: WorkerId, rng: random.Random, count: int) -> Load:
+def _report(number: int, worker_id: WorkerId, rng: random.Random, count: int) -> Load:
     steps = tuple(
         StepSample(new, new * new, 8, 8000, int(4e6 + new * 15e3 + rng.random() * 1e6))
         for new in (64, 512, 2048)
     )
-    source = WorkerId(f"prefill-{rng.randrange(count) // 2 * 2}")
-    pulls = tuple(PullSample(source, n << 20, 1, int(3e5 + (n << 20) / 5)) for n in (1, 4, 9, 16))
+    near = number // WORKERS_PER_HOST * WORKERS_PER_HOST
+    pulls = tuple(
+        PullSample(WorkerId(f"prefill-{source}"), n << 20, 1, int(3e5 + (n << 20) / bytes_per_ns))
+        for source, bytes_per_ns in ((rng.randrange(count) // 2 * 2, 5), (near, 50))
+        for n in (1, 4, 9, 16)
+    )
     return Load(
         worker_id=worker_id,
         waiting=0,

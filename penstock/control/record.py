@@ -108,7 +108,8 @@ class WorkerRecord:
         """Tokens of its pool that nobody else can have: those that its sequences are expected to
         hold, or hold already, since those that go on are those that turn out longer.
         """
-        return max(self.kv_tokens, self.held_tokens + self.num_decodes * self._ahead_tokens)
+        held_tokens = self.held_tokens + self.num_decodes * self._ahead_tokens
+        return held_tokens if held_tokens > self.kv_tokens else self.kv_tokens
 
 
 class Booking(Struct, gc=False):

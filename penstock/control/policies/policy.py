@@ -81,13 +81,9 @@ def predict(fleet: Fleet, ask: Ask, prefill: int, decode: int) -> Prediction:
         transfer_ns = fleet.transfers.predict_ns(source, to, num_bytes, 1)
         # A step is under way when the KV arrives; it has to end first.
         first_decode_ns = step_ns * 1.5 if onto.num_decodes else step_ns
-    return Prediction(
-        queue_ns=max(at.free_at_ns - ask.now_ns, at.backlog_ns / 2),
-        prefill_ns=compute_ns if num_tokens else 0.0,
-        transfer_ns=transfer_ns,
-        first_decode_ns=first_decode_ns,
-        tpot_ns=step_ns,
-    )
+    queue_ns = max(at.free_at_ns - ask.now_ns, at.backlog_ns / 2)
+    prefill_ns = compute_ns if num_tokens else 0.0
+    return Prediction(queue_ns, prefill_ns, transfer_ns, first_decode_ns, step_ns)
 
 
 def breaks_tpot(fleet: Fleet, ask: Ask, step_ns: Float64) -> Float64:

@@ -164,25 +164,24 @@ Costs = list[tuple[int, float]]
 
 def _finalists(fleet: Fleet, first: Float64, land: Float64) -> tuple[Costs, Costs]:
     """Return who is looked at in pairs: the best of either side, and the best that are on the host
-    of the other side's best, for it may be far from the others.
+    of the other side's best, unless what that saves is less than what they lag behind.
     """
     starts, ends = _least(first), _least(land)
     (start, start_ns), (end, end_ns) = starts[0], ends[0]
     is_near = fleet.host_of[start] == fleet.host_of[end]
-    if not is_near and start_ns < CLOSED and end_ns < CLOSED:
-        near_end, near_start = _neighbour(fleet, end, first), _neighbour(fleet, start, land)
-        if near_end not in starts:
-            starts.append(near_end)
-        if near_start not in ends:
-            ends.append(near_start)
+    if is_near or start_ns >= CLOSED or end_ns >= CLOSED:
+        return starts, ends
+    far_ns, _, far_per_byte = fleet.transfers.between
+    near_ns, _, near_per_byte = fleet.transfers.within
+    num_bytes = fleet.fresh.item(end) * fleet.token_bytes
+    saved_ns = far_ns - near_ns + (far_per_byte - near_per_byte) * num_bytes
+    for best, of, costs in ((starts, end, first), (ends, start, land)):
+        if best[1][1] < best[0][1] + saved_ns:
+            slots = fleet.hosts[fleet.host_of[of]]
+            near = slots.item(costs[slots].argmin())
+            if near not in (best[0][0], best[1][0]):
+                best.append((near, costs.item(near)))
     return starts, ends
-
-
-def _neighbour(fleet: Fleet, of: int, costs: Float64) -> tuple[int, float]:
-    """Return the slot of least cost on the host of another, and its cost."""
-    slots = fleet.hosts[fleet.host_of[of]]
-    slot = slots.item(costs[slots].argmin())
-    return slot, costs.item(slot)
 
 
 def _least(costs: Float64) -> Costs:
