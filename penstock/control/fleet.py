@@ -55,8 +55,8 @@ class Fleet(Columns):
         self.index = PrefixIndex()
         self.transfers = TransferCosts()
         self.names: tuple[WorkerId, ...] = ()
-        """Of every slot; empty where nobody is."""
         self.host_of: tuple[str, ...] = ()
+        """Of every slot, as are `names`; empty where nobody is."""
         self.hosts: dict[str, Slots] = {}
         """The slots on every host."""
         self.token_bytes = 1
@@ -132,10 +132,10 @@ class Fleet(Columns):
         self._block_sizes = tuple(dict.fromkeys(w.info.layout.block_size for w in self))
         self.names = tuple(w.info.worker_id if w else WorkerId("") for w in self._by_slot)
         self.host_of = tuple(w.info.host if w else "" for w in self._by_slot)
-        hosts = dict.fromkeys(w.info.host for w in self)
-        self.hosts = {
-            host: np.array([w.slot for w in self if w.info.host == host]) for host in hosts
-        }
+        slots: dict[str, list[int]] = {}
+        for worker in self:
+            slots.setdefault(worker.info.host, []).append(worker.slot)
+        self.hosts = {host: np.array(there) for host, there in slots.items()}
         for slot, worker_there in enumerate(self._by_slot):
             if worker_there is not None:
                 self.refresh(worker_there)
