@@ -6,7 +6,7 @@
 Simulated: the controller and workers that serve, over kernel times of H100 with Llama-3.1-8B and
 links that are shared. Four hosts, each with two prefill and two decode workers behind one network
 card; prompts of 4,000 tokens in the mean (0.5 GB of KV), answers of 128, at 60 requests/s: all of
-that over the cards would be 61 Gb/s each way of every host. `limit` is our rule where hosts are as
+that over the cards would be 64 Gb/s each way of every host. `limit` is our rule where hosts are as
 near each other as the workers of one. The figures are those of the code and do not depend on this
 machine. Every figure is one of each seed.
 """
@@ -31,7 +31,7 @@ HOST = "2xH100:prefill,2xH100:decode"
 RATE, DURATION_S, QUICK_S = 60.0, 60.0, 15.0
 LIMIT_S = 600.0
 SLO = Slo(ttft_ms=2000, tpot_ms=50)
-BYTES_PER_GB = 1e9 / 8
+BYTES_PER_GBIT = 1e9 / 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Way:
 def ways(link_gbps: float, num_others: int) -> list[Way]:
     """Return what is compared over one kind of link, ours first and last."""
     others = [name for name in POLICIES if name != "predicted"]
-    card = link_gbps * BYTES_PER_GB
+    card = link_gbps * BYTES_PER_GBIT
     found = [Way(name, name, card) for name in ["predicted", *others[:num_others]]]
     return [*found, Way("limit", "predicted", FabricCost().inner_bytes_per_s)]
 

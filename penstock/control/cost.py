@@ -32,7 +32,7 @@ NEARER: Final = 0.5
 """Of what a byte takes between hosts, what it is taken to need within one until that is known."""
 PAIRS_MAX: Final = 4096
 OWN_AFTER: Final = 4
-"""Transfers of a pair after which its own fit is used instead of that of all pairs."""
+"""Transfers of a pair after which its own fit is used instead of the usual one."""
 
 ThreeNs = tuple[float, float, float]
 """T0, alpha and ns per byte."""
@@ -78,8 +78,7 @@ class TransferCosts:
         self._hosts: dict[WorkerId, str] = {}
         self._pairs: OrderedDict[tuple[WorkerId, WorkerId], Fit] = OrderedDict()
         self._known: dict[WorkerId, dict[WorkerId, ThreeNs]] = {}
-        self.between = _three(self._between)
-        self.within = _nearer(self.between)
+        self.within, self.between = self._usual()
         """T0, alpha and ns per byte of pairs that have none of their own."""
 
     @property
@@ -118,10 +117,7 @@ class TransferCosts:
             if len(self._pairs) > PAIRS_MAX:
                 forgotten, _ = self._pairs.popitem(last=False)
                 self._drop(*forgotten)
-        self.between = _three(self._between)
-        self.within = _three(self._within)
-        if not self._within.num_samples:
-            self.within = _nearer(self.between)
+        self.within, self.between = self._usual()
 
     def known_to(self, to: WorkerId) -> Mapping[WorkerId, ThreeNs]:
         """Return T0, alpha and ns per byte by source, of those that have their own."""
@@ -131,11 +127,20 @@ class TransferCosts:
         self, source: WorkerId, to: WorkerId, num_bytes: float, num_spans: float
     ) -> float:
         """Return the expected time of one transfer."""
-        known = self._known.get(to, _NOBODY).get(source)
+        known = self.known_to(to).get(source)
         if known is None:
             known = self.within if self._is_within(source, to) else self.between
         fixed, per_span, per_byte = known
         return fixed + per_span * num_spans + per_byte * num_bytes
+
+    def _usual(self) -> tuple[ThreeNs, ThreeNs]:
+        """Return what is learnt within a host and between hosts; within one a part of the other
+        while there is nothing else to go by.
+        """
+        between = fixed, per_span, per_byte = _three(self._between)
+        if self._within.num_samples:
+            return _three(self._within), between
+        return (fixed, per_span, per_byte * NEARER), between
 
     def _is_within(self, source: WorkerId, to: WorkerId) -> bool:
         return self._hosts.get(source) == self._hosts.get(to)
@@ -145,12 +150,6 @@ class TransferCosts:
         known.pop(source, None)
         if not known:
             self._known.pop(to, None)
-
-
-def _nearer(between: ThreeNs) -> ThreeNs:
-    """Return what is expected within a host while there is nothing else to go by."""
-    fixed, per_span, per_byte = between
-    return fixed, per_span, per_byte * NEARER
 
 
 def _three(fit: Fit) -> ThreeNs:

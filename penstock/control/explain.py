@@ -65,8 +65,7 @@ class Explanations:
     def note(self, decision: Decision) -> None:
         """Keep a decision; a further attempt replaces the one before."""
         self._decisions[decision.request_id] = decision
-        if decision.attempt > 1:
-            self._decisions.move_to_end(decision.request_id)
+        self._decisions.move_to_end(decision.request_id)
         if len(self._decisions) > KEPT_MAX:
             self._decisions.popitem(last=False)
 

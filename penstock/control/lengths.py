@@ -41,4 +41,4 @@ class OutputLengths:
 
     def expect(self, max_tokens: int) -> int:
         """Return how many tokens to expect of a request that may have `max_tokens` more."""
-        return max(1, min(max_tokens, round(self._num_tokens / self._num_ends)))
+        return max(1, min(max_tokens, round(self.mean_tokens)))

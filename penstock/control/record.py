@@ -103,6 +103,10 @@ class WorkerRecord:
         fixed, per_sequence, per_token = self.decode_coefficients
         return fixed + per_sequence * (self.num_decodes + 1) + per_token * self.context_tokens
 
+    def step_with_ns(self, num_tokens: int) -> float:
+        """Return the same with one of so many tokens."""
+        return self.step_ns + self.decode_coefficients[2] * num_tokens
+
     @property
     def taken_tokens(self) -> float:
         """Tokens of its pool that nobody else can have: those that its sequences are expected to

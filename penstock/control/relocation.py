@@ -14,7 +14,6 @@ Decides and books; called by the controller after roles were looked at.
 
 from collections.abc import Iterable
 
-from penstock.control.cost import F
 from penstock.control.fleet import CLOSED, Fleet
 from penstock.control.record import RequestRecord, WorkerRecord
 from penstock.control.router import Router
@@ -92,7 +91,7 @@ class Relocation:
         if steps[slot] >= CLOSED:
             return None
         to = fleet.at(slot)
-        here_ns = fleet.step[source.slot] + fleet.coefficients[F, source.slot] * ask.num_tokens
+        here_ns = source.step_with_ns(ask.num_tokens)
         num_bytes = ask.num_tokens * fleet.token_bytes
         names = source.info.worker_id, to.info.worker_id
         copy_ns = copying_ns[source.slot] + fleet.transfers.predict_ns(*names, num_bytes, 1)

@@ -156,7 +156,10 @@ class Router:
         self._fleet.refresh_prefills(worker)
 
     def note_tokens(self, record: RequestRecord, num_tokens: int) -> None:
-        """Note tokens that a request has got, which its worker holds from now on."""
+        """Note tokens that a request has got, which its worker holds from now on. The fleet's
+        columns hear of it with whatever changes next on that worker, its next report at the latest:
+        tokens come far too often to write them each time.
+        """
         self.lengths.note_tokens(num_tokens)
         assert record.decode is not None
         record.decode.held_tokens += num_tokens

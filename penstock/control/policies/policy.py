@@ -1,12 +1,16 @@
 """What a policy is asked and what it answers, and the prediction that every answer comes with."""
 
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from msgspec import Struct
 
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
+
+FIRST_STEPS: Final = 1.5
+"""A step is under way when the KV arrives, and half of it is still to come."""
 
 
 class Ask(Struct, frozen=True, gc=False):
@@ -73,14 +77,13 @@ def predict(fleet: Fleet, ask: Ask, prefill: int, decode: int) -> Prediction:
         cached_on_decode = ask.cached_tokens.item(decode)
     fixed, per_token, per_work = at.prefill_coefficients
     compute_ns = fixed + per_token * (num_tokens - cached) + per_work * (num_tokens**2 - cached**2)
-    step_ns = onto.step_ns + onto.decode_coefficients[2] * ask.num_tokens
+    step_ns = onto.step_with_ns(ask.num_tokens)
     transfer_ns = first_decode_ns = 0.0
     if not is_alone:
         num_bytes = (num_tokens - cached_on_decode) * fleet.token_bytes
         source, to = fleet.names[prefill], fleet.names[decode]
         transfer_ns = fleet.transfers.predict_ns(source, to, num_bytes, 1)
-        # A step is under way when the KV arrives; it has to end first.
-        first_decode_ns = step_ns * 1.5 if onto.num_decodes else step_ns
+        first_decode_ns = step_ns * FIRST_STEPS if onto.num_decodes else step_ns
     queue_ns = max(at.free_at_ns - ask.now_ns, at.backlog_ns / 2)
     prefill_ns = compute_ns if num_tokens else 0.0
     return Prediction(queue_ns, prefill_ns, transfer_ns, first_decode_ns, step_ns)

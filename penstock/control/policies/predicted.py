@@ -21,12 +21,10 @@ import numpy as np
 from penstock.control.cost import F
 from penstock.control.fit import Float64
 from penstock.control.fleet import CLOSED, Fleet
-from penstock.control.policies.policy import Ask, Choice, breaks_tpot, lacks_room
+from penstock.control.policies.policy import FIRST_STEPS, Ask, Choice, breaks_tpot, lacks_room
 
 WAIT_SHARE: Final = 0.25
 """Of the TTFT's SLO: who has waited so long may go wherever there is time for it."""
-FIRST_STEPS: Final = 1.5
-"""A step is under way when the KV arrives, and half of it is still to come."""
 
 
 def predicted(fleet: Fleet, ask: Ask) -> Choice | None:
@@ -153,9 +151,7 @@ def _pair(fleet: Fleet, ask: Ask, first: Float64, land: Float64) -> tuple[tuple[
                 best, best_cost, best_ns = (prefill, decode), took_ns + land_ns, took_ns
     if best_cost >= CLOSED:
         return best, best_cost
-    worker = fleet.at(best[1])
-    step_ns = worker.step_ns + worker.decode_coefficients[2] * ask.num_tokens
-    return best, best_ns + FIRST_STEPS * step_ns
+    return best, best_ns + FIRST_STEPS * fleet.at(best[1]).step_with_ns(ask.num_tokens)
 
 
 Costs = list[tuple[int, float]]
